@@ -1,0 +1,447 @@
+"""
+A data set is a folder data/NAME with token files and meta.json; this file holds the tokenizers, the writer and the reader.
+
+    train.bin, val.bin    token ids, little-endian uint16 or uint32; large sets are shards train_00000.bin, ...
+    train.mask, val.mask  optional, one uint8 per token: 1 = this token is a target that counts
+    meta.json             vocab_size, max_id, dtype, tokenizer, token_bytes (per id, special tokens 0), row_len
+                          (optional: the data is rows of so many tokens), splits (files, tokens, sha256), source
+
+A set is written into data/NAME/unfinished and moved into place when it is whole, meta.json last, so that a broken
+preparation is never taken for a finished one. nanoGPT's folders (meta.pkl or no meta at all) can be read, too.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import io
+import json
+import os
+import pickle
+import shutil
+import sys
+import urllib.request
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent
+SHARD_TOKENS = 10**8
+
+# -----------------------------------------------------------------------------
+# tokenizers: rebuilt from the plain dict that meta.json and every checkpoint hold
+
+
+class Characters:
+    """One id per character, {'kind': 'char', 'chars': [...]}."""
+
+    def __init__(self, chars):
+        self.dict = dict(kind='char', chars=list(chars))
+        self.token_bytes = [len(char.encode()) for char in chars]
+        self.ids = {char: i for i, char in enumerate(chars)}
+        self.start = self.ids.get('\n', 0)
+
+    def encode(self, text):
+        unknown = sorted(set(text) - set(self.ids))
+        if unknown:
+            raise ValueError(f'characters that the tokenizer does not know: {" ".join(map(repr, unknown[:20]))}')
+        return [self.ids[char] for char in text]
+
+    def decode_bytes(self, ids):
+        return ''.join(self.dict['chars'][i] if i < len(self.ids) else '\N{REPLACEMENT CHARACTER}' for i in ids).encode()
+
+
+class Bytes:
+    """The 256 bytes of UTF-8, {'kind': 'byte'}."""
+
+    dict = dict(kind='byte')
+    token_bytes = [1] * 256
+    start = ord('\n')
+
+    def encode(self, text):
+        return list(text.encode('utf-8', 'surrogateescape'))  # any file, not only UTF-8
+
+    def decode_bytes(self, ids):
+        return b''.join(bytes([i]) if i < 256 else b'?' for i in ids)
+
+
+class Tiktoken:
+    """A byte-pair encoding of the tiktoken library, {'kind': 'tiktoken', 'name': 'gpt2'}."""
+
+    def __init__(self, name):
+        try:
+            import tiktoken
+        except ImportError:
+            raise ValueError(f'the {name} tokenizer needs tiktoken: pip install tiktoken') from None
+        self.bpe = tiktoken.get_encoding(name)
+        self.dict = dict(kind='tiktoken', name=name)
+        self.start = self.bpe.eot_token
+        special = {self.bpe.encode_single_token(text) for text in self.bpe.special_tokens_set}
+        sizes = (0 if i in special else self.size(i) for i in range(self.bpe.n_vocab))
+        self.token_bytes = list(sizes)
+
+    def size(self, token):
+        try:
+            return len(self.bpe.decode_single_token_bytes(token))
+        except KeyError:  # some encodings have holes
+            return 0
+
+    def encode(self, text):
+        return self.bpe.encode(text, allowed_special='all')
+
+    def decode_bytes(self, ids):
+        known = [i if i < self.bpe.n_vocab and self.size(i) else None for i in ids]  # models pad the vocabulary
+        return b''.join(b'?' if i is None else self.bpe.decode_single_token_bytes(i) for i in known)
+
+
+TOKENIZERS = {'char': Characters, 'byte': Bytes, 'tiktoken': Tiktoken}
+
+
+def make_tokenizer(plain):
+    """The tokenizer of a plain dict: encode(text) -> ids, decode_bytes(ids), token_bytes, start (an id to begin with)."""
+    options = {key: value for key, value in plain.items() if key != 'kind'}
+    return TOKENIZERS[plain['kind']](**options)
+
+
+# -----------------------------------------------------------------------------
+# writing
+
+
+class Writer:
+    """Writes the token files of data/NAME: add() appends to a split, finish() moves the whole set into place.
+
+    save(done) makes what was added durable; a new Writer for the same source and tokenizer goes on from there, and done
+    says how many of the source's documents that were.
+    """
+
+    def __init__(self, folder, tokenizer, source, shard_tokens=SHARD_TOKENS):
+        self.folder, self.part = Path(folder), Path(folder) / 'unfinished'
+        self.tokenizer, self.shard_tokens = tokenizer, shard_tokens
+        self.dtype = np.dtype('<u2' if len(tokenizer.token_bytes) <= 2**16 else '<u4')
+        self.state = dict(source=source, tokenizer=tokenizer.dict, done=0, max_id=0, splits={})
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            state = json.loads((self.part / 'state.json').read_text())
+            if (state['source'], state['tokenizer']) == (source, tokenizer.dict):
+                self.state = state
+        self.part.mkdir(parents=True, exist_ok=True)
+        self.files = {}
+        for split, shards in self.state['splits'].items():  # forget what was added after the last save
+            self.files[split] = open(self.shard(split, len(shards) - 1), 'r+b')
+            self.files[split].truncate(shards[-1] * self.dtype.itemsize)
+            self.files[split].seek(0, io.SEEK_END)
+
+    @property
+    def done(self):
+        return self.state['done']
+
+    def shard(self, split, i):
+        return self.part / f'{split}_{i:05d}.bin'
+
+    def add(self, split, ids):
+        """Appends one document's token ids (a sequence of integers), whole, to the split's last shard."""
+        ids = np.asarray(ids, dtype=self.dtype)
+        shards = self.state['splits'].setdefault(split, [])
+        if not shards or shards[-1] >= self.shard_tokens:
+            if shards:
+                self.sync(self.files[split]).close()
+            self.files[split] = open(self.shard(split, len(shards)), 'wb')
+            shards.append(0)
+        self.files[split].write(ids.tobytes())
+        shards[-1] += len(ids)
+        self.state['max_id'] = max(self.state['max_id'], int(ids.max(initial=0)))
+
+    def sync(self, file):
+        file.flush()
+        os.fsync(file.fileno())
+        return file
+
+    def write_json(self, path, value):
+        """Replaces path at once: a reader finds the old text or the new one."""
+        with open(f'{path}.tmp', 'w') as file:
+            json.dump(value, file)
+            self.sync(file)
+        os.replace(f'{path}.tmp', path)
+
+    def save(self, done):
+        for file in self.files.values():
+            self.sync(file)
+        self.write_json(self.part / 'state.json', dict(self.state, done=done))
+        self.state['done'] = done
+
+    def finish(self, **more):
+        """Moves the files into place and writes meta.json last; more: further keys for it."""
+        self.save(self.done)
+        splits, moves = {}, []
+        for split, shards in self.state['splits'].items():
+            self.files.pop(split).close()
+            names = [f'{split}.bin'] if len(shards) == 1 else [f'{split}_{i:05d}.bin' for i in range(len(shards))]
+            moves += [(self.shard(split, i), self.folder / name) for i, name in enumerate(names)]
+            files = [
+                dict(name=name, tokens=tokens, sha256=sha256(self.shard(split, i)))
+                for i, (name, tokens) in enumerate(zip(names, shards, strict=True))
+            ]
+            splits[split] = dict(tokens=sum(shards), files=files)
+        (self.part / 'state.json').unlink()  # from here on an interrupted preparation begins anew
+        (self.folder / 'meta.json').unlink(missing_ok=True)  # the old set ends here, the new one begins with its meta.json
+        for old, new in moves:
+            os.replace(old, new)
+        meta = dict(
+            vocab_size=len(self.tokenizer.token_bytes),
+            max_id=self.state['max_id'],
+            dtype={2: 'uint16', 4: 'uint32'}[self.dtype.itemsize],
+            tokenizer=self.tokenizer.dict,
+            token_bytes=self.tokenizer.token_bytes,
+            splits=splits,
+            source=self.state['source'],
+        )
+        self.write_json(self.folder / 'meta.json', dict(meta, **more))
+        shutil.rmtree(self.part)
+        for split, values in splits.items():
+            print(f'{self.folder.name}: {split} has {values["tokens"]:,} tokens')
+
+
+def sha256(path):
+    digest = hashlib.sha256()
+    with open(path, 'rb') as file:
+        while block := file.read(2**24):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def held_out(name, share):
+    """Whether the document called name belongs to the validation split: a fixed share of all names."""
+    return int.from_bytes(hashlib.sha256(str(name).encode()).digest()[:8], 'big') < share * 2**64
+
+
+def write_text(folder, paths, tokenizer, source, share=0.1, **more):
+    """Prepares a data set from text files. A single file is cut, its last share is for validation; of several, whole files
+    are held out by their names, and the tokenizer's start token ends each."""
+    shutil.rmtree(Path(folder) / 'unfinished', ignore_errors=True)  # these sets are small: nothing to go on with
+    writer = Writer(folder, tokenizer, source)
+    for path in paths:
+        text = read_text(path, errors='surrogateescape' if tokenizer.dict['kind'] == 'byte' else 'strict')
+        n = int(len(text) * (1 - share)) if len(paths) == 1 else len(text)
+        parts = [('train', text[:n]), ('val', text[n:])] if len(paths) == 1 else [(place(path.name, share), text)]
+        for split, part in parts:
+            for piece in pieces(part):
+                writer.add(split, tokenizer.encode(piece))
+            if len(paths) > 1:
+                writer.add(split, [tokenizer.start])
+    writer.finish(**more)
+
+
+def place(name, share):
+    """The split of the document called name: a fixed share of all names is for validation."""
+    return 'val' if int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) < share * 2**32 else 'train'
+
+
+def read_text(path, errors='strict'):
+    """The text of a UTF-8 file, its line ends as they are. Raises ValueError if it is not UTF-8 or not there."""
+    try:
+        return Path(path).read_bytes().decode('utf-8', errors)
+    except FileNotFoundError:
+        raise ValueError(f'there is no file {path}') from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f'{path} is not UTF-8 ({error.reason} at byte {error.start}): use the byte tokenizer') from None
+
+
+def fetch(url, path):
+    """Downloads url to path, whole or not at all, unless it is there. Returns path."""
+    if not path.exists():
+        try:
+            with urllib.request.urlopen(url, timeout=60) as answer, open(f'{path}.tmp', 'wb') as file:
+                shutil.copyfileobj(answer, file)
+        except OSError as error:
+            raise ValueError(f'{url} cannot be downloaded ({error}): give the file with --input') from None
+        os.replace(f'{path}.tmp', path)
+    return path
+
+
+def pieces(text, size=2**22):
+    """text in pieces of about size characters, cut after a newline, so that encoding needs little memory."""
+    start = 0
+    while start < len(text):
+        end = text.find('\n', start + size) + 1 or len(text)
+        yield text[start:end]
+        start = end
+
+
+def write_hub(folder, path, splits, column='text', end=True, share=0.0005, argv=None, **load):
+    """The main program of a data set on the Hugging Face hub, in GPT-2's tokens: downloads, tokenises, can be resumed.
+
+    path, load: of datasets.load_dataset, parquet-backed sets only. splits: {theirs: ours}; where ours has no val, a share of
+    the documents is held out by their number. end: an end-of-text token follows every document.
+    """
+    parser = argparse.ArgumentParser(description=f'Prepares {path} in {Path(folder).name}/ (interrupted, it goes on).')
+    parser.add_argument('--input', nargs='*', help='local parquet files to read instead (for one split)')
+    parser.add_argument('--processes', type=int, default=os.cpu_count(), help='tokenising processes')
+    parser.add_argument('--streaming', action='store_true', help='read over the network, keep no copy on this disk')
+    parser.add_argument('--max_documents', type=int, help='stop after so many')
+    parser.add_argument('--shard_tokens', type=int, default=SHARD_TOKENS, help='tokens per file')
+    args = parser.parse_args(argv)
+    try:
+        from datasets import load_dataset
+        from tqdm import tqdm
+    except ImportError as error:
+        raise ValueError(f'{error.name} is missing: pip install -e ".[data]"') from None
+    tokenizer = Tiktoken('gpt2')
+    if args.input:
+        path, load, splits = 'parquet', dict(data_files=args.input), {'train': 'train'}
+    writer = Writer(folder, tokenizer, dict(path=path, **load), args.shard_tokens)
+    done = dict(writer.done or {})
+    with get_context('spawn').Pool(args.processes) as pool:
+        for theirs, ours in splits.items():
+            rows = load_dataset(path, split=theirs, streaming=args.streaming, **load)
+            first = done.setdefault(theirs, 0)
+            total = None if args.streaming else len(rows)
+            texts = iter(row[column] for row in rows.skip(first))
+            with tqdm(desc=f'{theirs}', initial=first, total=total, unit=' documents') as bar:
+                while group := list(islice(texts, min(8192, (args.max_documents or sys.maxsize) - done[theirs]))):
+                    for ids in pool.imap(encode_gpt2, group, chunksize=32):
+                        split = ours if 'val' in splits.values() else place(str(done[theirs]), share)
+                        writer.add(split, np.append(ids, tokenizer.start) if end else ids)
+                        done[theirs] += 1
+                    writer.save(dict(done))
+                    bar.update(len(group))
+    writer.finish()
+
+
+def encode_gpt2(text):
+    import tiktoken
+
+    return np.asarray(tiktoken.get_encoding('gpt2').encode_ordinary(text), dtype='<u2')
+
+
+# -----------------------------------------------------------------------------
+# reading
+
+
+def read_meta(folder):
+    """meta.json of a data set, or what stands for it in nanoGPT's folders. Raises ValueError with the command that helps."""
+    folder = Path(folder)
+    script = folder / 'prepare.py'
+    if not folder.is_dir():
+        known = sorted(path.parent.name for path in ROOT.glob('*/prepare.py'))
+        raise ValueError(f'dataset={folder.name!r}: there is no folder {folder}, prepared or known are {", ".join(known)}')
+    if (folder / 'meta.json').exists():
+        try:
+            return json.loads((folder / 'meta.json').read_text())
+        except ValueError as error:
+            raise ValueError(f'{folder}/meta.json is broken ({error}): prepare the data again') from None
+    if not (folder / 'train.bin').exists():
+        how = f'python {os.path.relpath(script)}' if script.exists() else 'a prepare.py like those in data/'
+        raise ValueError(f'the data set {folder.name} is not prepared, run: {how}')
+    return nanogpt_meta(folder)
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Reads nanoGPT's meta.pkl, which holds plain values only: a pickle that names any class or function is refused."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f'{module}.{name} is not a plain value')
+
+
+def nanogpt_meta(folder):
+    """nanoGPT's meta.pkl (vocab_size, itos), or GPT-2's encoding where there is none, with the largest id of the files."""
+    meta = dict(dtype='uint16', source='nanoGPT', tokenizer=dict(kind='tiktoken', name='gpt2'), vocab_size=50257)
+    if (folder / 'meta.pkl').exists():
+        try:
+            with open(folder / 'meta.pkl', 'rb') as file:
+                old = PlainUnpickler(file).load()
+            chars = [old['itos'][i] for i in range(old['vocab_size'])]
+        except (pickle.UnpicklingError, KeyError, TypeError, EOFError) as error:
+            raise ValueError(f'{folder}/meta.pkl is not what nanoGPT writes ({error}): prepare the data again') from None
+        meta.update(tokenizer=dict(kind='char', chars=chars), vocab_size=len(chars))
+    files = {split: folder / f'{split}.bin' for split in ('train', 'val') if (folder / f'{split}.bin').exists()}
+    counts = {split: path.stat().st_size // 2 for split, path in files.items()}
+    meta['splits'] = {s: dict(tokens=counts[s], files=[dict(name=files[s].name, tokens=counts[s])]) for s in files}
+    stamp = [[path.stat().st_size, path.stat().st_mtime_ns] for path in files.values()]
+    scan = folder / 'max_id.json'  # so that large files are scanned once
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        old = json.loads(scan.read_text())
+        if old['stamp'] == stamp:
+            return dict(meta, max_id=old['max_id'])
+    blocks = (block for path in files.values() for block in read_blocks(path))
+    meta['max_id'] = max((int(block.max()) for block in blocks), default=0)
+    with contextlib.suppress(OSError):  # a folder that cannot be written is scanned again
+        scan.write_text(json.dumps(dict(max_id=meta['max_id'], stamp=stamp)))
+    return meta
+
+
+def read_blocks(path, count=2**24):
+    with open(path, 'rb') as file:
+        while len(block := np.fromfile(file, dtype='<u2', count=count)):
+            yield block
+
+
+class Split:
+    """The windows of one split: block_size tokens and the tokens that follow them.
+
+    Raises ValueError for files that are missing or not as long as meta.json says, a split too short for one window, and
+    ids that are not below vocab_size.
+    """
+
+    def __init__(self, folder, meta, name, block_size, vocab_size):
+        if name not in meta['splits']:
+            raise ValueError(f'the data set {Path(folder).name} has no {name} split, only {", ".join(meta["splits"])}')
+        self.T, self.vocab_size = block_size, vocab_size
+        self.dtype = np.dtype({'uint16': '<u2', 'uint32': '<u4'}[meta['dtype']])
+        self.files = [Path(folder) / file['name'] for file in meta['splits'][name]['files']]
+        self.tokens = np.array([file['tokens'] for file in meta['splits'][name]['files']])
+        self.masks = [path.with_suffix('.mask') for path in self.files]
+        self.masked = any(path.exists() for path in self.masks)
+        for path, tokens in zip(self.files, self.tokens, strict=True):
+            self.expect_size(path, tokens * self.dtype.itemsize)
+        for path, tokens in zip(self.masks if self.masked else (), self.tokens, strict=self.masked):
+            self.expect_size(path, tokens)
+        row = meta.get('row_len')
+        if row and block_size != row - 1:
+            raise ValueError(f'block_size={block_size}, expected {row - 1}: the data is rows of {row} tokens')
+        if self.tokens.max() <= block_size:
+            fits = f'{self.tokens.max()} tokens, a window needs block_size + 1'
+            raise ValueError(f'block_size={block_size} is too long for {self.files[0]}: it has {fits}')
+        self.check_ids(meta['max_id'], Path(folder).name)
+        self.step, self.stride = row or 1, row or block_size  # between the windows of training, and of evaluation
+        self.starts = np.maximum(0, (self.tokens - block_size - 1) // self.step + 1)  # training windows, per file
+
+    def expect_size(self, path, size):
+        found = path.stat().st_size if path.exists() else 'no'
+        if found != size:
+            raise ValueError(f'{path} has {found} bytes, meta.json says {size}: prepare the data again')
+
+    def check_ids(self, largest, where):
+        if largest >= self.vocab_size:
+            raise ValueError(f'vocab_size={self.vocab_size}, expected at least {largest + 1}: {where} has the id {largest}')
+
+    def window(self, file, start):
+        """Inputs and targets, each (T,) int64; past the end of the file and where its mask is 0 the targets are -1."""
+        ids = np.fromfile(self.files[file], self.dtype, self.T + 1, offset=start * self.dtype.itemsize).astype(np.int64)
+        self.check_ids(ids.max(), self.files[file])
+        x, y = np.zeros(self.T, np.int64), np.full(self.T, -1)
+        n = len(ids) - 1
+        x[:n], y[:n] = ids[:-1], ids[1:]
+        if self.masked:
+            y[:n][np.fromfile(self.masks[file], np.uint8, n, offset=start + 1) == 0] = -1
+        return x, y
+
+    def draw(self, rng, n):
+        """n windows drawn from all of the split by a numpy Generator, as inputs and targets (n, T)."""
+        ends = np.cumsum(self.starts)
+        picks = rng.integers(ends[-1], size=n)
+        files = np.searchsorted(ends, picks, side='right')
+        windows = [(f, (pick - ends[f] + self.starts[f]) * self.step) for f, pick in zip(files, picks, strict=True)]
+        return self.stack(windows, n)
+
+    def fixed(self, n=None):
+        """(file, start) of the windows for evaluation: end to end through the split, or n of them evenly spread."""
+        starts = [range(0, tokens - 1, self.stride) for tokens in self.tokens]
+        windows = [(file, start) for file, places in enumerate(starts) for start in places]
+        return windows if n is None or n >= len(windows) else [windows[i * len(windows) // n] for i in range(n)]
+
+    def stack(self, windows, n):
+        """The windows as (n, T) inputs and targets, filled up with targets -1."""
+        xs, ys = np.zeros((n, self.T), np.int64), np.full((n, self.T), -1)
+        for i, (file, start) in enumerate(windows):
+            xs[i], ys[i] = self.window(file, start)
+        return xs, ys

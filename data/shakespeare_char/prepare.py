@@ -1,0 +1,29 @@
+"""
+Tiny Shakespeare, one token per character: 65 of them, 1,003,854 for training and 111,540 for validation.
+
+    python data/shakespeare_char/prepare.py [--input input.txt]      without --input it is downloaded
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent
+sys.path.insert(0, str(FOLDER.parents[1]))
+
+from configurator import command  # noqa: E402
+from data.dataset import Characters, fetch, read_text, write_text  # noqa: E402
+
+URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
+
+
+@command
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('--input', type=Path, help='the text, if it is here already')
+    path = parser.parse_args(argv).input or fetch(URL, FOLDER / 'input.txt')
+    write_text(FOLDER, [path], Characters(sorted(set(read_text(path)))), source=URL)
+
+
+if __name__ == '__main__':
+    main()

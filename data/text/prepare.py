@@ -1,0 +1,42 @@
+"""
+Your own text: a file, or every file below a folder.
+
+    python data/text/prepare.py --input my.txt [--tokenizer byte|gpt2|char] [--name text]
+
+Train on it with --dataset=text, or the name you gave.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent
+sys.path.insert(0, str(FOLDER.parents[1]))
+
+from configurator import command  # noqa: E402
+from data.dataset import Bytes, Characters, Tiktoken, read_text, write_text  # noqa: E402
+
+TOKENIZERS = {
+    'byte': lambda paths: Bytes(),
+    'gpt2': lambda paths: Tiktoken('gpt2'),
+    'char': lambda paths: Characters(sorted(set().union(*(read_text(path) for path in paths), '\n'))),
+}
+
+
+@command
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--input', type=Path, required=True, help='a text file or a folder of them')
+    parser.add_argument('--tokenizer', choices=TOKENIZERS, default='byte')
+    parser.add_argument('--name', default='text', help='the data set is data/NAME')
+    parser.add_argument('--pattern', default='*', help='of a folder, only the files of this pattern, say *.md')
+    args = parser.parse_args(argv)
+    folder = args.input.is_dir()
+    paths = sorted(path for path in args.input.rglob(args.pattern) if path.is_file()) if folder else [args.input]
+    if not paths or not paths[0].exists():
+        raise ValueError(f'--input {args.input}: there is no such file, or no {args.pattern} in the folder')
+    write_text(FOLDER.parent / args.name, paths, TOKENIZERS[args.tokenizer](paths), source=str(args.input.name))
+
+
+if __name__ == '__main__':
+    main()
