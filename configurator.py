@@ -66,7 +66,9 @@ def configure(defaults, argv, out=None):
                 print(f'    {key} = {config[key]!r}', file=out)
         else:
             key, equals, text = arg.removeprefix('--').partition('=')
-            check(equals and arg.startswith('--'), 'argument', arg, '--key=value (with the equals sign) or a config file')
+            check(
+                equals and arg.startswith('--'), 'argument', arg, '--key=value (with the equals sign) or a config file'
+            )
             check_key(key, hints, '')
             config[key] = parse(key, text, hints[key])
             given.add(key)
@@ -152,6 +154,8 @@ def command(main):
             if not Path(trace.tb_frame.f_code.co_filename).resolve().is_relative_to(ROOT):
                 raise  # not one of our messages but a defect, which needs its traceback
             failure, status = error, 2
+        except KeyboardInterrupt:
+            sys.exit(128 + signal.SIGINT)
         except BrokenPipeError:  # python sample.py | head
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             sys.exit(128 + signal.SIGPIPE)
@@ -168,7 +172,9 @@ def command(main):
 # -----------------------------------------------------------------------------
 # the machine: device, precision, compilation, ranks
 
-RANK, WORLD, LOCAL_RANK = (int(os.environ.get(name, n)) for name, n in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
+RANK, WORLD, LOCAL_RANK = (
+    int(os.environ.get(name, n)) for name, n in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0))
+)
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
 
@@ -184,11 +190,21 @@ def choose_device(device):
     except RuntimeError:
         kind = None
     check(kind in ('cuda', 'mps', 'cpu'), 'device', device, 'auto, cpu, cuda, cuda:N or mps')
-    check(kind == 'cpu' or getattr(torch, kind).is_available(), 'device', device, f'a device of this machine, it has no {kind}')
+    check(
+        kind == 'cpu' or getattr(torch, kind).is_available(),
+        'device',
+        device,
+        f'a device of this machine, it has no {kind}',
+    )
     if device == 'cuda':
         device = f'cuda:{LOCAL_RANK}'
     found = torch.device(device)
-    check(kind != 'cuda' or (found.index or 0) < torch.cuda.device_count(), 'device', device, f'below cuda:{torch.cuda.device_count()}')
+    check(
+        kind != 'cuda' or (found.index or 0) < torch.cuda.device_count(),
+        'device',
+        device,
+        f'below cuda:{torch.cuda.device_count()}',
+    )
     return found, why
 
 
@@ -203,6 +219,16 @@ def choose_dtype(dtype, kind):
     if kind == 'cpu' and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
         return torch.bfloat16, 'the CPU has it'
     return torch.float32, f'no fast bfloat16 on this {kind}'
+
+
+def autocast(kind, dtype):
+    """The context in which matrix products run in dtype.
+
+    Without torch's cache of cast weights: it would sum the gradient of a head in chunks in the low precision, and reuse
+    what was cast without a graph in the iterations before the last bptt_k.
+    """
+    low = dtype != torch.float32
+    return torch.autocast(kind, dtype=dtype if low else torch.bfloat16, enabled=low, cache_enabled=False)
 
 
 def choose_compile(compile, kind, steps):
@@ -277,14 +303,13 @@ def setup(config, steps=math.inf):
         m.cpu_group = dist.new_group(backend='gloo')
     m.peak = config.peak_flops or peak_flops(m)
     m.compile, why_compile = choose_compile(config.compile, m.kind, steps)
-    if m.compile:  # all blocks of a process count against one limit, and beyond it dynamo runs eagerly without saying so
+    if (
+        m.compile
+    ):  # all blocks of a process count against one limit, and beyond it dynamo runs eagerly without saying so
         torch._dynamo.config.recompile_limit = 64
         torch._dynamo.config.fail_on_recompile_limit_hit = True
     torch.manual_seed(config.seed)
-    # without the cache of cast weights: it would sum the gradient of a chunked head in the low precision, and reuse what was
-    # cast without a graph in the iterations before the last bptt_k
-    low = dict(dtype=m.dtype, enabled=True) if m.dtype != torch.float32 else dict(enabled=False)
-    m.autocast = lambda: torch.autocast(m.kind, cache_enabled=False, **low)
+    m.autocast = functools.partial(autocast, m.kind, m.dtype)
     name = f' {torch.cuda.get_device_name(m.device)}' if m.kind == 'cuda' else ''
     m.line = (
         f'device: {m.device}{name} ({why_device}), dtype: {str(m.dtype)[6:]} ({why_dtype}), '

@@ -49,7 +49,9 @@ class Characters:
         return [self.ids[char] for char in text]
 
     def decode_bytes(self, ids):
-        return ''.join(self.dict['chars'][i] if i < len(self.ids) else '\N{REPLACEMENT CHARACTER}' for i in ids).encode()
+        return ''.join(
+            self.dict['chars'][i] if i < len(self.ids) else '\N{REPLACEMENT CHARACTER}' for i in ids
+        ).encode()
 
 
 class Bytes:
@@ -183,7 +185,9 @@ class Writer:
             ]
             splits[split] = dict(tokens=sum(shards), files=files)
         (self.part / 'state.json').unlink()  # from here on an interrupted preparation begins anew
-        (self.folder / 'meta.json').unlink(missing_ok=True)  # the old set ends here, the new one begins with its meta.json
+        (self.folder / 'meta.json').unlink(
+            missing_ok=True
+        )  # the old set ends here, the new one begins with its meta.json
         for old, new in moves:
             os.replace(old, new)
         meta = dict(
@@ -243,7 +247,9 @@ def read_text(path, errors='strict'):
     except FileNotFoundError:
         raise ValueError(f'there is no file {path}') from None
     except UnicodeDecodeError as error:
-        raise ValueError(f'{path} is not UTF-8 ({error.reason} at byte {error.start}): use the byte tokenizer') from None
+        raise ValueError(
+            f'{path} is not UTF-8 ({error.reason} at byte {error.start}): use the byte tokenizer'
+        ) from None
 
 
 def fetch(url, path):
@@ -323,7 +329,9 @@ def read_meta(folder):
     script = folder / 'prepare.py'
     if not folder.is_dir():
         known = sorted(path.parent.name for path in ROOT.glob('*/prepare.py'))
-        raise ValueError(f'dataset={folder.name!r}: there is no folder {folder}, prepared or known are {", ".join(known)}')
+        raise ValueError(
+            f'dataset={folder.name!r}: there is no folder {folder}, prepared or known are {", ".join(known)}'
+        )
     if (folder / 'meta.json').exists():
         try:
             return json.loads((folder / 'meta.json').read_text())
@@ -351,7 +359,9 @@ def nanogpt_meta(folder):
                 old = PlainUnpickler(file).load()
             chars = [old['itos'][i] for i in range(old['vocab_size'])]
         except (pickle.UnpicklingError, KeyError, TypeError, EOFError) as error:
-            raise ValueError(f'{folder}/meta.pkl is not what nanoGPT writes ({error}): prepare the data again') from None
+            raise ValueError(
+                f'{folder}/meta.pkl is not what nanoGPT writes ({error}): prepare the data again'
+            ) from None
         meta.update(tokenizer=dict(kind='char', chars=chars), vocab_size=len(chars))
     files = {split: folder / f'{split}.bin' for split in ('train', 'val') if (folder / f'{split}.bin').exists()}
     counts = {split: path.stat().st_size // 2 for split, path in files.items()}
@@ -402,7 +412,7 @@ class Split:
             fits = f'{self.tokens.max()} tokens, a window needs block_size + 1'
             raise ValueError(f'block_size={block_size} is too long for {self.files[0]}: it has {fits}')
         self.check_ids(meta['max_id'], Path(folder).name)
-        self.step, self.stride = row or 1, row or block_size  # between the windows of training, and of evaluation
+        self.step, self.stride = (row or 1, row or block_size)  # between the windows of training, and of evaluation
         self.starts = np.maximum(0, (self.tokens - block_size - 1) // self.step + 1)  # training windows, per file
 
     def expect_size(self, path, size):
@@ -412,7 +422,9 @@ class Split:
 
     def check_ids(self, largest, where):
         if largest >= self.vocab_size:
-            raise ValueError(f'vocab_size={self.vocab_size}, expected at least {largest + 1}: {where} has the id {largest}')
+            raise ValueError(
+                f'vocab_size={self.vocab_size}, expected at least {largest + 1}: {where} has the id {largest}'
+            )
 
     def window(self, file, start):
         """Inputs and targets, each (T,) int64; past the end of the file and where its mask is 0 the targets are -1."""

@@ -1,0 +1,123 @@
+"""
+Measures training steps: time, tokens per second, model FLOPs utilisation and memory.
+
+    python bench.py config/train_gpt2_looped.py --batch_size=8
+    python bench.py config/train_shakespeare_char_looped.py --vs="--n_loop=8"     two settings, taking turns in one run
+
+Utilisation counts every executed layer of the loop, and its backward pass only where the last bptt_k iterations have one.
+It is taken against the device's dense peak, on a CPU against its own matrix products, measured here.
+"""
+
+import contextlib
+import io
+import itertools
+import shlex
+import statistics
+import time
+from dataclasses import dataclass
+
+import torch
+
+from configurator import ROOT, command, configure, peak_memory, setup
+from data.dataset import read_meta
+from model import GPT, GPTConfig, check, check_types
+from train import Objective, TrainConfig, make_optimizer, train_step
+
+
+@dataclass
+class BenchConfig:
+    vs: str = ''  # flags of a second setting, measured in turns with the first
+    warmup: int = 5  # steps before measuring; compilation is in the first
+    rounds: int = 5  # measurements, of which the median is taken
+    steps: int = 10  # steps per measurement
+
+    def __post_init__(self):
+        """Raises ValueError for a value of the wrong type or outside its range."""
+        check_types(self)
+        for key in ('rounds', 'steps', 'warmup'):
+            check(getattr(self, key) >= 1, key, getattr(self, key), 'at least 1')
+
+
+class Side:
+    """One of the settings: its model, its optimizer and a random batch, which costs no reading."""
+
+    def __init__(self, c, m, name):
+        self.c, self.m, self.name, self.seconds = c, m, name, []
+        torch.manual_seed(c.seed)
+        self.model = GPT(c.build(GPTConfig)).to(m.device)
+        if m.compile:
+            for block in self.model.blocks():
+                block.compile()
+        self.objective = Objective(self.model)
+        self.optimizer, _ = make_optimizer(self.model, c, m.kind)
+        self.scaler = torch.amp.GradScaler(m.kind, enabled=m.dtype == torch.float16)
+        tokens = torch.randint(c.vocab_size, (c.batch_size, c.block_size + 1))
+        self.batches = itertools.repeat((tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), c.seed))
+        self.tokens = c.gradient_accumulation_steps * c.batch_size * c.block_size
+        self.first = self.run(1)
+        self.run(c.warmup)
+        self.memory = peak_memory(m)
+
+    def run(self, steps):
+        """Seconds per step; every step ends with the host waiting for the device."""
+        start = time.perf_counter()
+        for _ in range(steps):
+            train_step(self.objective, self.optimizer, self.scaler, self.batches, self.c, self.m)
+        return (time.perf_counter() - start) / steps
+
+    def report(self, peak):
+        step = statistics.median(self.seconds)
+        spread = f'{1000 * min(self.seconds):.2f} to {1000 * max(self.seconds):.2f}'
+        flops = self.model.flops()[1] * self.tokens
+        mfu = f'{flops / step / peak:.2%}' if peak else 'n/a'
+        print(
+            f'{self.name}: {1000 * step:.2f} ms per step (median of {len(self.seconds)} x {self.c.steps}, {spread}), '
+            f'{self.tokens / step:,.0f} tokens/s, {flops / step / 1e12:.3f} TFLOP/s, mfu {mfu}, '
+            f'first step {self.first:.1f} s, memory {self.memory / 2**20:,.0f} MiB'
+        )
+
+
+def matmul_rate(m, size=2048):
+    """FLOP/s of square matrix products on this device, the best of several."""
+    a = torch.randn(size, size, device=m.device, dtype=m.dtype)
+    seconds = []
+    for _ in range(8):
+        start = time.perf_counter()
+        a @ a
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds)
+
+
+@command
+def main(argv):
+    keys = (BenchConfig, TrainConfig, GPTConfig)
+    c = configure(keys, argv)
+    settings = [c, configure(keys, [*argv, *shlex.split(c.vs)], out=io.StringIO())] if c.vs else [c]
+    for setting in settings:
+        setting.build(BenchConfig)
+        setting.build(TrainConfig)
+        if 'vocab_size' not in setting.given:
+            with contextlib.suppress(ValueError):  # not prepared: the default serves to measure
+                setting['vocab_size'] = read_meta(ROOT / 'data' / setting.dataset)['vocab_size']
+    m = setup(c)
+    check(m.world == 1, 'processes', m.world, '1')
+    print(m.line)
+    fixed = [key for key in ('device', 'dtype', 'compile', 'deterministic', 'seed') if settings[-1][key] != c[key]]
+    check(not fixed, 'vs', c.vs, f'the same {", ".join(fixed)} for both settings')
+    sides = [Side(setting, m, name) for setting, name in zip(settings, ('this', c.vs), strict=False)]
+    for _ in range(c.rounds):
+        for side in sides:
+            side.seconds.append(side.run(c.steps))
+    peak = m.peak or (matmul_rate(m) if m.kind == 'cpu' else None)
+    if m.kind == 'cpu' and not c.peak_flops:
+        print(f'peak: {peak / 1e12:.3f} TFLOP/s, measured matrix products of 2048 in {str(m.dtype)[6:]}')
+    for side in sides:
+        side.report(peak)
+    if c.vs:
+        ratios = [b / a for a, b in zip(sides[0].seconds, sides[1].seconds, strict=True)]
+        spread = f'{min(ratios):.3f} to {max(ratios):.3f}'
+        print(f'time per step, {c.vs} / this: {statistics.median(ratios):.3f} (median of {len(ratios)}, {spread})')
+
+
+if __name__ == '__main__':
+    main()

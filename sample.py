@@ -1,0 +1,148 @@
+"""
+Samples from a trained model.
+
+    python sample.py --out_dir=out-quickstart --start="def " --num_samples=3 --n_loop=8
+
+The text and a line of dashes per sample go to stdout, everything else to stderr.
+"""
+
+import codecs
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from configurator import ROOT, autocast, choose_device, choose_dtype, command, configure
+from data.dataset import make_tokenizer, read_meta, read_text
+from model import check, load_checkpoint, check_types
+
+
+@dataclass
+class SampleConfig:
+    out_dir: str = 'out'  # the run to sample from: its best.pt, else its ckpt.pt; or the path of a checkpoint
+    start: str = ''  # the text to go on with; FILE:path reads it from a file; nothing = a new line or document
+    num_samples: int = 1  # drawn together in one batch
+    max_new_tokens: int = 500  # per sample
+    temperature: float = 0.8  # 1 = as the model says, lower = safer, 0 = always the most likely token
+    top_k: int | None = 200  # only the k most likely tokens; None = all
+    top_p: float | None = None  # only the most likely tokens that make up this share of the probability; None = all
+    stop: str = ''  # end a sample before this text; nothing = none
+    stream: bool = False  # print tokens as they come, one sample after the other
+    n_loop: int | None = None  # iterations of the loop; None = as trained
+    seed: int = 1337
+    device: str = 'auto'  # auto, cpu, cuda, cuda:N, mps
+    dtype: str = 'auto'  # of matrix products: auto, float32, bfloat16, float16
+
+    def __post_init__(self):
+        """Raises ValueError for a value of the wrong type or outside its range."""
+        check_types(self)
+        for key in ('num_samples', 'max_new_tokens'):
+            check(getattr(self, key) >= 1, key, getattr(self, key), 'at least 1')
+        check(0 <= self.temperature < math.inf, 'temperature', self.temperature, 'at least 0')
+        check(self.top_k is None or self.top_k >= 1, 'top_k', self.top_k, 'at least 1, or None')
+        check(self.top_p is None or 0 < self.top_p <= 1, 'top_p', self.top_p, 'above 0 and at most 1, or None')
+        check(self.n_loop is None or self.n_loop >= 1, 'n_loop', self.n_loop, 'at least 1, or None')
+        check(self.seed >= 0, 'seed', self.seed, 'at least 0')
+
+
+def find_model(out_dir, device):
+    """(model, checkpoint) of a run's folder, its best checkpoint that loads, or of a checkpoint's path."""
+    path = Path(out_dir)
+    paths = (
+        [path / name for name in ('best.pt', 'ckpt.pt', 'prev.pt') if (path / name).exists()]
+        if path.is_dir()
+        else [path]
+    )
+    check(paths and paths[0].exists(), 'out_dir', out_dir, 'the folder of a run with a checkpoint, or the path of one')
+    for path in paths[:-1]:
+        try:
+            return load_checkpoint(path, device)
+        except ValueError as error:
+            print(error, file=sys.stderr)
+    return load_checkpoint(paths[-1], device)
+
+
+def find_tokenizer(checkpoint):
+    """The checkpoint's tokenizer. nanoGPT's files have none: then it is that of the data set they were trained on."""
+    plain = checkpoint.get('tokenizer')
+    if plain is None:
+        dataset, vocab = (checkpoint.get('config', {}).get('dataset', ''), checkpoint['model_args']['vocab_size'])
+        folder = ROOT / 'data' / dataset
+        prepared = dataset and any((folder / name).exists() for name in ('meta.json', 'meta.pkl'))
+        check(
+            prepared or vocab >= 50257,
+            'out_dir',
+            dataset,
+            'a checkpoint with a tokenizer, or with its data set in data/',
+        )
+        plain = read_meta(folder)['tokenizer'] if prepared else dict(kind='tiktoken', name='gpt2')
+    return make_tokenizer(plain)
+
+
+class Text:
+    """The text of one sample, grown token by token: what can be printed of it, and whether it is complete."""
+
+    def __init__(self, tokenizer, stop):
+        self.tokenizer, self.stop = tokenizer, stop
+        self.decoder = codecs.getincrementaldecoder('utf-8')('replace')  # a character can be several tokens
+        self.text, self.printed, self.done = '', 0, False
+
+    def add(self, token, last):
+        """Takes a token, returns the new text that is certain, which is what cannot be the beginning of stop."""
+        if self.done:
+            return ''
+        self.text += self.decoder.decode(self.tokenizer.decode_bytes([token]), final=last)
+        end = self.text.find(self.stop) if self.stop else -1
+        self.done = end >= 0 or last
+        safe = len(self.text) if end < 0 else end
+        if not self.done:
+            begun = (n for n in range(min(len(self.stop), safe), 0, -1) if self.text.endswith(self.stop[:n]))
+            safe -= next(begun, 0)
+        new, self.printed = self.text[self.printed : safe], max(safe, self.printed)
+        return new
+
+
+@command
+def main(argv):
+    c = configure((SampleConfig,), argv, out=sys.stderr)
+    c.build(SampleConfig)
+    device, _ = choose_device(c.device)
+    dtype, _ = choose_dtype(c.dtype, device.type)
+    model, checkpoint = find_model(c.out_dir, device)
+    model.eval()
+    n_loop = c.n_loop or model.config.n_loop
+    trained = checkpoint.get('loops_trained', [model.config.n_loop])
+    note = '' if n_loop in trained else f', trained with {", ".join(map(str, trained))}'
+    print(f'{c.out_dir}: step {int(checkpoint["iter_num"])}, {n_loop} loops{note}', file=sys.stderr)
+    tokenizer = find_tokenizer(checkpoint)
+    start = c.start
+    if start.startswith('FILE:'):
+        start = read_text(start[5:])
+    prompt = tokenizer.encode(start) or [tokenizer.start]
+    check(max(prompt) < model.config.vocab_size, 'start', start, 'text in the tokens of the checkpoint')
+
+    generator = torch.Generator(device).manual_seed(c.seed)
+    options = dict(temperature=c.temperature, top_k=c.top_k, top_p=c.top_p, n_loop=c.n_loop, generator=generator)
+    batches = [1] * c.num_samples if c.stream else [c.num_samples]
+    with autocast(device.type, dtype):
+        for size in batches:
+            idx = torch.tensor([prompt] * size, device=device)
+            texts, parts = [Text(tokenizer, c.stop) for _ in range(size)], [[start] for _ in range(size)]
+            if c.stream:
+                print(start, end='', flush=True)
+            for i, tokens in enumerate(model.stream(idx, c.max_new_tokens, **options)):
+                for text, part, token in zip(texts, parts, tokens.tolist(), strict=True):
+                    part.append(text.add(token, last=i == c.max_new_tokens - 1))
+                if c.stream:
+                    print(parts[0][-1], end='', flush=True)
+                if all(text.done for text in texts):
+                    break
+            for part in parts:
+                print('' if c.stream else ''.join(part))
+                print('---------------', flush=True)
+
+
+if __name__ == '__main__':
+    main()

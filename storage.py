@@ -1,0 +1,195 @@
+"""
+What a run leaves behind and how it is kept whole: out_dir with ckpt.pt (last), prev.pt (the one before), best.pt (lowest
+validation loss) and log.jsonl; the lock that keeps a second run out; the signals that end a run after saving.
+
+At every moment ckpt.pt or prev.pt is a whole checkpoint, whatever dies: files are written under another name, forced to
+the disk, and renamed.
+"""
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from configurator import RANK, ROOT
+from model import check, read_checkpoint
+
+# -----------------------------------------------------------------------------
+# checkpoints
+
+
+def replace_by_link(source, target):
+    """Makes target the same file as source, at once; a copy where the file system has no links."""
+    new = target.with_name(target.name + '.tmp')
+    new.unlink(missing_ok=True)
+    try:
+        os.link(source, new)
+    except OSError:
+        shutil.copyfile(source, new)
+    os.replace(new, target)
+    new.unlink(missing_ok=True)  # replacing a file by itself leaves the other name behind
+
+
+def save_checkpoint(out_dir, checkpoint, log, best):
+    """Writes ckpt.pt, and best.pt if best, with the length of the log. Raises OSError with the reason it failed."""
+    path, prev, new = (out_dir / name for name in ('ckpt.pt', 'prev.pt', 'ckpt.pt.tmp'))
+    try:
+        os.fsync(log)
+        with open(new, 'wb') as file:
+            torch.save(dict(checkpoint, log_bytes=os.fstat(log.fileno()).st_size), file)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            replace_by_link(path, prev)
+        os.replace(new, path)
+        if best:
+            replace_by_link(path, out_dir / 'best.pt')
+        folder = os.open(out_dir, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+    except (RuntimeError, OSError) as error:  # torch's zip writer tells a full disk as a RuntimeError
+        with contextlib.suppress(OSError):
+            new.unlink(missing_ok=True)
+        kept = next((str(file) for file in (path, prev) if file.exists()), 'none')
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise OSError(f'the checkpoint cannot be saved: {reason}; the last good one: {kept}') from None
+
+
+def find_checkpoint(init_from, out_dir):
+    """The checkpoint that init_from names, None for scratch. Raises ValueError if there is none that loads."""
+    if init_from == 'scratch':
+        return None
+    named = init_from not in ('resume', 'auto')
+    if named and not Path(init_from).is_dir():
+        wanted = "scratch, resume, auto, or the path of a checkpoint or of a run's folder"
+        check(Path(init_from).exists(), 'init_from', init_from, wanted)
+        return read_checkpoint(init_from)
+    folder = Path(init_from if named else out_dir)
+    paths = [path for name in ('ckpt.pt', 'prev.pt') if (path := folder / name).exists()]
+    if not paths and init_from == 'auto':
+        return None
+    check(paths, 'init_from', init_from, f'a checkpoint in {folder}, there is none')
+    for path in paths:
+        try:
+            return read_checkpoint(path)
+        except ValueError as error:
+            if RANK == 0:
+                print(error, file=sys.stderr)
+    raise ValueError(f'no checkpoint in {folder} can be read')
+
+
+# -----------------------------------------------------------------------------
+# the folder and its log
+
+
+def open_out_dir(out_dir):
+    """Creates out_dir and locks it. Returns the lock, held while it lives. Raises ValueError if that cannot be."""
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        lock = open(out_dir / '.lock', 'w')
+    except OSError as error:
+        raise ValueError(f'out_dir={str(out_dir)!r} cannot be written: {error.strerror}') from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ValueError(f'out_dir={str(out_dir)!r} is in use by another run') from None
+    return lock
+
+
+def move_aside(out_dir):
+    """Moves an earlier run's files to out_dir/run-N: starting from scratch deletes nothing."""
+    paths = [path for name in ('ckpt.pt', 'prev.pt', 'best.pt', 'log.jsonl') if (path := out_dir / name).exists()]
+    if any(path.suffix == '.pt' for path in paths):  # a log alone is of a run that never saved
+        n = next(n for n in range(1, 10**6) if not (out_dir / f'run-{n}').exists())
+        (out_dir / f'run-{n}').mkdir()
+        for path in paths:
+            os.replace(path, out_dir / f'run-{n}' / path.name)
+        print(f'{out_dir} held an earlier run, it is now in {out_dir}/run-{n}')
+
+
+class Log:
+    """log.jsonl, one object per line; stdout and, if wandb_log, Weights & Biases get the same. First rank only."""
+
+    def __init__(self, c, resumed):
+        self.file = open(Path(c.out_dir) / 'log.jsonl', 'ab', buffering=0)
+        self.file.truncate(resumed.get('log_bytes', 0))  # the steps after the checkpoint will be run again
+        self.wandb, self.wandb_id = None, resumed.get('wandb_id') or uuid.uuid4().hex[:8]
+        if c.wandb_log:
+            try:
+                import wandb
+            except ImportError:
+                raise ValueError('wandb_log=True needs wandb: pip install wandb') from None
+            run = dict(project=c.wandb_project, name=c.wandb_run_name, id=self.wandb_id, resume='allow')
+            self.wandb = wandb.init(**run, config=dict(c))
+
+    def write(self, text, record):
+        print(text, flush=True)
+        finite = {key: v if not isinstance(v, float) or math.isfinite(v) else None for key, v in record.items()}
+        self.file.write(json.dumps(finite).encode() + b'\n')
+        if self.wandb:
+            self.wandb.log(record, step=record['iter'])
+
+
+def git_commit():
+    """The commit of this repository, with a + if files differ from it; None outside of git."""
+    git = ('git', '-C', str(ROOT))
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        call = dict(text=True, stderr=subprocess.DEVNULL)
+        commit = subprocess.check_output((*git, 'rev-parse', 'HEAD'), **call).strip()
+        return commit + '+' * bool(subprocess.check_output((*git, 'status', '--porcelain', '-uno'), **call))
+
+
+# -----------------------------------------------------------------------------
+# signals, and what ranks agree on
+
+
+def largest_of_ranks(m, value):
+    """The largest of all ranks' integers, agreed on between CPUs: no device is waited for."""
+    if m.cpu_group is None:
+        return value
+    value = torch.tensor([value])
+    dist.all_reduce(value, op=dist.ReduceOp.MAX, group=m.cpu_group)
+    return int(value)
+
+
+class Signals:
+    """SIGTERM and SIGINT raise a flag, read where the run can be saved. Repeats are ignored, since torchrun sends
+    each several times to its workers; a Ctrl-C more than 2 s after the first signal kills."""
+
+    def __init__(self, m):
+        self.m, self.number, self.agreed, self.first = m, 0, 0, 0.0
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, kind, error, trace):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        if self.number and isinstance(error, Exception) and not isinstance(error, ValueError | OSError):
+            # the signal has reached a process that this one needs: a compiler, another rank
+            print(f'stopped by {signal.Signals(self.number).name} ({kind.__name__})', file=sys.stderr)
+            sys.exit(128 + self.number)
+
+    def note(self, number, frame):
+        if self.number and number == signal.SIGINT and time.monotonic() - self.first > 2:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        if not self.number:
+            self.number, self.first = number, time.monotonic()
+
+    def stopped(self):
+        """The signal that some rank got, 0 if none did. All ranks call this at the same places."""
+        self.agreed = largest_of_ranks(self.m, self.number)
+        return self.agreed
