@@ -238,6 +238,35 @@ def choose_compile(compile, kind, steps):
         return compile, 'asked for'
     if kind == 'mps' or (kind == 'cpu' and steps < 200):
         return False, 'not tried on mps' if kind == 'mps' else f'{steps} steps do not pay for it'
+    from torch._inductor import config as inductor  # half a second that only compiling needs
+
+    for trust in (True, None):  # that the C++ compiler knows the CPU's instructions: trying them all takes 6 s
+        try:
+            inductor.cpp.vec_isa_ok = trust
+            torch.compile(torch.relu)(torch.ones(8, device=kind))
+            return True, 'torch.compile works here'
+        except Exception as error:  # no C++ compiler, no Python headers, no triton, ...: many types
+            reason = str(error).splitlines()[0][:80]
+    return False, f'torch.compile does not work here: {reason}'
+
+
+def autocast(kind, dtype):
+    """The context in which matrix products run in dtype.
+
+    Without torch's cache of cast weights: it would sum the gradient of a head in chunks in the low precision, and reuse
+    what was cast without a graph in the iterations before the last bptt_k.
+    """
+    low = dtype != torch.float32
+    return torch.autocast(kind, dtype=dtype if low else torch.bfloat16, enabled=low, cache_enabled=False)
+
+
+def choose_compile(compile, kind, steps):
+    """Whether to compile the blocks, and why. Auto: where a compiler is found and the run is long enough to pay for it."""
+    check(isinstance(compile, bool) or compile == 'auto', 'compile', compile, 'True, False or auto')
+    if compile != 'auto':
+        return compile, 'asked for'
+    if kind == 'mps' or (kind == 'cpu' and steps < 200):
+        return False, 'not tried on mps' if kind == 'mps' else f'{steps} steps do not pay for it'
     try:
         torch.compile(torch.relu)(torch.ones(8, device=kind))
     except Exception as error:  # no C++ compiler, no Python headers, no triton, ...: it surfaces as many types

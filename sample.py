@@ -16,7 +16,7 @@ import torch
 
 from configurator import ROOT, autocast, choose_device, choose_dtype, command, configure
 from data.dataset import make_tokenizer, read_meta, read_text
-from model import check, load_checkpoint, check_types
+from model import check, check_types, load_checkpoint
 
 
 @dataclass

@@ -12,6 +12,7 @@ preparation is never taken for a finished one. nanoGPT's folders (meta.pkl or no
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -28,6 +29,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent
 SHARD_TOKENS = 10**8
+GROUP = 8192  # documents between two saves of a preparation
 
 # -----------------------------------------------------------------------------
 # tokenizers: rebuilt from the plain dict that meta.json and every checkpoint hold
@@ -274,7 +276,7 @@ def pieces(text, size=2**22):
 
 
 def write_hub(folder, path, splits, column='text', end=True, share=0.0005, argv=None, **load):
-    """The main program of a data set on the Hugging Face hub, in GPT-2's tokens: downloads, tokenises, can be resumed.
+    """The main program of a data set on the Hugging Face hub, in the tokens of tiktoken: downloads, tokenises, can be resumed.
 
     path, load: of datasets.load_dataset, parquet-backed sets only. splits: {theirs: ours}; where ours has no val, a share of
     the documents is held out by their number. end: an end-of-text token follows every document.
@@ -283,6 +285,7 @@ def write_hub(folder, path, splits, column='text', end=True, share=0.0005, argv=
     parser.add_argument('--input', nargs='*', help='local parquet files to read instead (for one split)')
     parser.add_argument('--processes', type=int, default=os.cpu_count(), help='tokenising processes')
     parser.add_argument('--streaming', action='store_true', help='read over the network, keep no copy on this disk')
+    parser.add_argument('--tokenizer', default='gpt2', help='an encoding of tiktoken')
     parser.add_argument('--max_documents', type=int, help='stop after so many')
     parser.add_argument('--shard_tokens', type=int, default=SHARD_TOKENS, help='tokens per file')
     args = parser.parse_args(argv)
@@ -291,10 +294,11 @@ def write_hub(folder, path, splits, column='text', end=True, share=0.0005, argv=
         from tqdm import tqdm
     except ImportError as error:
         raise ValueError(f'{error.name} is missing: pip install -e ".[data]"') from None
-    tokenizer = Tiktoken('gpt2')
+    tokenizer = Tiktoken(args.tokenizer)
     if args.input:
         path, load, splits = 'parquet', dict(data_files=args.input), {'train': 'train'}
     writer = Writer(folder, tokenizer, dict(path=path, **load), args.shard_tokens)
+    encode_here = functools.partial(encode, args.tokenizer)
     done = dict(writer.done or {})
     with get_context('spawn').Pool(args.processes) as pool:
         for theirs, ours in splits.items():
@@ -303,20 +307,21 @@ def write_hub(folder, path, splits, column='text', end=True, share=0.0005, argv=
             total = None if args.streaming else len(rows)
             texts = iter(row[column] for row in rows.skip(first))
             with tqdm(desc=f'{theirs}', initial=first, total=total, unit=' documents') as bar:
-                while group := list(islice(texts, min(8192, (args.max_documents or sys.maxsize) - done[theirs]))):
-                    for ids in pool.imap(encode_gpt2, group, chunksize=32):
+                while group := list(islice(texts, min(GROUP, (args.max_documents or sys.maxsize) - done[theirs]))):
+                    for ids in pool.imap(encode_here, group, chunksize=32):
                         split = ours if 'val' in splits.values() else place(str(done[theirs]), share)
-                        writer.add(split, np.append(ids, tokenizer.start) if end else ids)
+                        writer.add(split, [*ids, tokenizer.start] if end else ids)
                         done[theirs] += 1
                     writer.save(dict(done))
                     bar.update(len(group))
     writer.finish()
 
 
-def encode_gpt2(text):
+def encode(name, text):
+    """A worker's part: tiktoken keeps the encoding after the first call."""
     import tiktoken
 
-    return np.asarray(tiktoken.get_encoding('gpt2').encode_ordinary(text), dtype='<u2')
+    return tiktoken.get_encoding(name).encode_ordinary(text)
 
 
 # -----------------------------------------------------------------------------
@@ -365,6 +370,9 @@ def nanogpt_meta(folder):
         meta.update(tokenizer=dict(kind='char', chars=chars), vocab_size=len(chars))
     files = {split: folder / f'{split}.bin' for split in ('train', 'val') if (folder / f'{split}.bin').exists()}
     counts = {split: path.stat().st_size // 2 for split, path in files.items()}
+    meta['token_bytes'] = [0] * meta['vocab_size']  # no bits per byte where GPT-2's encoding cannot be had
+    with contextlib.suppress(OSError, ValueError):
+        meta['token_bytes'] = make_tokenizer(meta['tokenizer']).token_bytes
     meta['splits'] = {s: dict(tokens=counts[s], files=[dict(name=files[s].name, tokens=counts[s])]) for s in files}
     stamp = [[path.stat().st_size, path.stat().st_mtime_ns] for path in files.values()]
     scan = folder / 'max_id.json'  # so that large files are scanned once

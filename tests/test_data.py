@@ -1,0 +1,236 @@
+import json
+import os
+import pickle
+
+import numpy as np
+import pytest
+
+from data import dataset
+from data.dataset import Bytes, Characters, Split, Writer, make_tokenizer, read_meta, write_hub, write_text
+
+
+def numbers(folder, *sizes, split='train', tokenizer=None, shard_tokens=1, **more):
+    """A data set whose tokens are 0, 1, 2, ..., in files of the given sizes."""
+    tokenizer = tokenizer or Characters(map(chr, range(200, 200 + sum(sizes))))
+    writer, first = Writer(folder, tokenizer, 'numbers', shard_tokens), 0
+    for size in sizes:
+        writer.add(split, range(first, first + size))
+        first += size
+    writer.finish(**more)
+    return Split(folder, read_meta(folder), split, 4, first)
+
+
+def test_what_is_written_is_read(tmp_path):
+    text = tmp_path / 'input.txt'
+    text.write_text('hello world\n' * 10)
+    write_text(tmp_path, [text], Characters(sorted(set('hello world\n'))), 'me')
+    meta = read_meta(tmp_path)
+    ids = np.concatenate([np.fromfile(tmp_path / f'{name}.bin', '<u2') for name in ('train', 'val')])
+    assert make_tokenizer(meta['tokenizer']).decode_bytes(ids.tolist()).decode() == text.read_text()
+    assert [meta['splits'][name]['tokens'] for name in ('train', 'val')] == [108, 12]
+    assert meta['vocab_size'] == 9 and meta['max_id'] == 8 and meta['source'] == 'me'
+    assert not (tmp_path / 'unfinished').exists()
+
+
+def test_bytes_keep_any_file(tmp_path):
+    (tmp_path / 'odd').write_bytes(bytes(range(256)))
+    write_text(tmp_path, [tmp_path / 'odd'], Bytes(), 'odd')
+    ids = np.concatenate([np.fromfile(tmp_path / f'{name}.bin', '<u2') for name in ('train', 'val')])
+    assert Bytes().decode_bytes(ids.tolist()) == bytes(range(256))
+
+
+def test_whole_files_are_held_out(tmp_path):
+    paths = [tmp_path / f'{i}.txt' for i in range(40)]
+    for path in paths:
+        path.write_text('x' * 50)
+    write_text(tmp_path, paths, Bytes(), 'many', share=0.3)
+    counts = [read_meta(tmp_path)['splits'][name]['tokens'] for name in ('train', 'val')]
+    assert sum(counts) == 40 * 51 and all(n % 51 == 0 for n in counts) and 5 * 51 <= counts[1] <= 20 * 51
+
+
+@pytest.mark.parametrize('tokenizer', [Bytes(), Characters('\n\u00e9ab')])
+def test_a_tokenizer_survives_json(tokenizer):
+    again = make_tokenizer(json.loads(json.dumps(tokenizer.dict)))
+    assert again.decode_bytes(again.encode('ab\u00e9')).decode() == 'ab\u00e9'
+    assert again.token_bytes == tokenizer.token_bytes
+
+
+def test_unknown_characters_are_named():
+    with pytest.raises(ValueError, match="does not know: 'Z'"):
+        Characters('abc').encode('aZb')
+
+
+def test_training_windows_reach_every_token_and_never_cross_files(tmp_path):
+    split = numbers(tmp_path, 5, 9, 4, 7)  # the third is too short for a window
+    x, y = split.draw(np.random.default_rng(0), 2000)
+    assert (y == x + 1).all() and (np.diff(x) == 1).all()
+    starts = set(x[:, 0].tolist())
+    assert starts == {0, *range(5, 10), *range(18, 21)}
+
+
+def test_evaluation_windows_hold_every_target_once(tmp_path):
+    split = numbers(tmp_path, 5, 9, 4, 7)
+    x, y = split.stack(split.fixed(), 10)
+    assert sorted(y[y >= 0].tolist()) == [i for i in range(25) if i not in (0, 5, 14, 18)]
+    assert (x[y >= 0] + 1 == y[y >= 0]).all()
+    few = split.fixed(3)
+    assert len(few) == 3 and few[0] == (0, 0) and set(few) < set(split.fixed())
+
+
+def test_rows_are_taken_whole_and_masked_targets_are_left_out(tmp_path):
+    tokenizer = Characters(map(chr, range(200, 230)))
+    writer = Writer(tmp_path, tokenizer, 'rows')
+    writer.add('train', range(30))
+    writer.finish(row_len=5)
+    (tmp_path / 'train.mask').write_bytes(bytes(i % 5 >= 3 for i in range(30)))
+    split = Split(tmp_path, read_meta(tmp_path), 'train', 4, 30)
+    x, y = split.draw(np.random.default_rng(0), 200)
+    assert set(x[:, 0].tolist()) == {0, 5, 10, 15, 20, 25}
+    assert (y[:, :2] == -1).all() and (y[:, 2:] == x[:, 2:] + 1).all()
+    assert len(split.fixed()) == 6
+    with pytest.raises(ValueError, match='block_size=8, expected 4: the data is rows of 5 tokens'):
+        Split(tmp_path, read_meta(tmp_path), 'train', 8, 30)
+
+
+def test_large_vocabularies_take_four_bytes(tmp_path):
+    tokenizer = Bytes()
+    tokenizer.token_bytes = [1] * 100_000
+    split = numbers(tmp_path, 10, tokenizer=tokenizer, shard_tokens=100)
+    assert (tmp_path / 'train.bin').stat().st_size == 40
+    assert split.draw(np.random.default_rng(0), 1)[0].shape == (1, 4)
+
+
+@pytest.mark.parametrize('saved, lost', [(3, 0), (4, 3), (7, 1)])
+def test_an_interrupted_preparation_goes_on_as_if_it_had_not_been(tmp_path, saved, lost):
+    documents = [np.arange(i, i + 3 + i % 4) for i in range(12)]
+
+    def add(writer, first, last):
+        for i in range(first, last):
+            writer.add('val' if i % 5 == 0 else 'train', documents[i])
+
+    tokenizer = Characters(map(chr, range(200, 240)))
+    whole = Writer(tmp_path / 'whole', tokenizer, 'x', shard_tokens=10)
+    add(whole, 0, 12)
+    whole.finish()
+    broken = Writer(tmp_path / 'broken', tokenizer, 'x', shard_tokens=10)
+    add(broken, 0, saved)
+    broken.save(saved)
+    add(broken, saved, saved + lost)
+    del broken
+    with pytest.raises(ValueError, match='not prepared'):
+        read_meta(tmp_path / 'broken')
+    again = Writer(tmp_path / 'broken', tokenizer, 'x', shard_tokens=10)
+    assert again.done == saved
+    add(again, again.done, 12)
+    again.finish()
+    assert read_meta(tmp_path / 'broken') == read_meta(tmp_path / 'whole')
+    assert len(read_meta(tmp_path / 'whole')['splits']['train']['files']) > 1
+    for file in (tmp_path / 'whole').glob('*.bin'):
+        assert file.read_bytes() == (tmp_path / 'broken' / file.name).read_bytes()
+
+
+def test_another_source_does_not_go_on_with_the_rest(tmp_path):
+    writer = Writer(tmp_path, Bytes(), 'one')
+    writer.add('train', [1, 2, 3])
+    writer.save(1)
+    assert Writer(tmp_path, Bytes(), 'two').done == 0
+
+
+def test_a_crash_while_files_are_moved_is_not_taken_for_a_finished_set(tmp_path, monkeypatch):
+    numbers(tmp_path, 10, shard_tokens=100)
+    real, calls = os.replace, []
+
+    def replace(source, target):
+        calls.append(target)
+        if str(target).endswith('meta.json'):
+            raise OSError('power cut')
+        real(source, target)
+
+    monkeypatch.setattr(os, 'replace', replace)
+    with pytest.raises(OSError, match='power cut'):
+        numbers(tmp_path, 20, shard_tokens=100)
+    monkeypatch.undo()
+    assert not (tmp_path / 'meta.json').exists()
+    assert numbers(tmp_path, 20, shard_tokens=100).tokens.tolist() == [20]
+
+
+def test_hub_sets_are_tokenised_sharded_and_resumed(tmp_path, monkeypatch):
+    datasets = pytest.importorskip('datasets')
+    (tmp_path / 'tiktoken_ext').mkdir()
+    (tmp_path / 'tiktoken_ext' / 'letters.py').write_text(
+        "def letters():\n    ranks = {bytes([i]): i for i in range(256)}\n    return dict(name='letters', "
+        "pat_str=r'\\s?\\w+|\\s+', mergeable_ranks=ranks, special_tokens={'<|endoftext|>': 256})\n"
+        "ENCODING_CONSTRUCTORS = {'letters': letters}\n"
+    )
+    monkeypatch.setenv('PYTHONPATH', f'{tmp_path}{os.pathsep}{os.environ.get("PYTHONPATH", "")}')  # for the workers
+    monkeypatch.syspath_prepend(tmp_path)
+    texts = [f'document {i}' for i in range(40)]
+    datasets.Dataset.from_dict(dict(text=texts)).to_parquet(tmp_path / 'a.parquet')
+    argv = ['--input', str(tmp_path / 'a.parquet'), '--processes', '1', '--shard_tokens', '100']
+    argv += ['--tokenizer', 'letters']
+    write_hub(tmp_path / 'whole', 'x', {'train': 'train'}, share=0.2, argv=argv)
+    meta = read_meta(tmp_path / 'whole')
+    documents = []
+    for split in meta['splits'].values():
+        for file in split['files']:
+            ids = np.fromfile(tmp_path / 'whole' / file['name'], '<u2')
+            documents += bytes(np.where(ids == 256, 10, ids).astype(np.uint8)).decode().splitlines()
+    assert sorted(documents) == sorted(texts) and set(meta['splits']) == {'train', 'val'}
+    assert meta['token_bytes'][256] == 0
+
+    real = Writer.save
+    monkeypatch.setattr(dataset, 'GROUP', 8)
+
+    def dies(writer, done):
+        real(writer, done)
+        if done['train'] == 24:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Writer, 'save', dies)
+    with pytest.raises(KeyboardInterrupt):
+        write_hub(tmp_path / 'broken', 'x', {'train': 'train'}, share=0.2, argv=argv)
+    monkeypatch.setattr(Writer, 'save', real)
+    write_hub(tmp_path / 'broken', 'x', {'train': 'train'}, share=0.2, argv=argv)
+    assert read_meta(tmp_path / 'broken') == meta
+
+
+def test_nanogpts_folders_are_read(tmp_path):
+    np.arange(6, dtype='<u2').tofile(tmp_path / 'train.bin')
+    np.arange(3, dtype='<u2').tofile(tmp_path / 'val.bin')
+    old = dict(vocab_size=6, itos=dict(enumerate('abcdef')), stoi={c: i for i, c in enumerate('abcdef')})
+    (tmp_path / 'meta.pkl').write_bytes(pickle.dumps(old))
+    meta = read_meta(tmp_path)
+    assert meta['vocab_size'] == 6 and meta['max_id'] == 5 and meta['token_bytes'] == [1] * 6
+    assert make_tokenizer(meta['tokenizer']).encode('fab') == [5, 0, 1]
+    assert (tmp_path / 'max_id.json').exists() and read_meta(tmp_path) == meta
+    np.arange(9, dtype='<u2').tofile(tmp_path / 'train.bin')
+    assert read_meta(tmp_path)['max_id'] == 8
+    with pytest.raises(ValueError, match='vocab_size=6, expected at least 9'):
+        Split(tmp_path, read_meta(tmp_path), 'train', 4, 6)
+
+
+def test_a_pickle_never_runs_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / 'ran'), 'w'))
+
+    np.arange(6, dtype='<u2').tofile(tmp_path / 'train.bin')
+    (tmp_path / 'meta.pkl').write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(ValueError, match='is not what nanoGPT writes'):
+        read_meta(tmp_path)
+    assert not (tmp_path / 'ran').exists()
+
+
+def test_broken_data_is_told_with_what_helps(tmp_path):
+    with pytest.raises(ValueError, match='there is no folder.*known are .*pystdlib'):
+        read_meta(tmp_path / 'nowhere')
+    (tmp_path / 'mine').mkdir()
+    with pytest.raises(ValueError, match='not prepared'):
+        read_meta(tmp_path / 'mine')
+    split = numbers(tmp_path / 'cut', 10, shard_tokens=100)
+    with open(split.files[0], 'r+b') as file:
+        file.truncate(10)
+    with pytest.raises(ValueError, match='has 10 bytes, meta.json says 20: prepare the data again'):
+        Split(tmp_path / 'cut', read_meta(tmp_path / 'cut'), 'train', 4, 10)
+    with pytest.raises(ValueError, match='block_size=4 is too long for .*train.bin: it has 4 tokens'):
+        numbers(tmp_path / 'short', 4, shard_tokens=100)

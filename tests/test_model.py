@@ -1,0 +1,362 @@
+import itertools
+import math
+
+import pytest
+import torch
+from helpers import by_hand, randomize
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import model as model_file
+from model import GPT, INJECT, MLP, NORM, POS, STATES_OF, GPTConfig, load_checkpoint
+from train import Objective, TrainConfig, make_optimizer
+
+SIZES = dict(block_size=16, vocab_size=23, n_head=2, n_embd=12, n_prelude=1, n_block=2, n_coda=1, n_loop=3)
+PAIRS = [(injection, state) for injection in INJECT for state in STATES_OF[injection]]
+PLAIN = dict(input_injection='passthrough', n_prelude=0, n_block=3, n_coda=0, n_loop=1, norm_loop=False)
+
+
+def make(double=False, **keys):
+    model = randomize(GPT(GPTConfig(**SIZES | keys)))
+    return (model.double() if double else model).eval()
+
+
+def tokens(B=3, T=16, seed=0):
+    ids = torch.randint(23, (B, T + 1), generator=torch.Generator().manual_seed(seed))
+    return ids[:, :-1].clone(), ids[:, 1:].clone()
+
+
+@pytest.mark.parametrize('norm, pos, mlp', list(itertools.product(NORM, POS, MLP)))
+@pytest.mark.parametrize('injection, state', PAIRS)
+def test_logits_equal_the_equations_written_out(injection, state, norm, pos, mlp):
+    keys = dict(input_injection=injection, state_init=state, norm=norm, pos=pos, mlp=mlp)
+    for extra in (dict(norm_emb=True, qk_norm=True), dict(norm_loop=False, norm_final=False, bias=True)):
+        model = make(double=True, **keys, **extra)
+        for n_loop in (1, 2, 5):
+            logits, _ = model(*tokens(), n_loop=n_loop)
+            expected = by_hand(model.state_dict(), model.config, tokens()[0], n_loop)
+            assert torch.allclose(logits, expected, atol=1e-10, rtol=1e-10)
+
+
+def test_long_contexts_take_the_kernel_and_agree():
+    model = make(double=True, block_size=300)
+    idx = torch.randint(23, (1, 300), generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(model(idx, idx)[0], by_hand(model.state_dict(), model.config, idx), atol=1e-10)
+
+
+def gpt2(vocab=40, act='gelu_new'):
+    transformers = pytest.importorskip('transformers')
+    config = transformers.GPT2Config(vocab_size=vocab, n_positions=16, n_embd=12, n_layer=3, n_head=2)
+    config.activation_function, config._attn_implementation = act, 'eager'
+    return randomize(transformers.GPT2LMHeadModel(config)).eval()
+
+
+def nanogpt_weights(theirs):
+    """nanoGPT's names for the weights of transformers' GPT-2: Conv1D matrices are stored the other way round."""
+    weights = {}
+    for name, w in theirs.state_dict().items():
+        turned = name.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight'))
+        weights['_orig_mod.' + name] = w.T.contiguous() if turned else w
+    return weights
+
+
+def test_the_gpt2_recipe_is_gpt2():
+    theirs = gpt2()
+    keys = dict(PLAIN, norm='layernorm', bias=True, mlp='gelu_tanh', vocab_size=40)
+    model = GPT(GPTConfig(**SIZES | keys)).eval()
+    weights = {
+        name.removeprefix('_orig_mod.').replace('.h.', '.recur.'): w for name, w in nanogpt_weights(theirs).items()
+    }
+    model.load_state_dict(weights)
+    idx = torch.randint(40, (2, 16))
+    assert torch.allclose(model(idx, idx)[0], theirs(idx).logits, atol=1e-5)
+    theirs, model = theirs.double(), model.double()
+    assert torch.allclose(model(idx, idx)[0], theirs(idx).logits, atol=1e-10)
+
+
+def test_a_nanogpt_checkpoint_loads(tmp_path):
+    theirs = gpt2(act='gelu')
+    weights = nanogpt_weights(theirs)
+    weights['_orig_mod.transformer.h.0.attn.bias'] = torch.ones(1, 1, 16, 16)  # the mask of old files
+    args = dict(n_layer=3, n_head=2, n_embd=12, block_size=16, bias=True, vocab_size=40, dropout=0.0)
+    torch.save(dict(model=weights, model_args=args, iter_num=7, best_val_loss=torch.tensor(2.0)), tmp_path / 'ckpt.pt')
+    model, checkpoint = load_checkpoint(tmp_path / 'ckpt.pt')
+    idx = torch.randint(40, (2, 16))
+    assert torch.allclose(model.eval()(idx, idx)[0], theirs(idx).logits, atol=1e-5)
+    assert checkpoint['iter_num'] == 7
+
+
+@pytest.mark.parametrize('injection', ['inject', 'inject_random', 'passthrough'])
+def test_a_nanoloop_checkpoint_loads(tmp_path, injection):
+    eps = torch.finfo(torch.float32).eps
+    model = make(input_injection=injection, norm_eps=eps)
+    names = 'n_prelude n_block n_coda n_loop n_head n_embd block_size bias vocab_size dropout bptt_k'.split()
+    args = {name: getattr(model.config, name) for name in names} | dict(input_injection=injection)
+    torch.save(dict(model=model.state_dict(), model_args=args), tmp_path / 'ckpt.pt')
+    loaded, _ = load_checkpoint(tmp_path / 'ckpt.pt')
+    assert loaded.config == model.config
+    double = {name: w.double() for name, w in model.state_dict().items()}
+    expected = by_hand(double, model.config, tokens()[0]).float()
+    assert torch.allclose(loaded.eval()(*tokens())[0], expected, atol=1e-4)
+
+
+def test_a_checkpoint_refuses_what_changes_its_meaning(tmp_path):
+    model = make()
+    torch.save(dict(model=model.state_dict(), model_args=vars(model.config)), tmp_path / 'a.pt')
+    assert load_checkpoint(tmp_path / 'a.pt', n_loop=7)[0].config.n_loop == 7
+    with pytest.raises(ValueError, match='n_head=3, expected 2 as in the checkpoint'):
+        load_checkpoint(tmp_path / 'a.pt', n_head=3)
+    with pytest.raises(ValueError, match='vocab_size=24, expected 23'):
+        load_checkpoint(tmp_path / 'a.pt', vocab_size=24)
+    with pytest.raises(ValueError, match='does not fit.*wpe'):
+        load_checkpoint(tmp_path / 'a.pt', block_size=32)
+
+
+def test_a_checkpoint_never_runs_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / 'ran'), 'w'))
+
+    torch.save(dict(model=Evil(), model_args={}), tmp_path / 'evil.pt')
+    with pytest.raises(ValueError, match='broken'):
+        load_checkpoint(tmp_path / 'evil.pt')
+    assert not (tmp_path / 'ran').exists()
+
+
+@pytest.mark.parametrize('injection, state', PAIRS)
+def test_no_position_sees_a_later_one(injection, state):
+    model = make(double=True, input_injection=injection, state_init=state)
+    seen = []
+    model.transformer.wte.register_forward_hook(lambda _, __, x: seen.append(x.retain_grad() or x))
+    idx, targets = tokens(B=1)
+    targets = torch.where(torch.arange(16) == 9, targets, -1)
+    model(idx, targets)[1].backward()
+    per_position = seen[0].grad[0].abs().sum(-1)
+    assert (per_position[:10] > 0).all() and (per_position[10:] == 0).all()
+
+
+@pytest.mark.parametrize('state', STATES_OF['inject'])
+@pytest.mark.parametrize('bptt_k', [1, 2, 3, None])
+def test_gradient_stops_before_the_last_bptt_k_loops(bptt_k, state):
+    model = make(double=True, bptt_k=bptt_k, state_init=state)
+    idx, targets = tokens()
+    model(idx, targets)[1].backward()
+    weights = {name: w.detach().clone().requires_grad_() for name, w in model.state_dict().items()}
+    weights['lm_head.weight'] = weights['transformer.wte.weight']
+    logits = by_hand(weights, model.config, idx, cut=3 - (bptt_k or 3) or None)
+    F.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
+    for name, p in model.named_parameters():
+        assert torch.allclose(p.grad, weights[name].grad, atol=1e-10), name
+
+
+def test_bptt_under_autocast_keeps_the_gradient_of_shared_weights():
+    idx, targets = tokens()
+    model = make(bptt_k=1)
+    model(idx, targets)[1].backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    with torch.autocast('cpu', torch.bfloat16, cache_enabled=False):
+        loss = model(idx, targets)[1]
+    loss.backward()
+    for name, p in model.named_parameters():
+        assert F.cosine_similarity(p.grad.flatten(), expected[name].flatten(), dim=0) > 0.98, name
+
+
+@pytest.mark.parametrize('injection, state', PAIRS)
+def test_the_stream_stays_in_float32_under_autocast(injection, state):
+    model, kinds = make(input_injection=injection, state_init=state), []
+    for block in model.blocks():
+        block.register_forward_pre_hook(lambda _, args: kinds.append(args[0].dtype))
+    with torch.autocast('cpu', torch.bfloat16):
+        model(*tokens())
+    assert set(kinds) == {torch.float32}
+
+
+@pytest.mark.parametrize('norm, pos', list(itertools.product(NORM, POS)))
+@pytest.mark.parametrize('injection, state', PAIRS)
+def test_every_parameter_is_initialised_optimised_and_gets_a_gradient(injection, state, norm, pos):
+    keys = dict(input_injection=injection, state_init=state, norm=norm, pos=pos, bias=True, norm_emb=True)
+    model = GPT(GPTConfig(**SIZES | keys))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(math.nan)
+    model.init_weights()
+    assert all(p.isfinite().all() for p in model.parameters())
+    optimizer, _ = make_optimizer(model, TrainConfig(), 'cpu')
+    held = [p for group in optimizer.param_groups for p in group['params']]
+    assert sorted(map(id, held)) == sorted(map(id, model.parameters()))
+    Objective(randomize(model))(*tokens()).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_initialisation_is_scaled_by_the_executed_depth_and_injects_the_input():
+    model = GPT(GPTConfig(**SIZES | dict(n_embd=128, n_head=2, n_loop=30)))
+    std = model.transformer.recur[0].mlp.c_proj.weight.std().item()
+    assert std == pytest.approx(0.02 / math.sqrt(2 * (1 + 2 * 30 + 1)), rel=0.05)
+    e, s = torch.randn(2, 1, 3, 128)
+    assert torch.equal(model.inject(e, s), e)
+
+
+@pytest.mark.parametrize('rows', [(-1,), (0, 1, 2), (2, 0)])
+def test_the_table_holds_each_loops_cross_entropy(rows):
+    model = make(double=True)
+    idx, targets = tokens()
+    targets[0, 3:7] = -1
+    ce, gates = model.table(idx, targets, rows=rows)
+    assert ce.shape == (len(rows), 3, 16) and gates is None and (ce[:, 0, 3:7] == 0).all()
+    for row, values in zip(rows, ce, strict=True):
+        _, loss = model(idx, targets, n_loop=row % 3 + 1)
+        assert torch.allclose(values.sum() / (targets != -1).sum(), loss, atol=1e-12)
+
+
+def test_reading_out_in_chunks_changes_neither_loss_nor_gradient(monkeypatch):
+    results = []
+    for chunk in (model_file.HEAD_CHUNK, 23 * 5):
+        monkeypatch.setattr(model_file, 'HEAD_CHUNK', chunk)
+        model = make(double=True)
+        ce, _ = model.table(*tokens(), rows=(0, 2))
+        (ce * torch.linspace(0, 1, ce.numel(), dtype=ce.dtype).view_as(ce)).sum().backward()
+        results.append([ce, *(p.grad for p in model.parameters())])
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(*results, strict=True))
+
+
+def test_chunks_keep_the_heads_gradient_exact_under_autocast(monkeypatch):
+    from configurator import autocast
+
+    def head_gradient(chunk, dtype):
+        monkeypatch.setattr(model_file, 'HEAD_CHUNK', chunk)
+        model = make(vocab_size=64, n_embd=64)
+        x = torch.randn(512, 64, generator=torch.Generator().manual_seed(1), dtype=dtype)
+        y = torch.randint(64, (512,), generator=torch.Generator().manual_seed(2))
+        model = model.to(dtype)
+        model.states = lambda *_: ([x.view(2, 256, 64)], None)
+        model.readout = lambda s, rope: s
+        with autocast('cpu', torch.bfloat16 if dtype == torch.float32 else torch.float32):
+            model.table(y.view(2, 256), y.view(2, 256))[0].mean().backward()
+        return model.lm_head.weight.grad.double()
+
+    exact = head_gradient(2**25, torch.float64)
+    whole, chunked = (head_gradient(chunk, torch.float32) for chunk in (2**25, 64 * 2))
+    assert (chunked - exact).norm() < 1.5 * (whole - exact).norm()
+
+
+def test_without_targets_only_the_last_position_is_read_out():
+    model = make()
+    idx, targets = tokens()
+    logits, loss = model(idx)
+    assert loss is None and torch.allclose(logits, model(idx, targets)[0][:, -1:], atol=1e-6)
+
+
+def test_noise_is_fresh_in_training_and_fixed_in_evaluation():
+    model = make(state_init='random', state_std=0.5)
+    idx, targets = tokens()
+    assert torch.equal(model(idx, targets)[0], model(idx, targets)[0])
+    assert torch.allclose(model(idx[1:2], targets[1:2])[0], model(idx, targets)[0][1:2], atol=1e-5)
+    model.train()
+    torch.manual_seed(1)
+    first, other = model(idx, targets)[0], model(idx, targets)[0]
+    torch.manual_seed(1)
+    assert not torch.equal(first, other) and torch.equal(first, model(idx, targets)[0])
+    assert model.state(torch.zeros(64, 16, 12)).std().item() == pytest.approx(0.5, rel=0.05)
+
+
+@pytest.mark.parametrize('bptt_k', [None, 2])
+@pytest.mark.parametrize('keys', [dict(), dict(pos='rope', n_loop=6), PLAIN])
+def test_flops_equal_torchs_counter(keys, bptt_k):
+    config = GPTConfig(**SIZES | keys | (dict(bptt_k=bptt_k) if keys is not PLAIN else {}))
+    with torch.device('meta'):
+        model = GPT(config)
+        idx = torch.zeros(2, 16, dtype=torch.long)
+    with FlopCounterMode(display=False) as forward:
+        loss = model(idx, idx)[1]
+    with FlopCounterMode(display=False) as backward:
+        loss.backward()
+    counted = forward.get_total_flops(), forward.get_total_flops() + backward.get_total_flops()
+    assert tuple(32 * flops for flops in model.flops()) == counted
+
+
+def test_generate_is_greedy_at_temperature_zero_and_within_top_k_and_top_p():
+    model = make()
+    idx, _ = tokens(B=2, T=5)
+    greedy = model.generate(idx, 20, temperature=0, n_loop=2)  # past block_size as well
+    for t in range(5, 25):
+        logits = model(greedy[:, max(0, t - 16) : t], n_loop=2)[0][:, -1]
+        assert torch.equal(logits.argmax(-1), greedy[:, t])
+    assert torch.equal(model.generate(idx, 20, top_k=1, n_loop=2), greedy)
+    assert torch.equal(model.generate(idx, 20, top_p=1e-6, n_loop=2), greedy)
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(4000, 4)
+    generator = torch.Generator().manual_seed(0)
+    drawn = model_file.choose(logits, 1.0, None, 0.7, generator)
+    assert drawn.unique().tolist() == [0, 1] and (drawn == 0).float().mean().item() == pytest.approx(0.625, abs=0.03)
+    assert model_file.choose(logits, 1.0, 3, None, generator).max() == 2
+
+
+def count_graphs(n_loops, backend):
+    """Graphs that dynamo makes for training and evaluating with each of n_loops."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    model = GPT(GPTConfig(**SIZES | dict(bptt_k=2, n_loop=max(n_loops), dropout=0.1)))
+    for block in model.blocks():
+        block.compile(backend=count if backend is None else backend)
+    for n_loop in n_loops:
+        model.train().table(*tokens(), n_loop=n_loop)[0].mean().backward()
+        with torch.no_grad():
+            model.eval().table(*tokens(), n_loop=n_loop)
+    return len(graphs)
+
+
+def test_the_number_of_compiled_graphs_does_not_grow_with_loops():
+    assert count_graphs([3], None) == count_graphs([3, 4, 5, 8, 16], None) <= 4
+
+
+def test_compiled_equals_eager():
+    losses = []
+    for compiled in (False, True):
+        model = make(bptt_k=2, pos='rope', qk_norm=True)
+        if compiled:
+            for block in model.blocks():
+                block.compile()
+        loss = model(*tokens())[1]
+        loss.backward()
+        losses.append([loss, *(p.grad for p in model.parameters())])
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*losses, strict=True))
+
+
+@pytest.mark.parametrize(
+    'keys, told',
+    [
+        (dict(input_injection='injct'), "input_injection='injct', expected one of passthrough, inject"),
+        (dict(norm='rms'), "norm='rms', expected one of layernorm, rmsnorm"),
+        (dict(n_embd=10, n_head=3), 'n_head=3, expected a divisor of n_embd=10'),
+        (dict(n_embd=6, n_head=2, pos='rope'), 'expected learned'),
+        (dict(bptt_k=0), 'bptt_k=0, expected at least 1'),
+        (dict(n_loop=0), 'n_loop=0, expected at least 1'),
+        (dict(n_coda=-1), 'n_coda=-1, expected at least 0'),
+        (dict(dropout=1.0), 'dropout=1.0, expected at least 0 and below 1'),
+        (dict(dropout='0.1'), "dropout='0.1', expected float"),
+        (dict(bias=1), 'bias=1, expected bool'),
+        (dict(n_head=True), 'n_head=True, expected int'),
+        (dict(bptt_k='two'), "bptt_k='two', expected int or None"),
+        (dict(input_injection='passthrough', bptt_k=2), 'the prelude would get no gradient'),
+        (dict(input_injection='passthrough', state_init='zero'), "state_init='zero', expected prelude with"),
+        (dict(state_std=0.5), "state_std=0.5, expected None with state_init='prelude'"),
+        (dict(rope_base=500.0), 'rope_base=500.0, expected none'),
+        (dict(norm_eps=0.0), 'norm_eps=0.0, expected above 0'),
+    ],
+)
+def test_a_config_refuses_what_has_no_meaning(keys, told):
+    with pytest.raises(ValueError) as error:
+        GPTConfig(**keys)
+    assert told in str(error.value)
+
+
+def test_too_long_an_input_and_no_loops_are_refused():
+    with pytest.raises(ValueError, match='at most block_size=16 tokens'):
+        make()(torch.zeros(1, 17, dtype=torch.long))
+    with pytest.raises(ValueError, match='n_loop=0'):
+        make()(tokens()[0], n_loop=0)
