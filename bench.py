@@ -4,8 +4,8 @@ Measures training steps: time, tokens per second, model FLOPs utilisation and me
     python bench.py config/train_gpt2_looped.py --batch_size=8
     python bench.py config/train_shakespeare_char_looped.py --vs="--n_loop=8"     two settings, taking turns in one run
 
-Utilisation counts every executed layer of the loop, and its backward pass only where the last bptt_k iterations have one.
-It is taken against the device's dense peak, on a CPU against its own matrix products, measured here.
+Utilisation counts every executed layer, the loop's backward pass only for the last bptt_k iterations. It is taken
+against the device's dense peak, on a CPU against its own matrix products, measured here.
 """
 
 import contextlib

@@ -3,8 +3,8 @@ Keys from the command line, and the machine a script runs on.
 
     python train.py config/a.py config/b.py --key=value     files are executed in order, then the flags are applied
 
-A script's keys are the fields of its dataclasses: name, type, default, and the comment that --help prints. A config file is
-plain Python that assigns some of them; it sees every key's value so far. What must react to a flag is a key of its own.
+A script's keys are the fields of its dataclasses: name, type, default, and the comment that --help prints. A config
+file is plain Python that assigns some of them; it sees every key's value so far, but no flag: those come last.
 """
 
 import ast
@@ -46,8 +46,8 @@ class Config(dict):
 def configure(defaults, argv, out=None):
     """The Config of a script: defaults (dataclasses), changed by the files and flags in argv.
 
-    Raises ValueError for a name that is no key, a value of another type, or a file that does not run, naming what to do.
-    Prints what was changed to out (None: stdout).
+    Raises ValueError for a name that is no key, a value of another type, and a file that does not run. Prints what was
+    changed to out (None: stdout).
     """
     out = out if RANK == 0 else open(os.devnull, 'w')
     hints = {key: hint for cls in defaults for key, hint in get_type_hints(cls).items()}
@@ -86,7 +86,7 @@ def find_file(name):
 
 
 class Assigned(dict):
-    """The locals of a config file: notes what is assigned, also a value that a key already has, and passes it to the globals."""
+    """The locals of a config file: note what is assigned, and pass it on to the globals."""
 
     def __init__(self, names):
         self.names = names
@@ -120,7 +120,7 @@ def check_key(key, hints, where):
 
 
 def parse(key, text, hint):
-    """The value that a flag's text stands for: a Python literal of the key's type, or the text itself where str is accepted."""
+    """The value of a flag's text: a Python literal of the key's type, or where str is accepted the text itself."""
     if hint is not str:
         with contextlib.suppress(ValueError, SyntaxError):
             return typed(key, ast.literal_eval({'true': 'True', 'false': 'False'}.get(text, text).strip()), hint)
@@ -141,7 +141,7 @@ def help_text(defaults):
 
 
 def command(main):
-    """Makes main(argv) end as a user expects: status 0; 1 if the machine failed and 2 for a mistake, told in one line."""
+    """Makes main(argv) end with status 0, 1 if the machine failed, or 2 for a user's mistake, told in one line."""
 
     @functools.wraps(main)
     def wrapped(argv=None):
@@ -209,7 +209,7 @@ def choose_device(device):
 
 
 def choose_dtype(dtype, kind):
-    """The dtype of matrix products, and why. bfloat16 where the hardware has it: on such CPUs it is several times faster."""
+    """The dtype of matrix products, and why: bfloat16 where the hardware has it, also on CPUs."""
     check(dtype in ('auto', *DTYPES), 'dtype', dtype, f'one of auto, {", ".join(DTYPES)}')
     if dtype != 'auto':
         return DTYPES[dtype], 'asked for'
@@ -232,36 +232,7 @@ def autocast(kind, dtype):
 
 
 def choose_compile(compile, kind, steps):
-    """Whether to compile the blocks, and why. Auto: where a compiler is found and the run is long enough to pay for it."""
-    check(isinstance(compile, bool) or compile == 'auto', 'compile', compile, 'True, False or auto')
-    if compile != 'auto':
-        return compile, 'asked for'
-    if kind == 'mps' or (kind == 'cpu' and steps < 200):
-        return False, 'not tried on mps' if kind == 'mps' else f'{steps} steps do not pay for it'
-    from torch._inductor import config as inductor  # half a second that only compiling needs
-
-    for trust in (True, None):  # that the C++ compiler knows the CPU's instructions: trying them all takes 6 s
-        try:
-            inductor.cpp.vec_isa_ok = trust
-            torch.compile(torch.relu)(torch.ones(8, device=kind))
-            return True, 'torch.compile works here'
-        except Exception as error:  # no C++ compiler, no Python headers, no triton, ...: many types
-            reason = str(error).splitlines()[0][:80]
-    return False, f'torch.compile does not work here: {reason}'
-
-
-def autocast(kind, dtype):
-    """The context in which matrix products run in dtype.
-
-    Without torch's cache of cast weights: it would sum the gradient of a head in chunks in the low precision, and reuse
-    what was cast without a graph in the iterations before the last bptt_k.
-    """
-    low = dtype != torch.float32
-    return torch.autocast(kind, dtype=dtype if low else torch.bfloat16, enabled=low, cache_enabled=False)
-
-
-def choose_compile(compile, kind, steps):
-    """Whether to compile the blocks, and why. Auto: where a compiler is found and the run is long enough to pay for it."""
+    """Whether to compile the blocks, and why: where a compiler works and the run is long enough to pay for it."""
     check(isinstance(compile, bool) or compile == 'auto', 'compile', compile, 'True, False or auto')
     if compile != 'auto':
         return compile, 'asked for'
@@ -311,8 +282,9 @@ def peak_memory(m):
 def setup(config, steps=math.inf):
     """Joins the process group and settles where and how to compute; config: TrainConfig's part `machine`.
 
-    steps: how many will be run, which decides whether compiling pays. Returns a namespace: device, kind, dtype, compile,
-    peak (FLOP/s or None), autocast (a context), rank, world, cpu_group (where ranks agree) and line (what was chosen, why).
+    steps: how many will be run, which decides whether compiling pays. Returns a namespace: device, kind, dtype,
+    compile, peak (FLOP/s or None), autocast (a context), rank, world, cpu_group (where ranks agree), and line (what
+    was chosen, and why).
     """
     m = types.SimpleNamespace(rank=RANK, world=WORLD, cpu_group=None)
     m.device, why_device = choose_device(config.device)

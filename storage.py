@@ -1,6 +1,6 @@
 """
-What a run leaves behind and how it is kept whole: out_dir with ckpt.pt (last), prev.pt (the one before), best.pt (lowest
-validation loss) and log.jsonl; the lock that keeps a second run out; the signals that end a run after saving.
+What a run leaves behind, and how it is kept whole: ckpt.pt (last), prev.pt (the one before), best.pt (lowest validation
+loss) and log.jsonl in out_dir; the lock that keeps a second run out; the signals that end a run after saving.
 
 At every moment ckpt.pt or prev.pt is a whole checkpoint, whatever dies: files are written under another name, forced to
 the disk, and renamed.

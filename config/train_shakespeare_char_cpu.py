@@ -1,5 +1,5 @@
 # Tiny Shakespeare by characters, a plain transformer of nanoGPT's CPU size (4 layers, 128 wide, context 64, batch 12).
-# expect: validation loss 1.85 over the whole split (1.851, 1.864, 1.867 with seeds 1337, 1, 2), half a minute on 2 cores
+# expect: validation loss 1.85 over the whole split (1.851, 1.864, 1.867 with seeds 1337, 1, 2), 35 s on 2 CPU cores
 #   python data/shakespeare_char/prepare.py
 #   python train.py config/train_shakespeare_char_cpu.py
 

@@ -1,5 +1,5 @@
 """
-A data set is a folder data/NAME with token files and meta.json; this file holds the tokenizers, the writer and the reader.
+A data set is a folder data/NAME with token files and meta.json. Here are the tokenizers, the writer and the reader.
 
     train.bin, val.bin    token ids, little-endian uint16 or uint32; large sets are shards train_00000.bin, ...
     train.mask, val.mask  optional, one uint8 per token: 1 = this token is a target that counts
@@ -103,7 +103,7 @@ TOKENIZERS = {'char': Characters, 'byte': Bytes, 'tiktoken': Tiktoken}
 
 
 def make_tokenizer(plain):
-    """The tokenizer of a plain dict: encode(text) -> ids, decode_bytes(ids), token_bytes, start (an id to begin with)."""
+    """The tokenizer of a plain dict. It has encode(text), decode_bytes(ids), token_bytes per id, and a start id."""
     options = {key: value for key, value in plain.items() if key != 'kind'}
     return TOKENIZERS[plain['kind']](**options)
 
@@ -221,8 +221,8 @@ def held_out(name, share):
 
 
 def write_text(folder, paths, tokenizer, source, share=0.1, **more):
-    """Prepares a data set from text files. A single file is cut, its last share is for validation; of several, whole files
-    are held out by their names, and the tokenizer's start token ends each."""
+    """Prepares a data set from text files. A single file is cut, its last share is for validation; of several, whole
+    files are held out by their names, and the tokenizer's start token ends each."""
     shutil.rmtree(Path(folder) / 'unfinished', ignore_errors=True)  # these sets are small: nothing to go on with
     writer = Writer(folder, tokenizer, source)
     for path in paths:
@@ -276,10 +276,10 @@ def pieces(text, size=2**22):
 
 
 def write_hub(folder, path, splits, column='text', end=True, share=0.0005, argv=None, **load):
-    """The main program of a data set on the Hugging Face hub, in the tokens of tiktoken: downloads, tokenises, can be resumed.
+    """The main program of a data set on the Hugging Face hub: downloads, tokenises, and goes on if interrupted.
 
-    path, load: of datasets.load_dataset, parquet-backed sets only. splits: {theirs: ours}; where ours has no val, a share of
-    the documents is held out by their number. end: an end-of-text token follows every document.
+    path, load: of datasets.load_dataset, parquet-backed sets only. splits: {theirs: ours}; where ours has no val, a
+    share of the documents is held out by their number. end: an end-of-text token follows every document.
     """
     parser = argparse.ArgumentParser(description=f'Prepares {path} in {Path(folder).name}/ (interrupted, it goes on).')
     parser.add_argument('--input', nargs='*', help='local parquet files to read instead (for one split)')
@@ -329,7 +329,7 @@ def encode(name, text):
 
 
 def read_meta(folder):
-    """meta.json of a data set, or what stands for it in nanoGPT's folders. Raises ValueError with the command that helps."""
+    """meta.json of a data set, or what stands for it in nanoGPT's folders. Raises ValueError with what to run."""
     folder = Path(folder)
     script = folder / 'prepare.py'
     if not folder.is_dir():
@@ -356,7 +356,7 @@ class PlainUnpickler(pickle.Unpickler):
 
 
 def nanogpt_meta(folder):
-    """nanoGPT's meta.pkl (vocab_size, itos), or GPT-2's encoding where there is none, with the largest id of the files."""
+    """A meta.json for nanoGPT's folders: from meta.pkl, or GPT-2's encoding where there is none."""
     meta = dict(dtype='uint16', source='nanoGPT', tokenizer=dict(kind='tiktoken', name='gpt2'), vocab_size=50257)
     if (folder / 'meta.pkl').exists():
         try:
