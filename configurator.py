@@ -231,18 +231,28 @@ def autocast(kind, dtype):
     return torch.autocast(kind, dtype=dtype if low else torch.bfloat16, enabled=low, cache_enabled=False)
 
 
+def compiler_fault(kind):
+    """Why torch.compile does not work here, None if it does."""
+    from torch._inductor import config as inductor  # half a second that only compiling needs
+
+    for trust in (True, None):  # that the C++ compiler knows the CPU's instructions: trying them out takes 6 s
+        try:
+            inductor.cpp.vec_isa_ok = trust
+            torch.compile(torch.relu)(torch.ones(8, device=kind))
+            return None
+        except Exception as error:  # no C++ compiler, no Python headers, no triton, ...: many types
+            fault = str(error).strip().splitlines()[0][:100]
+    return fault
+
+
 def choose_compile(compile, kind, steps):
     """Whether to compile the blocks, and why: where a compiler works and the run is long enough to pay for it."""
-    check(isinstance(compile, bool) or compile == 'auto', 'compile', compile, 'True, False or auto')
-    if compile != 'auto':
-        return compile, 'asked for'
-    if kind == 'mps' or (kind == 'cpu' and steps < 200):
+    check(compile in ('auto', True, False), 'compile', compile, 'True, False or auto')
+    if compile == 'auto' and (kind == 'mps' or (kind == 'cpu' and steps < 200)):
         return False, 'not tried on mps' if kind == 'mps' else f'{steps} steps do not pay for it'
-    try:
-        torch.compile(torch.relu)(torch.ones(8, device=kind))
-    except Exception as error:  # no C++ compiler, no Python headers, no triton, ...: it surfaces as many types
-        return False, f'torch.compile does not work here: {str(error).splitlines()[0][:80]}'
-    return True, 'torch.compile works here'
+    fault = compiler_fault(kind) if compile else 'asked for'
+    check(compile != True or not fault, 'compile', True, f'False: {fault}')  # noqa: E712, auto is no True
+    return not fault, fault or 'torch.compile works here'
 
 
 # dense bfloat16 FLOP/s by a part of the device's name, the more special names first; from the makers' data sheets
@@ -304,9 +314,7 @@ def setup(config, steps=math.inf):
         m.cpu_group = dist.new_group(backend='gloo')
     m.peak = config.peak_flops or peak_flops(m)
     m.compile, why_compile = choose_compile(config.compile, m.kind, steps)
-    if (
-        m.compile
-    ):  # all blocks of a process count against one limit, and beyond it dynamo runs eagerly without saying so
+    if m.compile:  # all blocks count against one limit, and beyond it dynamo would run eagerly without a word
         torch._dynamo.config.recompile_limit = 64
         torch._dynamo.config.fail_on_recompile_limit_hit = True
     torch.manual_seed(config.seed)

@@ -53,8 +53,8 @@ class TrainConfig:
     init_from: str = 'scratch'  # scratch, resume, auto (resume if there is something), or a path: weights only
     sample_tokens: int = 200  # tokens of the sample printed at the end; 0 = none
     wandb_log: bool = False  # log to Weights & Biases as well
-    wandb_project: str = 'nanoloop'
-    wandb_run_name: str = 'run'
+    wandb_project: str = 'nanoloop'  # of wandb_log
+    wandb_run_name: str = 'run'  # of wandb_log
     # data
     dataset: str = 'pystdlib'  # a folder of data/
     gradient_accumulation_steps: int = 1  # micro-batches per step, over all processes together
@@ -63,8 +63,8 @@ class TrainConfig:
     learning_rate: float = 6e-4  # the highest
     max_iters: int = 600000  # steps
     weight_decay: float = 0.1  # of matrices; not of the injection, which starts as the identity
-    beta1: float = 0.9
-    beta2: float = 0.95
+    beta1: float = 0.9  # of the mean of gradients
+    beta2: float = 0.95  # of the mean of their squares
     grad_clip: float = 1.0  # largest norm of the gradient; 0 = any
     max_bad_steps: int = 3  # so many steps in a row without a finite gradient end the run
     patience: int = 0  # stop after so many evaluations without a new best loss; 0 = never
@@ -282,6 +282,7 @@ class Run:
         self.stale = self.state.get('stale', 0)  # evaluations since the best
         self.saved = self.step if resuming else None
         self.bad = 0  # steps in a row without an update
+        self.first = self.step
 
     def say(self, text):
         if self.m.rank == 0:
@@ -433,7 +434,8 @@ class Run:
             return
         rate, ms = self.tokens / seconds, 1000 * seconds
         mfu = self.flops * rate / (m.peak * m.world) if m.peak else None
-        eta = timedelta(seconds=round(seconds * (c.max_iters - self.step)))
+        left = timedelta(seconds=round(seconds * (c.max_iters - self.step)))
+        eta = left if step > self.first else '?'  # the first step compiles
         text = f'iter {step}: loss {loss:.4f}, time {ms:.2f}ms, mfu {f"{mfu:.2%}" if mfu else "n/a"}, grad {norm:.2f}'
         text += f', lr {lr:.1e}, tok/s {rate:,.0f}, loops {c.n_loop}, eta {eta}'
         record = {'iter': step, 'train/loss': loss, 'train/grad_norm': norm, 'lr': lr, 'mfu': mfu, 'train/ms': ms}
