@@ -8,6 +8,7 @@ Batches, dropout and noise are functions of (seed, step, place in the global bat
 is the run that was not, any number of processes trains on the same global batches, and evaluation changes nothing.
 """
 
+import contextlib
 import itertools
 import math
 import os
@@ -56,7 +57,7 @@ class TrainConfig:
     wandb_project: str = 'nanoloop'  # of wandb_log
     wandb_run_name: str = 'run'  # of wandb_log
     # data
-    dataset: str = 'pystdlib'  # a folder of data/
+    dataset: str = 'pystdlib'  # a folder of data/, or the path of one
     gradient_accumulation_steps: int = 1  # micro-batches per step, over all processes together
     batch_size: int = 12  # sequences per micro-batch
     # optimizer (AdamW)
@@ -252,8 +253,9 @@ def build_model(c, meta, checkpoint):
         vocab = {} if 'vocab_size' in c.given else dict(vocab_size=meta['vocab_size'])
         return GPT(GPTConfig(**{key: c[key] for key in keys} | vocab))
     model, _ = load_checkpoint(checkpoint, **{key: c[key] for key in keys & c.given})
-    theirs = checkpoint.get('tokenizer', meta['tokenizer'])
-    check(theirs == meta['tokenizer'], 'dataset', c.dataset, 'one in the tokens of the checkpoint')
+    ours, theirs = meta['tokenizer'], checkpoint.get('tokenizer') or meta['tokenizer']
+    wanted = f'one in the tokens of the checkpoint: {model.config.vocab_size} of kind {theirs["kind"]}'
+    check(ours == theirs, 'dataset', c.dataset, f'{wanted}, not {meta["vocab_size"]} of kind {ours["kind"]}')
     return model
 
 
@@ -282,7 +284,14 @@ class Run:
         self.stale = self.state.get('stale', 0)  # evaluations since the best
         self.saved = self.step if resuming else None
         self.bad = 0  # steps in a row without an update
+        self.lock = self.log = None
         self.first = self.step
+
+    def close(self):
+        """Closes the log and lets another run into out_dir."""
+        for file in (self.lock, self.log and self.log.file):
+            if file:
+                file.close()
 
     def say(self, text):
         if self.m.rank == 0:
@@ -309,6 +318,7 @@ class Run:
                     if now[key] != then[key]:
                         self.say(f'{what}: {key} was {then[key]}, is {now[key]}')
             self.say(f'resuming at step {self.step}')
+        self.git = git_commit()
         self.state = None  # lets go of its memory
         self.objective = Objective(self.model)
         if m.world > 1:
@@ -348,7 +358,7 @@ class Run:
                 tokenizer=self.meta['tokenizer'],
                 loops_trained=[self.c.n_loop],
                 wandb_id=self.log.wandb_id,
-                git=git_commit(),
+                git=self.git,
                 format_version=1,
             )
             self.say(f'saving checkpoint to {self.c.out_dir}')
@@ -470,8 +480,7 @@ def main(argv):
     if resuming:
         c = resumed(c, checkpoint)
     m = setup(c.build(TrainConfig), c.max_iters)
-    with Signals(m) as signals:
-        run = Run(c, m, signals, checkpoint, resuming)
+    with Signals(m) as signals, contextlib.closing(Run(c, m, signals, checkpoint, resuming)) as run:
         del checkpoint
         run.say(m.line)
         whole = run.evaluate() if c.eval_only else run.train()

@@ -1,0 +1,192 @@
+"""What a user can get wrong ends in one line on stderr and status 2, or works where it is plain what was meant."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from helpers import TINY, load, script
+
+import bench
+import sample
+import train
+from data.dataset import Bytes, Characters, Writer
+
+WRONG = [  # (flags of train.py after those of a tiny run, what must be told)
+    (['--leanring_rate=1'], "unknown key 'leanring_rate', did you mean 'learning_rate'?"),
+    (['{tmp}/typo.py'], "typo.py: unknown key 'n_lop', did you mean 'n_loop'?"),
+    (['{tmp}/type.py'], "type.py: n_embd='wide', expected int"),
+    (['{tmp}/broken.py'], 'broken.py, line 2: SyntaxError'),
+    (['config/nowhere.py'], 'there is no config file config/nowhere.py'),
+    (['--max_iters'], '--key=value'),
+    (['--max_iters', '5'], '--key=value'),
+    (['--max_iters=many'], "max_iters='many', expected int"),
+    (['--max_iters=-1'], 'max_iters=-1, expected at least 0'),
+    (['--learning_rate=fast'], "learning_rate='fast', expected float"),
+    (['--learning_rate=-1'], 'learning_rate=-1.0, expected at least 0'),
+    (['--learning_rate=1e999'], 'learning_rate='),
+    (['--eval_only=maybe'], "eval_only='maybe', expected bool"),
+    (['--n_embd=15'], 'n_head=2, expected a divisor of n_embd=15'),
+    (['--n_embd=0'], 'n_embd=0, expected at least 1'),
+    (['--n_loop=0'], 'n_loop=0, expected at least 1'),
+    (['--n_block=0'], 'n_block=0, expected at least 1'),
+    (['--n_prelude=-1'], 'n_prelude=-1, expected at least 0'),
+    (['--bptt_k=0'], 'bptt_k=0, expected at least 1'),
+    (['--bptt_k=two'], "bptt_k='two', expected int or None"),
+    (['--input_injection=passthrough', '--bptt_k=1'], 'with passthrough the prelude would get no gradient'),
+    (['--input_injection=injct'], 'expected one of passthrough, inject'),
+    (['--input_injection=passthrough', '--state_init=zero'], "state_init='zero', expected prelude with passthrough"),
+    (['--state_init=noise'], 'expected one of prelude, random, zero'),
+    (['--state_std=0.5'], "state_std=0.5, expected None with state_init='prelude'"),
+    (['--norm=batchnorm'], 'expected one of layernorm, rmsnorm'),
+    (['--mlp=swish'], 'expected one of gelu, gelu_tanh'),
+    (['--pos=rope', '--n_embd=6'], 'rope rotates pairs, a head is 3 wide'),
+    (['--dropout=1.5'], 'dropout=1.5, expected at least 0 and below 1'),
+    (['--block_size=0'], 'block_size=0, expected at least 1'),
+    (['--block_size=400'], 'block_size=400 is too long for'),
+    (['--batch_size=0'], 'batch_size=0, expected at least 1'),
+    (['--gradient_accumulation_steps=0'], 'gradient_accumulation_steps=0, expected at least 1'),
+    (['--eval_interval=0'], 'eval_interval=0, expected at least 1'),
+    (['--beta2=1'], 'beta2=1.0, expected at least 0 and below 1'),
+    (['--seed=-3'], 'seed=-3, expected at least 0'),
+    (['--lr_schedule=step'], 'expected one of cosine, linear'),
+    (['--device=tpu'], "device='tpu', expected auto, cpu, cuda, cuda:N or mps"),
+    (['--dtype=int8'], "dtype='int8', expected one of auto, float32, bfloat16, float16"),
+    (['--compile=maybe'], "compile='maybe', expected True, False or auto"),
+    (['--backend=mpi'], "backend='mpi', expected auto, gloo or nccl"),
+    (['--backend=nccl'], "backend='nccl', expected gloo, nccl does not work on cpu"),
+    (['--vocab_size=11'], 'vocab_size=11, expected at least 12'),
+    (['--dataset=nowhere'], "dataset='nowhere': there is no folder"),
+    (['--dataset=openwebtext'], 'the data set openwebtext is not prepared, run: python data/openwebtext/prepare.py'),
+    (['--dataset={tmp}/beyond'], 'vocab_size=256, expected at least 300'),
+    (['--dataset={tmp}/short', '--block_size=64'], 'block_size=64 is too long for'),
+    (['--dataset={tmp}/json'], 'meta.json is broken'),
+    (['--dataset={tmp}/noval'], 'has no val split, only train'),
+    (['--init_from=scrach'], "init_from='scrach', expected scratch, resume, auto"),
+    (['--init_from=resume', '--out_dir={tmp}/empty'], "init_from='resume', expected a checkpoint in"),
+    (['--init_from=resume', '--n_embd=32', '--out_dir={tmp}/done'], 'n_embd=32, expected 16 as in the checkpoint'),
+    (['--init_from=resume', '--n_head=4', '--out_dir={tmp}/done'], 'n_head=4, expected 2 as in the checkpoint'),
+    (['--init_from={tmp}/done', '--n_coda=2'], 'n_coda=2, expected 1 as in the checkpoint'),
+    (['--init_from={tmp}/done', '--dataset={tmp}/others'], 'expected one in the tokens of the checkpoint'),
+    (['--init_from={tmp}/done', '--dataset={tmp}/bytes'], '12 of kind char, not 256 of kind byte'),
+    (['--init_from=resume', '--out_dir={tmp}/foreign'], 'that file has no state to resume'),
+    (['--out_dir={tmp}/typo.py'], 'cannot be written'),
+]
+SAMPLE = [
+    (['--out_dir={tmp}/empty'], 'expected the folder of a run with a checkpoint'),
+    (['--out_dir={tmp}/nowhere'], 'expected the folder of a run with a checkpoint'),
+    (['--start=Zebra'], "characters that the tokenizer does not know: 'Z' 'r'"),
+    (['--start=FILE:{tmp}/nowhere.txt'], 'there is no file'),
+    (['--temperature=-1'], 'temperature=-1.0, expected at least 0'),
+    (['--top_k=0'], 'top_k=0, expected at least 1'),
+    (['--top_p=0'], 'top_p=0.0, expected above 0'),
+    (['--num_samples=0'], 'num_samples=0, expected at least 1'),
+    (['--n_loop=0'], 'n_loop=0, expected at least 1'),
+    (['--n_lop=2'], "unknown key 'n_lop', did you mean 'n_loop'?"),
+]
+FINE = [  # what looks odd but is plain
+    ['--max_iters=1e0'],
+    ['--dropout=0'],
+    ['--wandb_run_name=123'],
+    ['--out_dir={tmp}/a=b'],
+    ['--bptt_k=None'],
+    ['--bptt_k=9'],
+    ['--warmup_iters=4', '--lr_decay_iters=4'],
+    ['--always_save_checkpoint=False'],
+    ['--eval_iters=0'],
+    ['--grad_clip=0'],
+    ['--max_iters=0'],
+]
+FINE_SAMPLE = [['--start='], ['--temperature=0'], ['--top_k=None'], ['--top_k=999'], ['--top_p=1'], ['--start=a=b'][:0]]
+
+
+@pytest.fixture(scope='module')
+def tmp(tmp_path_factory, tiny_data):
+    """Config files, data sets and checkpoints with something wrong."""
+    tmp = tmp_path_factory.mktemp('mistakes')
+    (tmp / 'typo.py').write_text('n_lop = 3')
+    (tmp / 'type.py').write_text('n_embd = "wide"')
+    (tmp / 'broken.py').write_text('n_loop = 3\nn_embd = = 4')
+    (tmp / 'empty').mkdir()
+    sets = dict(beyond=range(300), short=range(20), noval=range(200), bytes=[*range(200)] * 2, json=range(200))
+    for name, ids in sets.items():
+        writer = Writer(tmp / name, Bytes(), name)
+        writer.add('train', ids)
+        if name != 'noval':
+            writer.add('val', ids)
+        writer.finish()
+    (tmp / 'json' / 'meta.json').write_text('{')
+    writer = Writer(tmp / 'others', Characters('xyzwvutsrqpo'), 'others')
+    for split in ('train', 'val'):
+        writer.add(split, np.arange(200) % 12)
+    writer.finish()
+    train.main([f'--dataset={tiny_data}', *TINY, '--max_iters=1', f'--out_dir={tmp}/done'])
+    (tmp / 'foreign').mkdir()
+    old = load(tmp / 'done' / 'ckpt.pt')
+    torch.save({key: old[key] for key in ('model', 'model_args', 'config')}, tmp / 'foreign' / 'ckpt.pt')
+    return tmp
+
+
+@pytest.mark.parametrize('argv, told', WRONG, ids=lambda value: ' '.join(value) if isinstance(value, list) else '')
+def test_mistakes_in_training_are_told(call, tmp, tmp_path, tiny_data, argv, told):
+    argv = [arg.format(tmp=tmp) for arg in argv]
+    chosen = any(arg.startswith('--init_from') for arg in argv)  # sizes come from the checkpoint
+    tiny = [flag for flag in TINY if not chosen or flag.startswith(('--device', '--compile', '--batch_size'))]
+    status, _, err = call(train.main, f'--dataset={tiny_data}', f'--out_dir={tmp_path}/out', *tiny, *argv)
+    assert status == 2 and told in err and err.count('\n') == 1 and err.startswith('train.py: '), err
+    assert not (tmp_path / 'out' / 'ckpt.pt').exists()
+
+
+@pytest.mark.parametrize('argv', FINE, ids=' '.join)
+def test_what_is_plain_in_training_works(call, tmp, flags, argv):
+    status, _, err = call(train.main, *flags, *(arg.format(tmp=tmp) for arg in argv))
+    assert status == 0 and not err
+
+
+@pytest.mark.parametrize('argv, told', SAMPLE, ids=lambda value: ' '.join(value) if isinstance(value, list) else '')
+def test_mistakes_in_sampling_are_told(call, tmp, argv, told):
+    status, out, err = call(
+        sample.main, f'--out_dir={tmp}/done', '--device=cpu', *(arg.format(tmp=tmp) for arg in argv)
+    )
+    last = err.splitlines()[-1]
+    assert status == 2 and not out and told in last and last.startswith('sample.py: ') and 'Traceback' not in err
+
+
+@pytest.mark.parametrize('argv', FINE_SAMPLE, ids=' '.join)
+def test_what_is_plain_in_sampling_works(call, tmp, argv):
+    status, out, _ = call(sample.main, f'--out_dir={tmp}/done', '--device=cpu', '--max_new_tokens=5', *argv)
+    assert status == 0 and out.endswith('---------------\n')
+
+
+@pytest.mark.parametrize(
+    'argv, told',
+    [
+        (['--vs=--n_lop=3'], "unknown key 'n_lop'"),
+        (['--vs=--dtype=bfloat16'], 'expected the same dtype'),
+        (['--rounds=0'], 'rounds=0, expected at least 1'),
+    ],
+)
+def test_mistakes_in_measuring_are_told(call, argv, told):
+    status, _, err = call(bench.main, *TINY, *argv)
+    assert status == 2 and told in err and err.count('\n') == 1
+
+
+@pytest.mark.parametrize(
+    'name, argv',
+    [
+        ('train.py', ['--n_lop=3']),
+        ('sample.py', ['--out_dir=nowhere']),
+        ('data/text/prepare.py', ['--input=nowhere.txt']),
+    ],
+)
+def test_mistakes_end_processes_with_status_2(name, argv):
+    run = script(name, *argv)
+    out, _ = run.communicate()
+    assert run.returncode == 2 and out.strip().splitlines()[-1].startswith(f'{name.split("/")[-1]}: ')
+    assert 'Traceback' not in out
+
+
+def test_a_defect_of_ours_keeps_its_traceback(call, flags, monkeypatch):
+    monkeypatch.setattr(train, 'lr_at', lambda *_: json.loads('{'))
+    with pytest.raises(ValueError):
+        call(train.main, *flags)

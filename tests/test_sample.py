@@ -1,0 +1,89 @@
+from helpers import TINY
+
+import bench
+import train
+from data.dataset import Bytes, Characters
+from sample import Text, main
+
+
+def trained(call, flags):
+    assert call(train.main, *flags, '--max_iters=4')[0] == 0
+    return [arg for arg in flags if arg.startswith('--out_dir')] + ['--device=cpu', '--dtype=float32']
+
+
+def test_samples_of_a_batch_end_in_a_line_of_dashes_and_nothing_else_is_on_stdout(call, flags):
+    options = trained(call, flags)
+    status, out, err = call(main, *options, '--start=abc', '--num_samples=3', '--max_new_tokens=20')
+    samples = out.split('\n---------------\n')
+    assert status == 0 and len(samples) == 4 and samples[-1] == ''
+    assert all(len(text) == 23 and text.startswith('abc') for text in samples[:3]) and len(set(samples[:3])) == 3
+    assert (
+        'step 4, 2 loops' in err
+        and out == call(main, *options, '--start=abc', '--num_samples=3', '--max_new_tokens=20')[1]
+    )
+
+
+def test_a_stream_prints_the_same_text(call, flags):
+    options = [*trained(call, flags), '--start=ab', '--max_new_tokens=30', '--top_p=0.9']
+    assert call(main, *options, '--stream=True')[1] == call(main, *options)[1]
+
+
+def test_temperature_zero_is_the_same_for_every_seed(call, flags):
+    options = [*trained(call, flags), '--temperature=0', '--max_new_tokens=20']
+    assert call(main, *options, '--seed=1')[1] == call(main, *options, '--seed=2')[1]
+
+
+def test_prompts_come_from_files(call, flags, tmp_path):
+    options = trained(call, flags)
+    (tmp_path / 'prompt.txt').write_text('hij abc')
+    assert call(main, *options, f'--start=FILE:{tmp_path}/prompt.txt')[1].startswith('hij abc')
+
+
+def test_another_number_of_loops_is_noted_and_changes_the_text(call, flags):
+    options = [*trained(call, flags), '--max_new_tokens=60', '--temperature=2']
+    status, out, err = call(main, *options, '--n_loop=9')
+    assert status == 0 and '9 loops, trained with 2' in err and out != call(main, *options)[1]
+
+
+def test_stop_ends_each_sample_before_it(call, flags):
+    options = [*trained(call, flags), '--num_samples=4', '--max_new_tokens=200', '--temperature=1']
+    whole = call(main, *options)[1].split('\n---------------\n')[:4]
+    cut = call(main, *options, '--stop=a')[1].split('\n---------------\n')[:4]
+    assert all('a' in text for text in whole) and cut == [text.split('a')[0] for text in whole]
+
+
+def test_text_keeps_back_what_may_become_the_stop_and_what_is_half_a_character():
+    text = Text(Characters('abcd'), stop='abc')
+    assert [text.add(i, False) for i in (3, 0, 1, 3, 0, 1, 2, 3)] == ['d', '', '', 'abd', '', '', '', ''] and text.done
+    text = Text(Bytes(), stop='')
+    assert [text.add(i, last) for i, last in zip('é'.encode() + b'\xe2', (False, False, True), strict=True)] == [
+        '',
+        'é',
+        '\ufffd',
+    ]
+
+
+def test_bench_reports_both_settings_and_their_ratio(call, flags):
+    argv = [*flags, '--warmup=1', '--rounds=2', '--steps=2', '--vs=--n_loop=4']
+    status, out, err = call(bench.main, *argv)
+    lines = out.splitlines()
+    assert status == 0 and not err
+    assert lines[-3].startswith('this: ') and lines[-2].startswith('--n_loop=4: ') and 'mfu ' in lines[-2]
+    ratio = float(lines[-1].split(': ')[1].split()[0])
+    assert lines[-1].startswith('time per step, --n_loop=4 / this: ') and 0.8 < ratio < 4
+    assert any(line.startswith('peak: ') for line in lines)
+    status, out, _ = call(bench.main, *argv[:-1], '--peak_flops=1e6')
+    assert status == 0 and 'peak: ' not in out and float(out.split('mfu ')[1].split('%')[0]) > 100
+
+
+def test_flops_of_a_bench_follow_the_loops():
+    from model import GPT, GPTConfig
+
+    sizes = dict(item[2:].split('=') for item in TINY[:6])
+    config = {key: int(value) for key, value in sizes.items()}
+    few, many, cut = (
+        GPT(GPTConfig(vocab_size=12, **config | keys)).flops()
+        for keys in (dict(n_loop=2), dict(n_loop=6), dict(n_loop=6, bptt_k=2))
+    )
+    loop = (many[0] - few[0]) / 4
+    assert many[1] - few[1] == 12 * loop and cut[0] == many[0] and many[1] - cut[1] == 8 * loop

@@ -1,0 +1,565 @@
+import errno
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import ROOT, TINY, load, randomize, read_log, same, script
+from resume_under_fire import survive
+
+import storage
+import train
+from data.dataset import Split, read_meta
+from model import GPT, GPTConfig
+from train import SCHEDULE, TrainConfig, lr_at, main
+
+VARIANTS = {
+    'plain': [],
+    'noise': ['--input_injection=inject_random', '--dropout=0.1'],
+    'accumulation': ['--gradient_accumulation_steps=3', '--dropout=0.2'],
+    'passthrough': ['--input_injection=passthrough', '--batch_size=2'],
+    'truncated': ['--bptt_k=1', '--weight_decay=0.0', '--lr_schedule=linear'],
+    'bfloat16': ['--dtype=bfloat16', '--dropout=0.1'],
+    'float16': ['--dtype=float16'],
+}
+
+
+def losses(out_dir):
+    return [line['train/loss'] for line in read_log(out_dir) if 'lr' in line]
+
+
+# -----------------------------------------------------------------------------
+# schedule
+
+
+@pytest.mark.parametrize('schedule', SCHEDULE)
+def test_the_learning_rate_rises_stays_and_falls(schedule):
+    keys = dict(learning_rate=1.0, min_lr=0.1, warmup_iters=10, max_iters=110, warmdown_frac=0.5)
+    c = TrainConfig(lr_schedule=schedule, **keys)
+    assert lr_at(0, c) == pytest.approx(1 / 11) and lr_at(9, c) == pytest.approx(10 / 11)
+    assert lr_at(10, c) == 1.0 and lr_at(110, c) == lr_at(500, c) == pytest.approx(0.1)
+    middle = dict(cosine=0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 0.5)), linear=1.0)[schedule]
+    assert lr_at(
+        60, c if schedule == 'cosine' else TrainConfig(lr_schedule='linear', **keys | dict(warmdown_frac=0.4))
+    ) == (pytest.approx(middle))
+    assert lr_at(200, TrainConfig(lr_schedule=schedule, decay_lr=False, **keys)) == 1.0
+
+
+def test_linear_falls_over_the_last_share_of_the_run():
+    keys = dict(learning_rate=1.0, min_lr=0.0, warmup_iters=0, max_iters=100, warmdown_frac=0.2)
+    c = TrainConfig(lr_schedule='linear', **keys)
+    assert [lr_at(step, c) for step in (0, 80, 90, 95, 100)] == pytest.approx([1, 1, 0.5, 0.25, 0])
+
+
+@pytest.mark.parametrize('warmup, end', [(0, 0), (10, 10), (10, 5), (0, 1)])
+def test_odd_schedules_do_not_divide_by_zero(warmup, end):
+    for schedule in SCHEDULE:
+        c = TrainConfig(lr_schedule=schedule, warmup_iters=warmup, lr_decay_iters=end, warmdown_frac=0.0)
+        assert all(c.min_lr <= lr_at(step, c) <= c.learning_rate for step in range(30) if step >= warmup)
+
+
+# -----------------------------------------------------------------------------
+# what a run is a function of
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_a_resumed_run_equals_an_uninterrupted_one(call, flags, tmp_path, variant):
+    options = [*flags, *VARIANTS[variant]]
+    assert call(main, *options)[0] == 0
+    whole = load(tmp_path / 'out' / 'ckpt.pt')
+    parts = [*options, f'--out_dir={tmp_path}/parts']
+    assert call(main, *parts, '--max_iters=7', '--lr_decay_iters=12', '--eval_interval=4')[0] == 0
+    status, out, _ = call(main, *parts, '--init_from=resume', '--lr_decay_iters=12')
+    assert status == 0 and 'resuming at step 7' in out and 'changed: max_iters was 7, is 12' in out
+    resumed = load(tmp_path / 'parts' / 'ckpt.pt')
+    for key in ('model', 'optimizer', 'iter_num'):
+        assert same(whole[key], resumed[key]), key
+    assert losses(tmp_path / 'out') == losses(tmp_path / 'parts')
+
+
+def test_resuming_needs_no_flags_but_the_folder(call, flags, tmp_path):
+    call(main, *flags, '--dropout=0.1')
+    whole = load(tmp_path / 'out' / 'ckpt.pt')
+    (tmp_path / 'out' / 'prev.pt').rename(tmp_path / 'out' / 'ckpt.pt')
+    assert call(main, '--init_from=resume', f'--out_dir={tmp_path}/out')[0] == 0
+    assert same(whole['model'], load(tmp_path / 'out' / 'ckpt.pt')['model'])
+    assert len(losses(tmp_path / 'out')) == 12
+
+
+def test_evaluating_more_often_changes_nothing(call, flags, tmp_path):
+    for name, interval in (('a', 1), ('b', 5), ('c', 1000)):
+        call(
+            main,
+            *flags,
+            '--input_injection=inject_random',
+            f'--out_dir={tmp_path}/{name}',
+            f'--eval_interval={interval}',
+        )
+    assert losses(tmp_path / 'a') == losses(tmp_path / 'b') == losses(tmp_path / 'c')
+    assert same(load(tmp_path / 'a' / 'ckpt.pt')['model'], load(tmp_path / 'c' / 'ckpt.pt')['model'])
+
+
+def test_seeds_differ_and_repeat(call, flags, tmp_path):
+    for name, seed in (('a', 1), ('b', 1), ('c', 2)):
+        call(main, *flags, f'--out_dir={tmp_path}/{name}', f'--seed={seed}')
+    assert losses(tmp_path / 'a') == losses(tmp_path / 'b') != losses(tmp_path / 'c')
+
+
+def test_micro_batches_are_their_places_in_the_global_batch(tiny_data):
+    split = Split(tiny_data, read_meta(tiny_data), 'train', 8, 12)
+    c = types.SimpleNamespace(seed=3, batch_size=4, gradient_accumulation_steps=4)
+
+    def drawn(world):
+        ranks = [types.SimpleNamespace(rank=rank, world=world) for rank in range(world)]
+        return [train.draw(split, c, m, 5, micro) for micro in range(4 // world) for m in ranks]
+
+    for world in (2, 4):
+        assert same(drawn(1), drawn(world))
+    assert len({x.numpy().tobytes() for x, _, _ in drawn(1)}) == len({seed for *_, seed in drawn(1)}) == 4
+    m = types.SimpleNamespace(rank=0, world=1)
+    assert not torch.equal(train.draw(split, c, m, 6, 0)[0], train.draw(split, c, m, 5, 0)[0])
+    ahead = train.draw_ahead(split, c, m, 5)
+    assert same([next(ahead) for _ in range(5)], [*drawn(1), train.draw(split, c, m, 6, 0)])
+
+
+def test_accumulation_equals_one_large_batch(call, flags, tmp_path, monkeypatch):
+    micro_batches = {}
+    real = train.draw
+
+    def together(split, c, m, step, micro):
+        if c.gradient_accumulation_steps == 2:
+            micro_batches[step, micro] = real(split, c, m, step, micro)
+            return micro_batches[step, micro]
+        a, b = micro_batches[step, 0], micro_batches[step, 1]
+        return torch.cat((a[0], b[0])), torch.cat((a[1], b[1])), a[2]
+
+    monkeypatch.setattr(train, 'draw', together)
+    call(main, *flags, '--gradient_accumulation_steps=2', f'--out_dir={tmp_path}/a', '--max_iters=10')
+    micro_batches.update({(10, i): micro_batches[9, i] for i in (0, 1)})  # one is read ahead
+    call(main, *flags, '--batch_size=8', f'--out_dir={tmp_path}/b', '--max_iters=10')
+    assert losses(tmp_path / 'a') == pytest.approx(losses(tmp_path / 'b'), abs=1e-5)
+
+
+# -----------------------------------------------------------------------------
+# evaluation
+
+
+def test_evaluation_is_the_whole_split_and_counts_bytes(call, tmp_path, tiny_data):
+    from data.dataset import Characters, write_text
+
+    text = tmp_path / 'input.txt'
+    text.write_text('a\u20acb' * 100)  # the euro sign has three bytes
+    write_text(tmp_path / 'euro', [text], Characters('ab\u20ac'), 'euro')
+    flags = [f'--dataset={tmp_path}/euro', f'--out_dir={tmp_path}/out', *TINY, '--eval_iters=0', '--batch_size=7']
+    assert call(main, *flags)[0] == 0
+    from model import load_checkpoint
+
+    model, _ = load_checkpoint(tmp_path / 'out' / 'ckpt.pt')
+    ids = torch.from_numpy(np.fromfile(tmp_path / 'euro' / 'val.bin', '<u2').astype(np.int64))
+    nll, size = 0.0, 0
+    for start in range(0, len(ids) - 1, 8):
+        window = ids[start : start + 9]
+        ce, _ = model.eval().double().table(window[None, :-1], window[None, 1:])
+        nll, size = nll + ce.sum().item(), size + int(torch.tensor([1, 1, 3])[window[1:]].sum())
+    line = [line for line in read_log(tmp_path / 'out') if 'val/loss' in line][-1]
+    assert line['val/loss'] == pytest.approx(nll / (len(ids) - 1), abs=1e-5)
+    assert line['val/bpb'] == pytest.approx(nll / size / math.log(2), abs=1e-5)
+    assert line['val/ppl'] == pytest.approx(math.exp(line['val/loss']))
+
+
+def test_eval_only_evaluates_the_checkpoint_and_touches_nothing(call, flags, tmp_path):
+    call(main, *flags)
+    files = {path: path.read_bytes() for path in (tmp_path / 'out').iterdir()}
+    status, out, _ = call(main, *flags, '--init_from=resume', '--eval_only=True')
+    expected = [line for line in read_log(tmp_path / 'out') if 'val/loss' in line][-1]
+    assert (
+        status == 0
+        and f'step 12: train loss {expected["train/eval_loss"]:.4f}, val loss {expected["val/loss"]:.4f}' in out
+    )
+    assert {path: path.read_bytes() for path in (tmp_path / 'out').iterdir()} == files
+
+
+def test_best_is_kept_and_patience_ends_the_run(call, flags, tmp_path, monkeypatch):
+    values = iter([3.0, 2.0, 2.5, 2.6, 1.0])
+    fake = lambda *_: {name: dict(loss=v, ppl=1.0, bpb=1.0) for v in [next(values)] for name in ('train', 'val')}  # noqa: E731
+    monkeypatch.setattr(train, 'evaluate', fake)
+    status, out, _ = call(main, *flags, '--eval_interval=2', '--patience=2')
+    assert status == 0 and 'best val loss 2.0000' in out
+    assert load(tmp_path / 'out' / 'ckpt.pt')['iter_num'] == 8 and load(tmp_path / 'out' / 'best.pt')['iter_num'] == 4
+
+
+# -----------------------------------------------------------------------------
+# nothing is lost
+
+
+def test_killed_runs_go_on_as_if_they_had_not_been(tmp_path):
+    survive(tmp_path, kills=3, seed=1)
+
+
+@pytest.mark.parametrize('share', [0.0, 0.2, 0.5, 0.9, 0.999])
+def test_a_cut_checkpoint_is_named_and_the_one_before_is_used(call, flags, tmp_path, share):
+    call(main, *flags)
+    whole = load(tmp_path / 'out' / 'ckpt.pt')
+    path = tmp_path / 'out' / 'ckpt.pt'
+    data = path.read_bytes()
+    path.unlink()  # best.pt is the same file
+    path.write_bytes(data[: int(share * len(data))])
+    status, out, err = call(main, *flags, '--init_from=auto')
+    assert status == 0 and f'{path} cannot be read' in err and 'resuming at step 8' in out
+    assert same(whole['model'], load(path)['model']) and len(losses(tmp_path / 'out')) == 12
+
+
+def test_two_broken_checkpoints_are_not_overwritten(call, flags, tmp_path):
+    call(main, *flags)
+    for name in ('ckpt.pt', 'prev.pt'):
+        (tmp_path / 'out' / name).unlink()
+        (tmp_path / 'out' / name).write_bytes(b'x')
+    status, _, err = call(main, *flags, '--init_from=auto')
+    assert status == 2 and 'no checkpoint in' in err and (tmp_path / 'out' / 'ckpt.pt').read_bytes() == b'x'
+
+
+@pytest.mark.parametrize(
+    'failure',
+    [OSError(errno.ENOSPC, 'No space left on device'), RuntimeError('PytorchStreamWriter failed writing file')],
+)
+def test_a_full_disk_leaves_the_last_good_checkpoint(call, flags, tmp_path, monkeypatch, failure):
+    real, calls = torch.save, []
+
+    def save(value, file):
+        calls.append(1)
+        if len(calls) == 3:
+            file.write(b'half')
+            raise failure
+        real(value, file)
+
+    monkeypatch.setattr(torch, 'save', save)
+    status, _, err = call(main, *flags)
+    assert status == 1 and str(failure).split(']')[-1].strip() in err and 'ckpt.pt' in err and err.count('\n') == 1
+    assert load(tmp_path / 'out' / 'ckpt.pt')['iter_num'] == 8
+    assert not (tmp_path / 'out' / 'ckpt.pt.tmp').exists()
+    monkeypatch.undo()
+    (tmp_path / 'out' / 'ckpt.pt.tmp').write_bytes(b'stale')
+    assert call(main, *flags, '--init_from=auto')[0] == 0
+    assert load(tmp_path / 'out' / 'ckpt.pt')['iter_num'] == 12 and len(losses(tmp_path / 'out')) == 12
+
+
+def test_a_full_disk_for_real(tmp_path, tiny_data):
+    small = tmp_path / 'small'
+    small.mkdir()
+    if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=200k', 'tmpfs', small], capture_output=True).returncode:
+        os.symlink('/dev/full', small / 'ckpt.pt.tmp')  # without the right to mount: every write to it fails
+    try:
+        run = script('train.py', f'--dataset={tiny_data}', *TINY, '--n_embd=64', f'--out_dir={small}')
+        out, _ = run.communicate()
+        assert run.returncode == 1 and 'Traceback' not in out and 'train.py: the checkpoint cannot be saved' in out
+        assert not (small / 'ckpt.pt').exists()
+    finally:
+        subprocess.run(['umount', small], capture_output=True)
+
+
+def test_out_dir_that_cannot_be_written_is_told(call, flags, tmp_path):
+    (tmp_path / 'file').write_text('')
+    status, _, err = call(main, *flags, f'--out_dir={tmp_path}/file')
+    assert status == 2 and 'cannot be written' in err
+    status, _, err = call(main, *flags, '--out_dir=/proc/nanoloop')
+    assert status == 2 and 'cannot be written' in err
+
+
+def test_starting_from_scratch_deletes_no_earlier_run(call, flags, tmp_path):
+    call(main, *flags, '--max_iters=4')
+    old = (tmp_path / 'out' / 'ckpt.pt').read_bytes()
+    status, out, _ = call(main, *flags, '--seed=2')
+    assert status == 0 and 'earlier run' in out
+    assert (tmp_path / 'out' / 'run-1' / 'ckpt.pt').read_bytes() == old and len(losses(tmp_path / 'out' / 'run-1')) == 4
+    assert len(losses(tmp_path / 'out')) == 12
+
+
+def test_a_second_run_is_kept_out(call, flags, tmp_path):
+    lock = storage.open_out_dir(tmp_path / 'out')
+    status, _, err = call(main, *flags)
+    assert status == 2 and 'in use by another run' in err
+    lock.close()
+    assert call(main, *flags)[0] == 0
+
+
+def test_a_finished_run_stays_as_it_is(call, flags, tmp_path):
+    call(main, *flags)
+    before = {path.name: path.read_bytes() for path in (tmp_path / 'out').iterdir()}
+    assert call(main, *flags, '--init_from=auto')[0] == 0
+    assert {path.name: path.read_bytes() for path in (tmp_path / 'out').iterdir()} == before
+
+
+def test_replacing_works_without_links(tmp_path, monkeypatch):
+    (tmp_path / 'a').write_text('new')
+    (tmp_path / 'b').write_text('old')
+    monkeypatch.setattr(os, 'link', lambda *_: (_ for _ in ()).throw(OSError('no links here')))
+    storage.replace_by_link(tmp_path / 'a', tmp_path / 'b')
+    assert (tmp_path / 'b').read_text() == 'new' and sorted(p.name for p in tmp_path.iterdir()) == ['a', 'b']
+
+
+# -----------------------------------------------------------------------------
+# gradients that are not finite
+
+
+def poison(monkeypatch, bad_steps):
+    """Makes the loss of some steps not a number."""
+    real, calls = train.Objective.forward, []
+
+    def forward(self, idx, targets):
+        calls.append(1)
+        return real(self, idx, targets) * (math.nan if len(calls) in bad_steps else 1)
+
+    monkeypatch.setattr(train.Objective, 'forward', forward)
+
+
+def test_steps_without_a_finite_gradient_are_skipped(call, flags, tmp_path, monkeypatch):
+    poison(monkeypatch, {3, 4, 7})
+    status, out, _ = call(main, *flags)
+    assert status == 0 and out.count('the step is skipped') == 3
+    checkpoint = load(tmp_path / 'out' / 'ckpt.pt')
+    assert all(w.isfinite().all() for w in checkpoint['model'].values())
+    assert all(state['step'] == 12 - 3 for state in checkpoint['optimizer']['state'].values())
+
+
+def test_several_in_a_row_end_the_run_and_are_not_saved(call, flags, tmp_path, monkeypatch):
+    poison(monkeypatch, {6, 7, 8})
+    status, _, err = call(main, *flags)
+    assert status == 2 and 'at iter 7, 3 steps were skipped in a row' in err and 'step 4' in err
+    checkpoint = load(tmp_path / 'out' / 'ckpt.pt')
+    assert checkpoint['iter_num'] == 4 and all(w.isfinite().all() for w in checkpoint['model'].values())
+
+
+def test_float16_looks_for_its_scale_without_giving_up(call, flags, tmp_path, monkeypatch):
+    poison(monkeypatch, {2, 3, 4, 5, 6})
+    assert call(main, *flags, '--dtype=float16')[0] == 0
+    scaler = load(tmp_path / 'out' / 'ckpt.pt')['scaler']
+    assert scaler['scale'] == 2**16 / 2**5
+
+
+def test_the_gradient_is_clipped_to_its_norm(call, flags, tmp_path, monkeypatch):
+    seen = []
+    real = torch.optim.AdamW.step
+
+    def step(self, *args, **keys):
+        params = [p for group in self.param_groups for p in group['params']]
+        seen.append(torch.nn.utils.get_total_norm([p.grad for p in params]).item())
+        return real(self, *args, **keys)
+
+    monkeypatch.setattr(torch.optim.AdamW, 'step', step)
+    call(main, *flags, '--grad_clip=0.01', '--max_iters=2')
+    call(main, *flags, '--grad_clip=0', '--max_iters=2', f'--out_dir={tmp_path}/b')
+    logged = [line['train/grad_norm'] for line in read_log(tmp_path / 'out') if 'lr' in line]
+    assert seen[0] == pytest.approx(0.01, rel=1e-4) and logged[0] > 0.1 and seen[2] == pytest.approx(logged[0])
+
+
+# -----------------------------------------------------------------------------
+# several processes, signals
+
+
+def torchrun(*argv):
+    env = dict(os.environ, OMP_NUM_THREADS='1')
+    command = [
+        sys.executable,
+        '-m',
+        'torch.distributed.run',
+        '--standalone',
+        '--nproc_per_node=2',
+        str(ROOT / 'train.py'),
+    ]
+    pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    return subprocess.Popen([*command, *argv], env=env, cwd=ROOT, **pipe)
+
+
+def test_two_processes_train_as_one(call, flags, tmp_path):
+    options = [*flags, '--gradient_accumulation_steps=2', '--max_iters=20', '--dropout=0.1', '--eval_iters=0']
+    run = torchrun(*options, f'--out_dir={tmp_path}/two')
+    out, _ = run.communicate(timeout=100)
+    assert run.returncode == 0, out
+    call(main, *options)
+    one, two = (read_log(tmp_path / name) for name in ('out', 'two'))
+    assert [line['iter'] for line in one] == [line['iter'] for line in two] and len(losses(tmp_path / 'two')) == 20
+    for a, b in zip(one, two, strict=True):
+        for key in ('train/loss', 'val/loss', 'val/bpb', 'train/grad_norm'):
+            assert a.get(key, 0) == pytest.approx(b.get(key, 0), abs=1e-5), (a, b)
+    status, _, err = call(main, *flags, '--gradient_accumulation_steps=3')
+    assert status == 0  # one process divides everything
+
+
+def wait_for(out_dir, step):
+    end = time.time() + 60
+    while time.time() < end:
+        if (Path(out_dir) / 'log.jsonl').exists() and len(read_log_so_far(out_dir)) > step:
+            return
+        time.sleep(0.01)
+    raise AssertionError('the run does not start')
+
+
+def read_log_so_far(out_dir):
+    return (Path(out_dir) / 'log.jsonl').read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+    'target, number', [('rank', signal.SIGTERM), ('agent', signal.SIGTERM), ('group', signal.SIGINT)]
+)
+def test_signals_save_and_all_ranks_leave(call, flags, tmp_path, target, number):
+    long = [
+        *flags,
+        '--gradient_accumulation_steps=2',
+        '--max_iters=100000',
+        '--lr_decay_iters=12',
+        '--eval_interval=100000',
+    ]
+    run = torchrun(*long)
+    wait_for(tmp_path / 'out', 5)
+    pids = [int(p.name) for p in Path('/proc').iterdir() if p.name.isdigit() and parent(p) == run.pid]
+    workers = [pid for pid in pids if b'train.py' in Path(f'/proc/{pid}/cmdline').read_bytes()]
+    assert len(workers) == 2
+    start = time.time()
+    {'rank': lambda: os.kill(workers[1], number), 'agent': lambda: os.kill(run.pid, number)}.get(
+        target, lambda: os.killpg(run.pid, number)
+    )()
+    out, _ = run.communicate(timeout=60)
+    assert time.time() - start < 20 and run.returncode != 0
+    assert f'stopped by {signal.Signals(number).name} at step' in out, out
+    assert not any(Path(f'/proc/{pid}').exists() for pid in workers)
+    if target == 'rank':
+        assert out.count(f'exitcode  : {128 + number}') == 2, out
+    stopped = load(tmp_path / 'out' / 'ckpt.pt')
+    n = stopped['iter_num']
+    assert n > 5 and len(losses(tmp_path / 'out')) == n
+    resumed = [*flags, '--gradient_accumulation_steps=2', f'--max_iters={n + 3}', '--lr_decay_iters=12']
+    never = ['--eval_interval=100000', '--eval_iters=1']
+    assert call(main, *resumed, *never, '--init_from=resume')[0] == 0
+    assert losses(tmp_path / 'out')[:n] == pytest.approx(losses(tmp_path / 'out')[:n])
+    assert call(main, *resumed, *never, f'--out_dir={tmp_path}/whole')[0] == 0
+    assert losses(tmp_path / 'out') == pytest.approx(losses(tmp_path / 'whole'), abs=1e-4)
+
+
+def parent(proc):
+    try:
+        return int((proc / 'stat').read_text().rsplit(')', 1)[1].split()[1])
+    except (OSError, IndexError):
+        return None
+
+
+@pytest.mark.parametrize('place', ['step', 'micro', 'evaluation', 'first'])
+def test_a_signal_anywhere_ends_in_a_bit_exact_checkpoint(call, flags, tmp_path, monkeypatch, place):
+    options = [*flags, '--dropout=0.1', '--gradient_accumulation_steps=3']
+    call(main, *options)
+    whole = load(tmp_path / 'out' / 'ckpt.pt')
+    options.append(f'--out_dir={tmp_path}/stopped')
+    count = []
+
+    def after(real, n):
+        def wrapped(*args, **keys):
+            count.append(1)
+            if len(count) == n:
+                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), signal.SIGTERM)  # torchrun repeats itself
+            return real(*args, **keys)
+
+        return wrapped
+
+    where = dict(step=('lr_at', 6), micro=('draw', 17), evaluation=('evaluate', 2), first=('draw', 1))
+    name, n = where[place]
+    monkeypatch.setattr(train, name, after(getattr(train, name), n))
+    status, out, _ = call(main, *options)
+    assert status == 128 + signal.SIGTERM and 'stopped by SIGTERM at step' in out
+    monkeypatch.undo()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert load(tmp_path / 'stopped' / 'ckpt.pt')['iter_num'] == {'evaluation': 8, 'first': 0}.get(place, 5)
+    assert call(main, *options, '--init_from=resume')[0] == 0
+    assert same(whole['model'], load(tmp_path / 'stopped' / 'ckpt.pt')['model'])
+    keep = ('iter', 'train/loss', 'val/loss', 'lr')
+    logs = [[[line.get(k) for k in keep] for line in read_log(tmp_path / name)] for name in ('out', 'stopped')]
+    assert logs[0] == logs[1]
+
+
+# -----------------------------------------------------------------------------
+# other ways to begin, other things to log
+
+
+def test_init_from_a_path_takes_the_weights_only(call, flags, tmp_path):
+    call(main, *flags)
+    status, out, _ = call(
+        main,
+        f'--init_from={tmp_path}/out',
+        *flags[:1],
+        f'--out_dir={tmp_path}/b',
+        '--max_iters=0',
+        '--device=cpu',
+        '--n_loop=3',
+    )
+    assert status == 0, out
+    a, b = load(tmp_path / 'out' / 'ckpt.pt'), load(tmp_path / 'b' / 'ckpt.pt')
+    assert same(a['model'], b['model']) and b['iter_num'] == 0 and not b['optimizer']['state']
+    assert b['model_args'] == a['model_args'] | dict(n_loop=3)
+
+
+def test_checkpoints_hold_nanogpts_keys_and_plain_values(call, flags, tmp_path):
+    call(main, *flags)
+    checkpoint = load(tmp_path / 'out' / 'ckpt.pt')
+    ours = 'rng scaler tokenizer loops_trained log_bytes format_version git'.split()
+    assert {'model', 'optimizer', 'model_args', 'iter_num', 'best_val_loss', 'config', *ours} <= set(checkpoint)
+    assert not any(name.startswith(('_orig_mod.', 'module.')) for name in checkpoint['model'])
+    assert (
+        checkpoint['loops_trained'] == [2]
+        and checkpoint['log_bytes'] == (tmp_path / 'out' / 'log.jsonl').stat().st_size
+    )
+
+
+def test_lines_keep_nanogpts_prefix(call, flags):
+    _, out, _ = call(main, *flags)
+    for start in (
+        'tokens per iteration will be: 32',
+        'number of parameters: 0.',
+        'num decayed parameter tensors: 14, with ',
+    ):
+        assert f'\n{start}' in out
+    assert '\nstep 4: train loss 2.' in out and ', val loss 2.' in out
+    line = next(line for line in out.splitlines() if line.startswith('iter 3: loss 2.'))
+    fields = [field.split()[0] for field in line.split(', ')]
+    assert fields == ['iter', 'time', 'mfu', 'grad', 'lr', 'tok/s', 'loops', 'eta'] and 'mfu n/a' in line
+
+
+def test_wandb_gets_what_the_log_gets_and_its_run_goes_on(call, flags, tmp_path, monkeypatch):
+    runs = []
+
+    class Fake:
+        def __init__(self, **keys):
+            runs.append(dict(keys, lines=[]))
+
+        def log(self, record, step):
+            runs[-1]['lines'].append((step, record))
+
+    monkeypatch.setitem(sys.modules, 'wandb', types.SimpleNamespace(init=Fake))
+    call(main, *flags, '--wandb_log=True', '--max_iters=4')
+    call(main, *flags, '--wandb_log=True', '--init_from=resume', '--max_iters=8')
+    assert runs[0]['id'] == runs[1]['id'] and runs[1]['resume'] == 'allow'
+    logged = [record for run in runs for _, record in run['lines']]
+    assert [r['iter'] for r in logged] == [r['iter'] for r in read_log(tmp_path / 'out')]
+
+
+def test_wandb_is_not_imported_unless_asked_for(call, flags, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'wandb', None)  # importing it fails
+    assert call(main, *flags, '--max_iters=1')[0] == 0
+    status, _, err = call(main, *flags, '--max_iters=1', '--wandb_log=True')
+    assert status == 2 and 'pip install wandb' in err
+
+
+def test_the_objective_is_the_mean_over_targets_that_count():
+    model = randomize(GPT(GPTConfig(block_size=8, vocab_size=12, n_head=2, n_embd=16)))
+    idx, targets = torch.randint(12, (2, 3, 8), generator=torch.Generator().manual_seed(0))
+    targets[0, 2:] = targets[1] = -1
+    expected = torch.nn.functional.cross_entropy(
+        model(idx, targets)[0].flatten(0, 1), targets.flatten(), ignore_index=-1
+    )
+    assert train.Objective(model)(idx, targets).item() == pytest.approx(expected.item(), abs=1e-6)
+    assert train.Objective(model)(idx, torch.full_like(targets, -1)).item() == 0
