@@ -175,8 +175,8 @@ class Signals:
         return self
 
     def __exit__(self, kind, error, trace):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        for number, handler in self.before.items():  # torchrun goes on sending until all its workers have left
+            signal.signal(number, signal.SIG_IGN if self.agreed and self.m.world > 1 else handler)
         if self.number and isinstance(error, Exception) and not isinstance(error, ValueError | OSError):
             # the signal has reached a process that this one needs: a compiler, another rank
             print(f'stopped by {signal.Signals(self.number).name} ({kind.__name__})', file=sys.stderr)

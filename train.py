@@ -322,7 +322,7 @@ class Run:
         self.state = None  # lets go of its memory
         self.objective = Objective(self.model)
         if m.world > 1:
-            self.objective = DistributedDataParallel(self.objective)
+            self.objective = DistributedDataParallel(self.objective, broadcast_buffers=False)
         self.tokens = c.gradient_accumulation_steps * c.batch_size * c.block_size
         self.flops = self.model.flops()[1]
         micros = f'{c.gradient_accumulation_steps} x {c.batch_size} x {c.block_size}, over {m.world} process(es)'

@@ -442,6 +442,21 @@ def test_signals_save_and_all_ranks_leave(call, flags, tmp_path, target, number)
     assert losses(tmp_path / 'out') == pytest.approx(losses(tmp_path / 'whole'), abs=1e-4)
 
 
+@pytest.mark.parametrize('seconds, killed', [(0.5, False), (2.5, True)])
+def test_a_second_interrupt_kills_only_after_two_seconds(monkeypatch, seconds, killed):
+    now, raised = [100.0], []
+    monkeypatch.setattr(storage.time, 'monotonic', lambda: now[0])
+    monkeypatch.setattr(storage.signal, 'signal', lambda *args: raised.append(args))
+    monkeypatch.setattr(storage.signal, 'raise_signal', raised.append)
+    signals = storage.Signals(types.SimpleNamespace(cpu_group=None, world=1))
+    signals.note(signal.SIGINT, None)
+    now[0] += seconds
+    signals.note(signal.SIGTERM, None)
+    assert not raised and signals.stopped() == signal.SIGINT
+    signals.note(signal.SIGINT, None)
+    assert raised == ([(signal.SIGINT, signal.SIG_DFL), signal.SIGINT] if killed else [])
+
+
 def parent(proc):
     try:
         return int((proc / 'stat').read_text().rsplit(')', 1)[1].split()[1])
