@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 import torch
 
-from configurator import ROOT, command, configure, peak_memory, setup
-from data.dataset import read_meta
+from configurator import command, configure, peak_memory, setup
+from data.dataset import find_data, read_meta
 from model import GPT, GPTConfig, check, check_types
 from train import Objective, TrainConfig, make_optimizer, train_step
 
@@ -49,7 +49,7 @@ class Side:
             for block in self.model.blocks():
                 block.compile()
         self.objective = Objective(self.model)
-        self.optimizer, _ = make_optimizer(self.model, c, m.kind)
+        self.optimizer, _ = make_optimizer(self.model, c)
         self.scaler = torch.amp.GradScaler(m.kind, enabled=m.dtype == torch.float16)
         tokens = torch.randint(c.vocab_size, (c.batch_size, c.block_size + 1))
         self.batches = itertools.repeat((tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), c.seed))
@@ -98,7 +98,7 @@ def main(argv):
         setting.build(TrainConfig)
         if 'vocab_size' not in setting.given:
             with contextlib.suppress(ValueError):  # not prepared: the default serves to measure
-                setting['vocab_size'] = read_meta(ROOT / 'data' / setting.dataset)['vocab_size']
+                setting['vocab_size'] = read_meta(find_data(setting.dataset))['vocab_size']
     m = setup(c)
     check(m.world == 1, 'processes', m.world, '1')
     print(m.line)

@@ -25,7 +25,7 @@ from typing import get_type_hints
 import torch
 import torch.distributed as dist
 
-from model import check, typed
+from model import Mistake, check, typed
 
 ROOT = Path(__file__).resolve().parent
 
@@ -82,7 +82,7 @@ def find_file(name):
     for path in (Path(name), ROOT / name):
         if path.is_file():
             return path
-    raise ValueError(f'there is no config file {name} (flags look like --key=value)')
+    raise Mistake(f'there is no config file {name} (flags look like --key=value)')
 
 
 class Assigned(dict):
@@ -105,7 +105,7 @@ def run_file(path, config, hints):
     except Exception as error:
         lines = [frame.lineno for frame in inspect.getinnerframes(error.__traceback__) if frame.filename == str(path)]
         line = lines[-1] if lines else getattr(error, 'lineno', '?')
-        raise ValueError(f'{path}, line {line}: {type(error).__name__}: {error}') from None
+        raise Mistake(f'{path}, line {line}: {type(error).__name__}: {error}') from None
     helpers = types.ModuleType | types.FunctionType | types.BuiltinFunctionType | type
     found = {key: names[key] for key in assigned if not (key.startswith('_') or isinstance(names[key], helpers))}
     for key in found:
@@ -116,7 +116,7 @@ def run_file(path, config, hints):
 def check_key(key, hints, where):
     if key not in hints:
         close = difflib.get_close_matches(key, hints, n=1)
-        raise ValueError(f'{where}unknown key {key!r}' + (f', did you mean {close[0]!r}?' if close else ', see --help'))
+        raise Mistake(f'{where}unknown key {key!r}' + (f', did you mean {close[0]!r}?' if close else ', see --help'))
 
 
 def parse(key, text, hint):
@@ -147,26 +147,29 @@ def command(main):
     def wrapped(argv=None):
         try:
             return main(sys.argv[1:] if argv is None else list(argv))
-        except ValueError as error:
-            trace = error.__traceback__
-            while trace.tb_next:
-                trace = trace.tb_next
-            if not Path(trace.tb_frame.f_code.co_filename).resolve().is_relative_to(ROOT):
-                raise  # not one of our messages but a defect, which needs its traceback
-            failure, status = error, 2
+        except Mistake as error:
+            failure, status, told = error, 2, RANK == 0 or not error.alike
         except KeyboardInterrupt:
             sys.exit(128 + signal.SIGINT)
         except BrokenPipeError:  # python sample.py | head
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             sys.exit(128 + signal.SIGPIPE)
         except (OSError, torch.OutOfMemoryError) as error:
-            failure, status = error, 1
-        if RANK == 0 or status == 1:  # every rank makes the same mistake, but machines fail one by one
+            failure, status, told = error, 1, True
+        if told:
             script = Path(inspect.getfile(main)).name
             print(f'{script}: {" ".join(str(failure).split())}', file=sys.stderr, flush=True)
         sys.exit(status)
 
     return wrapped
+
+
+def tell(text):
+    """Prints, and goes on without stdout when its reader is gone, as tee is after a Ctrl-C."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 # -----------------------------------------------------------------------------
@@ -196,6 +199,10 @@ def choose_device(device):
         device,
         f'a device of this machine, it has no {kind}',
     )
+    check(WORLD == 1 or device in ('cuda', 'cpu'), 'device', device, 'cuda or cpu for several processes')
+    local = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    gpus = torch.cuda.device_count()
+    check(kind == 'cpu' or local == 1 or local <= gpus, 'nproc_per_node', local, f'at most the {gpus} GPUs')
     if device == 'cuda':
         device = f'cuda:{LOCAL_RANK}'
     found = torch.device(device)
@@ -259,6 +266,7 @@ def choose_compile(compile, kind, steps):
 PEAK_FLOPS = {
     'B200': 2250e12,
     'GH200': 989e12,
+    'H200 NVL': 835e12,
     'H200': 989e12,
     'H100 NVL': 835e12,
     'H100 PCIe': 756e12,
@@ -279,7 +287,9 @@ def peak_flops(m):
     if m.kind != 'cuda' or m.dtype == torch.float32:
         return None
     name = torch.cuda.get_device_name(m.device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    if re.search(r'\b(MIG|Laptop|Ti|SUPER|D)\b', name):  # parts and relatives of the cards below
+        return None
+    return next((peak for part, peak in PEAK_FLOPS.items() if re.search(rf'\b{part}\b', name)), None)
 
 
 def peak_memory(m):

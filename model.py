@@ -225,9 +225,15 @@ class GPTConfig:
         return self.n_prelude + self.n_block * self.n_loop + self.n_coda
 
 
+class Mistake(ValueError):
+    """What a user can get wrong: the scripts tell it in one line and end with status 2."""
+
+    alike = True  # every rank makes it, the first one tells it
+
+
 def check(holds, key, got, wanted):
     if not holds:
-        raise ValueError(f'{key}={got!r}, expected {wanted}')
+        raise Mistake(f'{key}={got!r}, expected {wanted}')
 
 
 def check_least(config, least, *keys):
@@ -253,7 +259,7 @@ def typed(key, value, hint):
     if int in accepted and type(value) is float and value.is_integer():
         return int(value)
     names = ' or '.join(kind.__name__.replace('NoneType', 'None') for kind in accepted)
-    raise ValueError(f'{key}={value!r}, expected {names}')
+    raise Mistake(f'{key}={value!r}, expected {names}')
 
 
 # -----------------------------------------------------------------------------
@@ -443,12 +449,12 @@ def read_checkpoint(path):
     try:
         checkpoint = torch.load(path, map_location='cpu', mmap=True, weights_only=True)
     except FileNotFoundError:
-        raise ValueError(f'there is no checkpoint {path}') from None
+        raise Mistake(f'there is no checkpoint {path}') from None
     except pickle.UnpicklingError:
-        raise ValueError(f'the checkpoint {path} is broken, or more than tensors and plain values') from None
+        raise Mistake(f'the checkpoint {path} is broken, or more than tensors and plain values') from None
     except (RuntimeError, OSError, EOFError) as error:  # what a file that was cut gives
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f'the checkpoint {path} cannot be read: {reason}') from None
+        raise Mistake(f'the checkpoint {path} cannot be read: {reason}') from None
     whole = isinstance(checkpoint, dict) and {'model', 'model_args'} <= set(checkpoint)
     check(whole, 'checkpoint', str(path), 'a file with model and model_args')
     return checkpoint
@@ -472,7 +478,7 @@ def load_checkpoint(path, device='cpu', **changes):
     try:
         config = GPTConfig(**args)
     except TypeError as error:
-        raise ValueError(f'the checkpoint is of another program: {error}') from None
+        raise Mistake(f'the checkpoint is of another program: {error}') from None
     changed = GPTConfig(**dict(asdict(config), **changes))
     for key, value in asdict(changed).items():
         theirs = getattr(config, key)
@@ -481,5 +487,5 @@ def load_checkpoint(path, device='cpu', **changes):
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
-        raise ValueError(f'the checkpoint does not fit: {str(error).splitlines()[1].strip()}') from None
+        raise Mistake(f'the checkpoint does not fit: {str(error).splitlines()[1].strip()}') from None
     return model.to(device), checkpoint

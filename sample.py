@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from configurator import ROOT, autocast, choose_device, choose_dtype, command, configure
-from data.dataset import make_tokenizer, read_meta, read_text
+from configurator import autocast, choose_device, choose_dtype, command, configure
+from data.dataset import find_data, make_tokenizer, read_meta, read_text
 from model import check, check_types, load_checkpoint
 
 
@@ -69,7 +69,7 @@ def find_tokenizer(checkpoint):
     plain = checkpoint.get('tokenizer')
     if plain is None:
         dataset, vocab = (checkpoint.get('config', {}).get('dataset', ''), checkpoint['model_args']['vocab_size'])
-        folder = ROOT / 'data' / dataset
+        folder = find_data(dataset)
         prepared = dataset and any((folder / name).exists() for name in ('meta.json', 'meta.pkl'))
         check(
             prepared or vocab >= 50257,

@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from configurator import RANK, ROOT
-from model import check, read_checkpoint
+from configurator import RANK, ROOT, tell
+from model import Mistake, check, read_checkpoint
 
 # -----------------------------------------------------------------------------
 # checkpoints
@@ -42,19 +42,20 @@ def replace_by_link(source, target):
 
 
 def save_checkpoint(out_dir, checkpoint, log, best):
-    """Writes ckpt.pt, and best.pt if best, with the length of the log. Raises OSError with the reason it failed."""
+    """Writes ckpt.pt, and best.pt if best, with the place in the log. Raises OSError with the reason it failed."""
     path, prev, new = (out_dir / name for name in ('ckpt.pt', 'prev.pt', 'ckpt.pt.tmp'))
     try:
-        os.fsync(log)
+        os.fsync(log.file)
+        place = dict(log_bytes=os.fstat(log.file.fileno()).st_size, wandb_id=log.wandb_id)
         with open(new, 'wb') as file:
-            torch.save(dict(checkpoint, log_bytes=os.fstat(log.fileno()).st_size), file)
+            torch.save(checkpoint | place, file)
             file.flush()
             os.fsync(file.fileno())
         if path.exists():
             replace_by_link(path, prev)
+        if best:  # before ckpt.pt: after a crash in between the evaluation is made again
+            replace_by_link(new, out_dir / 'best.pt')
         os.replace(new, path)
-        if best:
-            replace_by_link(path, out_dir / 'best.pt')
         folder = os.open(out_dir, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
@@ -86,7 +87,17 @@ def find_checkpoint(init_from, out_dir):
         except ValueError as error:
             if RANK == 0:
                 print(error, file=sys.stderr)
-    raise ValueError(f'no checkpoint in {folder} can be read')
+    raise Mistake(f'no checkpoint in {folder} can be read')
+
+
+def set_broken_aside(out_dir):
+    """Renames a ckpt.pt that cannot be read: the next save must not put it in the place of a good prev.pt."""
+    path = out_dir / 'ckpt.pt'
+    try:
+        read_checkpoint(path)
+    except ValueError:
+        if path.exists():
+            os.replace(path, out_dir / 'ckpt.pt.broken')
 
 
 # -----------------------------------------------------------------------------
@@ -99,11 +110,13 @@ def open_out_dir(out_dir):
         out_dir.mkdir(parents=True, exist_ok=True)
         lock = open(out_dir / '.lock', 'w')
     except OSError as error:
-        raise ValueError(f'out_dir={str(out_dir)!r} cannot be written: {error.strerror}') from None
+        raise Mistake(f'out_dir={str(out_dir)!r} cannot be written: {error.strerror}') from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise ValueError(f'out_dir={str(out_dir)!r} is in use by another run') from None
+    except BlockingIOError:
+        raise Mistake(f'out_dir={str(out_dir)!r} is in use by another run') from None
+    except OSError as error:
+        print(f'{out_dir} cannot be locked against a second run: {error.strerror}', file=sys.stderr)
     return lock
 
 
@@ -123,18 +136,19 @@ class Log:
 
     def __init__(self, c, resumed):
         self.file = open(Path(c.out_dir) / 'log.jsonl', 'ab', buffering=0)
-        self.file.truncate(resumed.get('log_bytes', 0))  # the steps after the checkpoint will be run again
+        size = os.fstat(self.file.fileno()).st_size
+        self.file.truncate(min(size, resumed.get('log_bytes', 0)))  # later steps will be run again
         self.wandb, self.wandb_id = None, resumed.get('wandb_id') or uuid.uuid4().hex[:8]
         if c.wandb_log:
             try:
                 import wandb
             except ImportError:
-                raise ValueError('wandb_log=True needs wandb: pip install wandb') from None
+                raise Mistake('wandb_log=True needs wandb: pip install wandb') from None
             run = dict(project=c.wandb_project, name=c.wandb_run_name, id=self.wandb_id, resume='allow')
             self.wandb = wandb.init(**run, config=dict(c))
 
     def write(self, text, record):
-        print(text, flush=True)
+        tell(text)
         finite = {key: v if not isinstance(v, float) or math.isfinite(v) else None for key, v in record.items()}
         self.file.write(json.dumps(finite).encode() + b'\n')
         if self.wandb:
@@ -161,6 +175,18 @@ def largest_of_ranks(m, value):
     value = torch.tensor([value])
     dist.all_reduce(value, op=dist.ReduceOp.MAX, group=m.cpu_group)
     return int(value)
+
+
+def on_first_rank(m, work):
+    """Calls work() on the first rank; if it fails, all ranks leave together."""
+    failure = None
+    if m.rank == 0:
+        try:
+            work()
+        except (ValueError, OSError) as error:
+            failure = error
+    if largest_of_ranks(m, int(failure is not None)):
+        raise failure or SystemExit(1)
 
 
 class Signals:

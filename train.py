@@ -27,8 +27,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from configurator import LOCAL_RANK, ROOT, command, configure, peak_memory, setup
-from data.dataset import Split, make_tokenizer, read_meta
+from configurator import LOCAL_RANK, ROOT, command, configure, peak_memory, setup, tell
+from data.dataset import Split, find_data, make_tokenizer, read_meta
 from model import GPT, GPTConfig, check, check_least, check_types, load_checkpoint
 from storage import (
     Log,
@@ -37,8 +37,10 @@ from storage import (
     git_commit,
     largest_of_ranks,
     move_aside,
+    on_first_rank,
     open_out_dir,
     save_checkpoint,
+    set_broken_aside,
 )
 
 
@@ -57,7 +59,7 @@ class TrainConfig:
     wandb_project: str = 'nanoloop'  # of wandb_log
     wandb_run_name: str = 'run'  # of wandb_log
     # data
-    dataset: str = 'pystdlib'  # a folder of data/, or the path of one
+    dataset: str = 'pystdlib'  # a folder of data/, or a path with a slash
     gradient_accumulation_steps: int = 1  # micro-batches per step, over all processes together
     batch_size: int = 12  # sequences per micro-batch
     # optimizer (AdamW)
@@ -94,6 +96,9 @@ class TrainConfig:
         check_least(self, 0, 'weight_decay', 'grad_clip', 'patience', 'seed', 'learning_rate', 'min_lr')
         for key in ('beta1', 'beta2', 'warmdown_frac'):
             check(0 <= getattr(self, key) < 1, key, getattr(self, key), 'at least 0 and below 1')
+        check(self.seed < 2**63, 'seed', self.seed, 'below 2**63')
+        lowest = self.min_lr <= self.learning_rate or not self.decay_lr
+        check(lowest, 'min_lr', self.min_lr, f'at most learning_rate={self.learning_rate}')
         check(self.lr_schedule in SCHEDULE, 'lr_schedule', self.lr_schedule, f'one of {", ".join(SCHEDULE)}')
 
 
@@ -130,13 +135,13 @@ class Objective(nn.Module):
         return ce.sum() / (targets != -1).sum().clamp(min=1)
 
 
-def make_optimizer(model, c, kind):
+def make_optimizer(model, c):
     """AdamW in two groups: matrices decay; norms, biases and the injection do not. Returns it and both groups."""
     decay, other = {}, {}
     for name, p in model.named_parameters():
         (decay if p.dim() >= 2 and not name.startswith('inject.') else other)[name] = p
     groups = [dict(params=list(decay.values()), weight_decay=c.weight_decay), dict(params=list(other.values()))]
-    options = dict(lr=c.learning_rate, betas=(c.beta1, c.beta2), weight_decay=0.0, fused=kind in ('cpu', 'cuda'))
+    options = dict(lr=c.learning_rate, betas=(c.beta1, c.beta2), weight_decay=0.0, fused=True)
     return torch.optim.AdamW(groups, **options), (decay, other)
 
 
@@ -180,7 +185,7 @@ def train_step(objective, optimizer, scaler, batches, c, m, stopped=lambda: Fals
         *pair, seed = next(batches)
         if m.kind == 'cuda':
             pair = [x.pin_memory() for x in pair]
-        idx, targets = (x.to(m.device, non_blocking=True) for x in pair)
+        idx, targets = (x.to(m.device, non_blocking=m.kind == 'cuda') for x in pair)
         objective.require_backward_grad_sync = micro == micros - 1  # DDP reduces the gradient once per step
         torch.manual_seed(seed)
         with m.autocast():
@@ -226,7 +231,8 @@ def evaluate(model, splits, c, m, token_bytes, stopped=lambda: False):
         if m.cpu_group:
             dist.all_reduce(sums, group=m.cpu_group)
         nll, tokens, nll_of_bytes, size = sums.tolist()
-        loss, bits = nll / max(1, tokens), nll_of_bytes / math.log(2)
+        check(tokens, 'dataset', c.dataset, f'targets that count in {name}, its mask leaves none')
+        loss, bits = nll / tokens, nll_of_bytes / math.log(2)
         result[name] = dict(loss=loss, ppl=math.exp(min(loss, 700)), bpb=bits / size if size else math.nan)
     model.train()
     return result
@@ -238,10 +244,12 @@ def evaluate(model, splits, c, m, token_bytes, stopped=lambda: False):
 
 def prepare_data(c, m):
     """The folder of the data set and its meta. pystdlib, which needs no download, is prepared if it is missing."""
-    folder = ROOT / 'data' / c.dataset
+    folder = find_data(c.dataset)
     if c.dataset == 'pystdlib' and LOCAL_RANK == 0 and not (folder / 'meta.json').exists():
-        print('preparing data/pystdlib, the standard library of this Python', flush=True)
-        subprocess.run([sys.executable, folder / 'prepare.py'], check=True)
+        tell('preparing data/pystdlib, the standard library of this Python')
+        status = subprocess.run([sys.executable, folder / 'prepare.py']).returncode
+        if status:
+            sys.exit(status)
     largest_of_ranks(m, 0)  # wait for it
     return folder, read_meta(folder)
 
@@ -283,6 +291,8 @@ class Run:
         self.evaluated = self.state.get('evaluated', 0)  # the step of the last evaluation
         self.stale = self.state.get('stale', 0)  # evaluations since the best
         self.saved = self.step if resuming else None
+        lowest = -largest_of_ranks(m, -self.step)
+        check(lowest == largest_of_ranks(m, self.step), 'out_dir', c.out_dir, 'a folder that all machines share')
         self.bad = 0  # steps in a row without an update
         self.lock = self.log = None
         self.first = self.step
@@ -295,21 +305,20 @@ class Run:
 
     def say(self, text):
         if self.m.rank == 0:
-            print(text, flush=True)
+            tell(text)
 
     def start(self):
         """Opens out_dir, makes the optimizer and prints what will be trained."""
         c, m, state = self.c, self.m, self.state
-        if m.rank == 0:
-            self.lock = open_out_dir(Path(c.out_dir))
-            if not state:
-                move_aside(Path(c.out_dir))
-            self.log = Log(c, state)
-        self.optimizer, groups = make_optimizer(self.model, c, m.kind)
+        on_first_rank(m, self.open)
+        self.optimizer, groups = make_optimizer(self.model, c)
         self.scaler = torch.amp.GradScaler(m.kind, enabled=m.dtype == torch.float16)
         if state:
+            for then, now in zip(state['optimizer']['param_groups'], self.optimizer.param_groups, strict=True):
+                then.update((key, value) for key, value in now.items() if key != 'params')  # as the keys say now
             self.optimizer.load_state_dict(state['optimizer'])
-            self.scaler.load_state_dict(state['scaler'])
+            if state['scaler'] and self.scaler.is_enabled():
+                self.scaler.load_state_dict(state['scaler'])
             for now, then, what in (
                 (c, state['config'], 'changed'),
                 (self.machine(), state['machine'], 'not bit-exact'),
@@ -322,7 +331,8 @@ class Run:
         self.state = None  # lets go of its memory
         self.objective = Objective(self.model)
         if m.world > 1:
-            self.objective = DistributedDataParallel(self.objective, broadcast_buffers=False)
+            self.objective = DistributedDataParallel(self.objective)
+            self.objective.broadcast_buffers = False  # the noise table is the same everywhere
         self.tokens = c.gradient_accumulation_steps * c.batch_size * c.block_size
         self.flops = self.model.flops()[1]
         micros = f'{c.gradient_accumulation_steps} x {c.batch_size} x {c.block_size}, over {m.world} process(es)'
@@ -334,40 +344,42 @@ class Run:
             size = sum(p.numel() for p in group.values())
             self.say(f'num {kind} parameter tensors: {len(group)}, with {size:,} parameters')
 
+    def open(self):
+        """Locks out_dir, moves what must not be overwritten out of the way, and opens the log."""
+        out_dir = Path(self.c.out_dir)
+        self.lock = open_out_dir(out_dir)
+        set_broken_aside(out_dir) if self.state else move_aside(out_dir)
+        self.log = Log(self.c, self.state)
+
     def machine(self):
         """What a bit-exact resume needs to be the same."""
         m = self.m
-        return dict(device=m.kind, dtype=str(m.dtype), compile=m.compile, torch=str(torch.__version__))
+        return dict(device=m.kind, dtype=str(m.dtype), compile=m.compile, world=m.world, torch=str(torch.__version__))
 
     def save(self, best=False):
-        """Saves on the first rank, the others wait. All end with status 1 if it failed."""
-        failure = None
-        if self.m.rank == 0:
-            checkpoint = dict(
-                model=self.model.state_dict(),
-                optimizer=self.optimizer.state_dict(),
-                scaler=self.scaler.state_dict(),
-                model_args=asdict(self.model.config),
-                iter_num=self.step,
-                best_val_loss=self.best,
-                evaluated=self.evaluated,
-                stale=self.stale,
-                config=dict(self.c),
-                rng=dict(seed=self.c.seed),  # all there is: randomness is a function of it and the place
-                machine=self.machine(),
-                tokenizer=self.meta['tokenizer'],
-                loops_trained=[self.c.n_loop],
-                wandb_id=self.log.wandb_id,
-                git=self.git,
-                format_version=1,
-            )
-            self.say(f'saving checkpoint to {self.c.out_dir}')
-            try:
-                save_checkpoint(Path(self.c.out_dir), checkpoint, self.log.file, best)
-            except OSError as error:
-                failure = error
-        if largest_of_ranks(self.m, int(failure is not None)):
-            raise failure or SystemExit(1)
+        """Saves on the first rank, the others wait. Raises Mistake instead if the weights are not finite."""
+        finite = nn.utils.get_total_norm(list(self.model.parameters())).isfinite().item()
+        kept = f'the last good checkpoint: {"none" if self.saved is None else f"step {self.saved}"}'
+        check(finite, 'learning_rate', self.c.learning_rate, f'a lower one, the weights are not finite; {kept}')
+        checkpoint = dict(
+            model=self.model.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            scaler=self.scaler.state_dict(),
+            model_args=asdict(self.model.config),
+            iter_num=self.step,
+            best_val_loss=self.best,
+            evaluated=self.evaluated,
+            stale=self.stale,
+            config=dict(self.c),
+            rng=dict(seed=self.c.seed),  # all there is: randomness is a function of it and the place
+            machine=self.machine(),
+            tokenizer=self.meta['tokenizer'],
+            loops_trained=[self.c.n_loop],
+            git=self.git,
+            format_version=1,
+        )
+        self.say(f'saving checkpoint to {self.c.out_dir}')
+        on_first_rank(self.m, lambda: save_checkpoint(Path(self.c.out_dir), checkpoint, self.log, best))
         self.saved = self.step
 
     def evaluate(self):
@@ -382,6 +394,7 @@ class Run:
         if c.eval_only:
             self.say(text)
             return True
+        check(math.isfinite(val['loss']), 'learning_rate', c.learning_rate, f'a lower one: {text}')
         better, self.evaluated = val['loss'] < self.best, self.step
         self.best, self.stale = min(val['loss'], self.best), 0 if better else self.stale + 1
         if self.m.rank == 0:
@@ -399,8 +412,13 @@ class Run:
         while not self.stopped():
             due = self.step % c.eval_interval == 0 or self.step >= c.max_iters
             if due and self.step > self.evaluated:
-                if not self.evaluate():
-                    continue
+                try:
+                    if not self.evaluate():
+                        continue
+                except Exception:
+                    if self.m.world > 1 or not self.stopped():
+                        raise
+                    continue  # a signal has reached the compiler, too
                 clock, since = time.time(), self.step
             whole = self.step >= c.max_iters or 0 < c.patience <= self.stale
             if whole:
@@ -423,8 +441,8 @@ class Run:
 
     def judge(self, loss, norm, lr):
         """Counts steps without an update. Raises ValueError at max_bad_steps in a row."""
-        searching = self.scaler.is_enabled() and self.scaler.get_scale() >= 1  # float16 finds its scale this way
-        if math.isfinite(norm) or searching:
+        # float16 finds the scale of its loss by overflowing
+        if math.isfinite(norm) or (self.scaler.is_enabled() and self.scaler.get_scale() >= 1):
             self.bad = 0
             return
         self.bad += 1
@@ -444,23 +462,30 @@ class Run:
             return
         rate, ms = self.tokens / seconds, 1000 * seconds
         mfu = self.flops * rate / (m.peak * m.world) if m.peak else None
-        left = timedelta(seconds=round(seconds * (c.max_iters - self.step)))
+        left = timedelta(seconds=min(10**9, round(seconds * (c.max_iters - self.step))))
         eta = left if step > self.first else '?'  # the first step compiles
         text = f'iter {step}: loss {loss:.4f}, time {ms:.2f}ms, mfu {f"{mfu:.2%}" if mfu else "n/a"}, grad {norm:.2f}'
         text += f', lr {lr:.1e}, tok/s {rate:,.0f}, loops {c.n_loop}, eta {eta}'
         record = {'iter': step, 'train/loss': loss, 'train/grad_norm': norm, 'lr': lr, 'mfu': mfu, 'train/ms': ms}
         self.log.write(text, record | {'train/tok_per_sec': rate, 'train/loops': c.n_loop})
 
-    def show(self):
-        """Prints a short sample."""
-        tokenizer, n = make_tokenizer(self.meta['tokenizer']), self.c.sample_tokens
+    def show(self, signals):
+        """Prints a short sample, until a signal comes."""
+        try:
+            tokenizer = make_tokenizer(self.meta['tokenizer'])
+        except (ValueError, OSError) as error:
+            self.say(f'no sample: {error}')
+            return
         idx = torch.tensor([[tokenizer.start]], device=self.m.device)
-        generator = torch.Generator(self.m.device).manual_seed(self.c.seed)
+        generator, ids = torch.Generator(self.m.device).manual_seed(self.c.seed), []
         self.model.eval()
         with torch.compiler.set_stance('force_eager'), self.m.autocast():
-            ids = self.model.generate(idx, n, temperature=0.8, top_k=200, generator=generator)[0, 1:].tolist()
+            for token in self.model.stream(idx, self.c.sample_tokens, temperature=0.8, generator=generator):
+                ids.append(int(token))
+                if signals.number:
+                    break
         text = tokenizer.decode_bytes(ids).decode('utf-8', 'replace')
-        print(f'a sample of {n} tokens:\n---------------\n{text}\n---------------')
+        self.say(f'a sample of {len(ids)} tokens:\n---------------\n{text}\n---------------')
 
 
 def resumed(c, checkpoint):
@@ -488,14 +513,14 @@ def main(argv):
             memory, minutes = peak_memory(m) / 2**20, (time.time() - began) / 60
             run.say(f'best val loss {run.best:.4f}, peak memory {memory:,.0f} MiB, total time {minutes:.1f} min')
             if m.rank == 0 and c.sample_tokens:
-                run.show()
+                run.show(signals)
                 run.say(f'more: python {os.path.relpath(ROOT / "sample.py")} --out_dir={c.out_dir}')
-    if m.world > 1:
-        dist.destroy_process_group()
-    if not whole:
-        saved = '' if c.eval_only else f' at step {run.step}, saved; the same command with --init_from=resume goes on'
-        run.say(f'stopped by {signal.Signals(signals.agreed).name}{saved}')
-        sys.exit(128 + signals.agreed)
+        if m.world > 1:
+            dist.destroy_process_group()
+        if not whole:
+            saved = f' at step {run.step}, saved; the same command with --init_from=resume goes on'
+            run.say(f'stopped by {signal.Signals(signals.agreed).name}{"" if c.eval_only else saved}')
+            sys.exit(128 + signals.agreed)
 
 
 if __name__ == '__main__':

@@ -12,6 +12,7 @@ preparation is never taken for a finished one. nanoGPT's folders (meta.pkl or no
 
 import argparse
 import contextlib
+import fcntl
 import functools
 import hashlib
 import io
@@ -27,8 +28,11 @@ from pathlib import Path
 
 import numpy as np
 
+from model import Mistake
+
 ROOT = Path(__file__).resolve().parent
 SHARD_TOKENS = 10**8
+DTYPES = {'uint16': np.dtype('<u2'), 'uint32': np.dtype('<u4')}
 GROUP = 8192  # documents between two saves of a preparation
 
 # -----------------------------------------------------------------------------
@@ -47,7 +51,7 @@ class Characters:
     def encode(self, text):
         unknown = sorted(set(text) - set(self.ids))
         if unknown:
-            raise ValueError(f'characters that the tokenizer does not know: {" ".join(map(repr, unknown[:20]))}')
+            raise Mistake(f'characters that the tokenizer does not know: {" ".join(map(repr, unknown[:20]))}')
         return [self.ids[char] for char in text]
 
     def decode_bytes(self, ids):
@@ -77,7 +81,7 @@ class Tiktoken:
         try:
             import tiktoken
         except ImportError:
-            raise ValueError(f'the {name} tokenizer needs tiktoken: pip install tiktoken') from None
+            raise Mistake(f'the {name} tokenizer needs tiktoken: pip install tiktoken') from None
         self.bpe = tiktoken.get_encoding(name)
         self.dict = dict(kind='tiktoken', name=name)
         self.start = self.bpe.eot_token
@@ -119,11 +123,20 @@ class Writer:
     says how many of the source's documents that were.
     """
 
-    def __init__(self, folder, tokenizer, source, shard_tokens=SHARD_TOKENS):
+    def __init__(self, folder, tokenizer, source, shard_tokens=SHARD_TOKENS, anew=False):
         self.folder, self.part = Path(folder), Path(folder) / 'unfinished'
         self.tokenizer, self.shard_tokens = tokenizer, shard_tokens
-        self.dtype = np.dtype('<u2' if len(tokenizer.token_bytes) <= 2**16 else '<u4')
+        self.dtype_name = 'uint16' if len(tokenizer.token_bytes) <= 2**16 else 'uint32'
+        self.dtype = DTYPES[self.dtype_name]
         self.state = dict(source=source, tokenizer=tokenizer.dict, done=0, max_id=0, splits={})
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = open(self.folder / '.lock', 'w')
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Mistake(f'{self.folder} is being prepared by another process') from None
+        if anew:
+            shutil.rmtree(self.part, ignore_errors=True)
         with contextlib.suppress(OSError, ValueError, KeyError):
             state = json.loads((self.part / 'state.json').read_text())
             if (state['source'], state['tokenizer']) == (source, tokenizer.dict):
@@ -195,7 +208,7 @@ class Writer:
         meta = dict(
             vocab_size=len(self.tokenizer.token_bytes),
             max_id=self.state['max_id'],
-            dtype={2: 'uint16', 4: 'uint32'}[self.dtype.itemsize],
+            dtype=self.dtype_name,
             tokenizer=self.tokenizer.dict,
             token_bytes=self.tokenizer.token_bytes,
             splits=splits,
@@ -203,6 +216,7 @@ class Writer:
         )
         self.write_json(self.folder / 'meta.json', dict(meta, **more))
         shutil.rmtree(self.part)
+        self.lock.close()
         for split, values in splits.items():
             print(f'{self.folder.name}: {split} has {values["tokens"]:,} tokens')
 
@@ -215,20 +229,20 @@ def sha256(path):
     return digest.hexdigest()
 
 
-def held_out(name, share):
-    """Whether the document called name belongs to the validation split: a fixed share of all names."""
-    return int.from_bytes(hashlib.sha256(str(name).encode()).digest()[:8], 'big') < share * 2**64
-
-
 def write_text(folder, paths, tokenizer, source, share=0.1, **more):
     """Prepares a data set from text files. A single file is cut, its last share is for validation; of several, whole
     files are held out by their names, and the tokenizer's start token ends each."""
-    shutil.rmtree(Path(folder) / 'unfinished', ignore_errors=True)  # these sets are small: nothing to go on with
-    writer = Writer(folder, tokenizer, source)
+    writer = Writer(folder, tokenizer, source, anew=True)
+    top = os.path.commonpath([path.parent for path in paths])
+    names = {path: os.path.relpath(path, top) for path in paths}
+    held_out = {path for path in paths if digest(names[path]) < share} or {min(paths, key=lambda p: digest(names[p]))}
     for path in paths:
         text = read_text(path, errors='surrogateescape' if tokenizer.dict['kind'] == 'byte' else 'strict')
-        n = int(len(text) * (1 - share)) if len(paths) == 1 else len(text)
-        parts = [('train', text[:n]), ('val', text[n:])] if len(paths) == 1 else [(place(path.name, share), text)]
+        if len(paths) == 1:
+            n = int(len(text) * (1 - share))
+            parts = [('train', text[:n]), ('val', text[n:])]
+        else:
+            parts = [('val' if path in held_out else 'train', text)]
         for split, part in parts:
             for piece in pieces(part):
                 writer.add(split, tokenizer.encode(piece))
@@ -237,9 +251,9 @@ def write_text(folder, paths, tokenizer, source, share=0.1, **more):
     writer.finish(**more)
 
 
-def place(name, share):
-    """The split of the document called name: a fixed share of all names is for validation."""
-    return 'val' if int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) < share * 2**32 else 'train'
+def digest(name):
+    """A number in [0, 1) that looks random and depends on name alone."""
+    return int(hashlib.sha256(name.encode('utf-8', 'surrogateescape')).hexdigest()[:12], 16) / 16**12
 
 
 def read_text(path, errors='strict'):
@@ -247,11 +261,9 @@ def read_text(path, errors='strict'):
     try:
         return Path(path).read_bytes().decode('utf-8', errors)
     except FileNotFoundError:
-        raise ValueError(f'there is no file {path}') from None
+        raise Mistake(f'there is no file {path}') from None
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f'{path} is not UTF-8 ({error.reason} at byte {error.start}): use the byte tokenizer'
-        ) from None
+        raise Mistake(f'{path} is not UTF-8 ({error.reason} at byte {error.start}): use the byte tokenizer') from None
 
 
 def fetch(url, path):
@@ -260,8 +272,10 @@ def fetch(url, path):
         try:
             with urllib.request.urlopen(url, timeout=60) as answer, open(f'{path}.tmp', 'wb') as file:
                 shutil.copyfileobj(answer, file)
+                if file.tell() != int(answer.headers.get('Content-Length', file.tell())):
+                    raise OSError('the connection ended early')
         except OSError as error:
-            raise ValueError(f'{url} cannot be downloaded ({error}): give the file with --input') from None
+            raise Mistake(f'{url} cannot be downloaded ({error}): give the file with --input') from None
         os.replace(f'{path}.tmp', path)
     return path
 
@@ -293,7 +307,7 @@ def write_hub(folder, path, splits, column='text', end=True, share=0.0005, argv=
         from datasets import load_dataset
         from tqdm import tqdm
     except ImportError as error:
-        raise ValueError(f'{error.name} is missing: pip install -e ".[data]"') from None
+        raise Mistake(f'{error.name} is missing: pip install -e ".[data]"') from None
     tokenizer = Tiktoken(args.tokenizer)
     if args.input:
         path, load, splits = 'parquet', dict(data_files=args.input), {'train': 'train'}
@@ -307,13 +321,18 @@ def write_hub(folder, path, splits, column='text', end=True, share=0.0005, argv=
             total = None if args.streaming else len(rows)
             texts = iter(row[column] for row in rows.skip(first))
             with tqdm(desc=f'{theirs}', initial=first, total=total, unit=' documents') as bar:
-                while group := list(islice(texts, min(GROUP, (args.max_documents or sys.maxsize) - done[theirs]))):
+                while group := list(
+                    islice(texts, max(0, min(GROUP, (args.max_documents or sys.maxsize) - done[theirs])))
+                ):
                     for ids in pool.imap(encode_here, group, chunksize=32):
-                        split = ours if 'val' in splits.values() else place(str(done[theirs]), share)
+                        held_out = 'val' not in splits.values() and digest(str(done[theirs])) < share
+                        split = 'val' if held_out else ours
                         writer.add(split, [*ids, tokenizer.start] if end else ids)
                         done[theirs] += 1
                     writer.save(dict(done))
                     bar.update(len(group))
+    if 'val' not in writer.state['splits']:
+        raise Mistake(f'no document was held out for validation: take more than {sum(done.values())}')
     writer.finish()
 
 
@@ -328,23 +347,30 @@ def encode(name, text):
 # reading
 
 
+def find_data(dataset):
+    """The folder of a data set: data/NAME, or a path if it has a slash."""
+    return Path(dataset) if os.sep in dataset else ROOT / dataset
+
+
 def read_meta(folder):
     """meta.json of a data set, or what stands for it in nanoGPT's folders. Raises ValueError with what to run."""
     folder = Path(folder)
     script = folder / 'prepare.py'
     if not folder.is_dir():
         known = sorted(path.parent.name for path in ROOT.glob('*/prepare.py'))
-        raise ValueError(
-            f'dataset={folder.name!r}: there is no folder {folder}, prepared or known are {", ".join(known)}'
-        )
+        raise Mistake(f'dataset={folder.name!r}: there is no folder {folder}, prepared or known are {", ".join(known)}')
     if (folder / 'meta.json').exists():
         try:
-            return json.loads((folder / 'meta.json').read_text())
+            meta = json.loads((folder / 'meta.json').read_text())
+            missing = {'vocab_size', 'dtype', 'tokenizer', 'splits'} - set(meta)
         except ValueError as error:
-            raise ValueError(f'{folder}/meta.json is broken ({error}): prepare the data again') from None
+            raise Mistake(f'{folder}/meta.json is broken ({error}): prepare the data again') from None
+        if missing:
+            raise Mistake(f'{folder}/meta.json has no {", ".join(sorted(missing))}: prepare the data again')
+        return complete(folder, meta)
     if not (folder / 'train.bin').exists():
         how = f'python {os.path.relpath(script)}' if script.exists() else 'a prepare.py like those in data/'
-        raise ValueError(f'the data set {folder.name} is not prepared, run: {how}')
+        raise Mistake(f'the data set {folder.name} is not prepared, run: {how}')
     return nanogpt_meta(folder)
 
 
@@ -364,32 +390,42 @@ def nanogpt_meta(folder):
                 old = PlainUnpickler(file).load()
             chars = [old['itos'][i] for i in range(old['vocab_size'])]
         except (pickle.UnpicklingError, KeyError, TypeError, EOFError) as error:
-            raise ValueError(
-                f'{folder}/meta.pkl is not what nanoGPT writes ({error}): prepare the data again'
-            ) from None
+            raise Mistake(f'{folder}/meta.pkl is not what nanoGPT writes ({error}): prepare the data again') from None
         meta.update(tokenizer=dict(kind='char', chars=chars), vocab_size=len(chars))
     files = {split: folder / f'{split}.bin' for split in ('train', 'val') if (folder / f'{split}.bin').exists()}
     counts = {split: path.stat().st_size // 2 for split, path in files.items()}
-    meta['token_bytes'] = [0] * meta['vocab_size']  # no bits per byte where GPT-2's encoding cannot be had
-    with contextlib.suppress(OSError, ValueError):
-        meta['token_bytes'] = make_tokenizer(meta['tokenizer']).token_bytes
+    files = {split: folder / f'{split}.bin' for split in ('train', 'val') if (folder / f'{split}.bin').exists()}
+    counts = {split: path.stat().st_size // 2 for split, path in files.items()}
     meta['splits'] = {s: dict(tokens=counts[s], files=[dict(name=files[s].name, tokens=counts[s])]) for s in files}
-    stamp = [[path.stat().st_size, path.stat().st_mtime_ns] for path in files.values()]
-    scan = folder / 'max_id.json'  # so that large files are scanned once
+    return complete(folder, meta)
+
+
+def complete(folder, meta):
+    """meta with what can be found out of the files: token_bytes and, by scanning them once, max_id."""
+    if 'token_bytes' not in meta:
+        meta['token_bytes'] = [0] * meta['vocab_size']  # no bits per byte where the tokenizer cannot be had
+        with contextlib.suppress(OSError, ValueError):
+            meta['token_bytes'] = make_tokenizer(meta['tokenizer']).token_bytes
+    if 'max_id' in meta:
+        return meta
+    files = [folder / file['name'] for split in meta['splits'].values() for file in split['files']]
+    stamp = [[path.stat().st_size, path.stat().st_mtime_ns] for path in files if path.exists()]
+    scan = folder / 'max_id.json'
     with contextlib.suppress(OSError, ValueError, KeyError):
         old = json.loads(scan.read_text())
         if old['stamp'] == stamp:
             return dict(meta, max_id=old['max_id'])
-    blocks = (block for path in files.values() for block in read_blocks(path))
+    dtype = DTYPES[meta['dtype']]
+    blocks = (block for path in files if path.exists() for block in read_blocks(path, dtype))
     meta['max_id'] = max((int(block.max()) for block in blocks), default=0)
     with contextlib.suppress(OSError):  # a folder that cannot be written is scanned again
         scan.write_text(json.dumps(dict(max_id=meta['max_id'], stamp=stamp)))
     return meta
 
 
-def read_blocks(path, count=2**24):
+def read_blocks(path, dtype, count=2**24):
     with open(path, 'rb') as file:
-        while len(block := np.fromfile(file, dtype='<u2', count=count)):
+        while len(block := np.fromfile(file, dtype, count)):
             yield block
 
 
@@ -402,9 +438,9 @@ class Split:
 
     def __init__(self, folder, meta, name, block_size, vocab_size):
         if name not in meta['splits']:
-            raise ValueError(f'the data set {Path(folder).name} has no {name} split, only {", ".join(meta["splits"])}')
+            raise Mistake(f'the data set {Path(folder).name} has no {name} split, only {", ".join(meta["splits"])}')
         self.T, self.vocab_size = block_size, vocab_size
-        self.dtype = np.dtype({'uint16': '<u2', 'uint32': '<u4'}[meta['dtype']])
+        self.dtype = DTYPES[meta['dtype']]
         self.files = [Path(folder) / file['name'] for file in meta['splits'][name]['files']]
         self.tokens = np.array([file['tokens'] for file in meta['splits'][name]['files']])
         self.masks = [path.with_suffix('.mask') for path in self.files]
@@ -415,10 +451,10 @@ class Split:
             self.expect_size(path, tokens)
         row = meta.get('row_len')
         if row and block_size != row - 1:
-            raise ValueError(f'block_size={block_size}, expected {row - 1}: the data is rows of {row} tokens')
+            raise Mistake(f'block_size={block_size}, expected {row - 1}: the data is rows of {row} tokens')
         if self.tokens.max() <= block_size:
             fits = f'{self.tokens.max()} tokens, a window needs block_size + 1'
-            raise ValueError(f'block_size={block_size} is too long for {self.files[0]}: it has {fits}')
+            raise Mistake(f'block_size={block_size} is too long for {self.files[0]}: it has {fits}')
         self.check_ids(meta['max_id'], Path(folder).name)
         self.step, self.stride = (row or 1, row or block_size)  # between the windows of training, and of evaluation
         self.starts = np.maximum(0, (self.tokens - block_size - 1) // self.step + 1)  # training windows, per file
@@ -426,18 +462,20 @@ class Split:
     def expect_size(self, path, size):
         found = path.stat().st_size if path.exists() else 'no'
         if found != size:
-            raise ValueError(f'{path} has {found} bytes, meta.json says {size}: prepare the data again')
+            raise Mistake(f'{path} has {found} bytes, meta.json says {size}: prepare the data again')
 
-    def check_ids(self, largest, where):
+    def check_ids(self, largest, where, alike=True):
         if largest >= self.vocab_size:
-            raise ValueError(
+            mistake = Mistake(
                 f'vocab_size={self.vocab_size}, expected at least {largest + 1}: {where} has the id {largest}'
             )
+            mistake.alike = alike
+            raise mistake
 
     def window(self, file, start):
         """Inputs and targets, each (T,) int64; past the end of the file and where its mask is 0 the targets are -1."""
         ids = np.fromfile(self.files[file], self.dtype, self.T + 1, offset=start * self.dtype.itemsize).astype(np.int64)
-        self.check_ids(ids.max(), self.files[file])
+        self.check_ids(ids.max(), self.files[file], alike=False)  # perhaps only this rank draws it
         x, y = np.zeros(self.T, np.int64), np.full(self.T, -1)
         n = len(ids) - 1
         x[:n], y[:n] = ids[:-1], ids[1:]
@@ -455,9 +493,13 @@ class Split:
 
     def fixed(self, n=None):
         """(file, start) of the windows for evaluation: end to end through the split, or n of them evenly spread."""
-        starts = [range(0, tokens - 1, self.stride) for tokens in self.tokens]
-        windows = [(file, start) for file, places in enumerate(starts) for start in places]
-        return windows if n is None or n >= len(windows) else [windows[i * len(windows) // n] for i in range(n)]
+        counts = np.maximum(0, -((1 - self.tokens) // self.stride))  # with one target at least
+        ends = np.cumsum(counts)
+        n = ends[-1] if n is None else min(n, ends[-1])
+        picks = np.arange(n) * ends[-1] // max(1, n)
+        files = np.searchsorted(ends, picks, side='right')
+        starts = (picks - ends[files] + counts[files]) * self.stride
+        return list(zip(files.tolist(), starts.tolist(), strict=True))
 
     def stack(self, windows, n):
         """The windows as (n, T) inputs and targets, filled up with targets -1."""

@@ -1,6 +1,6 @@
 """
 Times config/train_shakespeare_char_cpu.py, the whole process with an empty compile cache, in turns with a plain eager
-float32 loop of the same shape (nanoGPT's CPU recipe: 2,000 steps, 9 evaluations of 2 x EVAL_ITERS batches, no compilation).
+float32 loop of the same shape, nanoGPT's CPU recipe: 2,000 steps, 9 evaluations of 2 x EVAL_ITERS batches.
 
     python tests/speed_shakespeare.py --rounds=3
 """

@@ -133,6 +133,9 @@ def test_another_source_does_not_go_on_with_the_rest(tmp_path):
     writer = Writer(tmp_path, Bytes(), 'one')
     writer.add('train', [1, 2, 3])
     writer.save(1)
+    with pytest.raises(ValueError, match='being prepared by another process'):
+        Writer(tmp_path, Bytes(), 'two')
+    del writer
     assert Writer(tmp_path, Bytes(), 'two').done == 0
 
 

@@ -182,7 +182,7 @@ def test_every_parameter_is_initialised_optimised_and_gets_a_gradient(injection,
             p.fill_(math.nan)
     model.init_weights()
     assert all(p.isfinite().all() for p in model.parameters())
-    optimizer, _ = make_optimizer(model, TrainConfig(), 'cpu')
+    optimizer, _ = make_optimizer(model, TrainConfig())
     held = [p for group in optimizer.param_groups for p in group['params']]
     assert sorted(map(id, held)) == sorted(map(id, model.parameters()))
     Objective(randomize(model))(*tokens()).backward()

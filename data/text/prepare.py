@@ -15,6 +15,7 @@ sys.path.insert(0, str(FOLDER.parents[1]))
 
 from configurator import command  # noqa: E402
 from data.dataset import Bytes, Characters, Tiktoken, read_text, write_text  # noqa: E402
+from model import Mistake  # noqa: E402
 
 TOKENIZERS = {
     'byte': lambda paths: Bytes(),
@@ -34,7 +35,7 @@ def main(argv=None):
     folder = args.input.is_dir()
     paths = sorted(path for path in args.input.rglob(args.pattern) if path.is_file()) if folder else [args.input]
     if not paths or not paths[0].exists():
-        raise ValueError(f'--input {args.input}: there is no such file, or no {args.pattern} in the folder')
+        raise Mistake(f'--input {args.input}: there is no such file, or no {args.pattern} in the folder')
     write_text(FOLDER.parent / args.name, paths, TOKENIZERS[args.tokenizer](paths), source=str(args.input.name))
 
 
