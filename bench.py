@@ -2,10 +2,10 @@
 Measures training steps: time, tokens per second, model FLOPs utilisation and memory.
 
     python bench.py config/train_gpt2_looped.py --batch_size=8
-    python bench.py config/train_shakespeare_char_looped.py --vs="--n_loop=8"     two settings, taking turns in one run
+    python bench.py config/train_shakespeare_char_looped.py --vs="--n_loop=8"   two settings, taking turns
 
-Utilisation counts every executed layer, the loop's backward pass only for the last bptt_k iterations. It is taken
-against the device's dense peak, on a CPU against its own matrix products, measured here.
+Utilisation counts every executed layer, the loop's backward pass only for the last bptt_k iterations. It is
+taken against the device's dense peak, on a CPU against its own matrix products, measured here.
 """
 
 import contextlib
@@ -71,8 +71,8 @@ class Side:
         flops = self.model.flops()[1] * self.tokens
         mfu = f'{flops / step / peak:.2%}' if peak else 'n/a'
         print(
-            f'{self.name}: {1000 * step:.2f} ms per step (median of {len(self.seconds)} x {self.c.steps}, {spread}), '
-            f'{self.tokens / step:,.0f} tokens/s, {flops / step / 1e12:.3f} TFLOP/s, mfu {mfu}, '
+            f'{self.name}: {1000 * step:.2f} ms per step (median of {len(self.seconds)} x {self.c.steps}, '
+            f'{spread}), {self.tokens / step:,.0f} tokens/s, {flops / step / 1e12:.3f} TFLOP/s, mfu {mfu}, '
             f'first step {self.first:.1f} s, memory {self.memory / 2**20:,.0f} MiB'
         )
 
@@ -102,8 +102,9 @@ def main(argv):
     m = setup(c)
     check(m.world == 1, 'processes', m.world, '1')
     print(m.line)
-    fixed = [key for key in ('device', 'dtype', 'compile', 'deterministic', 'seed') if settings[-1][key] != c[key]]
-    check(not fixed, 'vs', c.vs, f'the same {", ".join(fixed)} for both settings')
+    fixed = ('device', 'dtype', 'compile', 'deterministic', 'seed')
+    changed = ', '.join(key for key in fixed if settings[-1][key] != c[key])
+    check(not changed, 'vs', c.vs, f'the same {changed} for both settings')
     sides = [Side(setting, m, name) for setting, name in zip(settings, ('this', c.vs), strict=False)]
     for _ in range(c.rounds):
         for side in sides:
@@ -115,8 +116,8 @@ def main(argv):
         side.report(peak)
     if c.vs:
         ratios = [b / a for a, b in zip(sides[0].seconds, sides[1].seconds, strict=True)]
-        spread = f'{min(ratios):.3f} to {max(ratios):.3f}'
-        print(f'time per step, {c.vs} / this: {statistics.median(ratios):.3f} (median of {len(ratios)}, {spread})')
+        spread = f'median of {len(ratios)}, {min(ratios):.3f} to {max(ratios):.3f}'
+        print(f'time per step, {c.vs} / this: {statistics.median(ratios):.3f} ({spread})')
 
 
 if __name__ == '__main__':

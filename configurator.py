@@ -1,10 +1,10 @@
 """
 Keys from the command line, and the machine a script runs on.
 
-    python train.py config/a.py config/b.py --key=value     files are executed in order, then the flags are applied
+    python train.py config/a.py config/b.py --key=value   files are executed in order, then flags are applied
 
-A script's keys are the fields of its dataclasses: name, type, default, and the comment that --help prints. A config
-file is plain Python that assigns some of them; it sees every key's value so far, but no flag: those come last.
+A script's keys are the fields of its dataclasses: name, type, default, and the comment that --help prints.
+A config file is Python that assigns some of them; it sees all values so far, but no flag: those come last.
 """
 
 import ast
@@ -37,7 +37,7 @@ class Config(dict):
     __getattr__ = dict.__getitem__
 
     def build(self, cls):
-        """cls(**its keys), and the values it settled on written back. Raises ValueError if cls refuses them."""
+        """cls(**its keys), the values it settled on written back. Raises ValueError if cls refuses them."""
         built = cls(**{key: self[key] for key in get_type_hints(cls)})
         self.update(vars(built))
         return built
@@ -46,8 +46,8 @@ class Config(dict):
 def configure(defaults, argv, out=None):
     """The Config of a script: defaults (dataclasses), changed by the files and flags in argv.
 
-    Raises ValueError for a name that is no key, a value of another type, and a file that does not run. Prints what was
-    changed to out (None: stdout).
+    Raises ValueError for a name that is no key, a value of another type, and a file that does not run. Prints
+    what was changed to out (None: stdout).
     """
     out = out if RANK == 0 else open(os.devnull, 'w')
     hints = {key: hint for cls in defaults for key, hint in get_type_hints(cls).items()}
@@ -66,9 +66,8 @@ def configure(defaults, argv, out=None):
                 print(f'    {key} = {config[key]!r}', file=out)
         else:
             key, equals, text = arg.removeprefix('--').partition('=')
-            check(
-                equals and arg.startswith('--'), 'argument', arg, '--key=value (with the equals sign) or a config file'
-            )
+            flag = equals and arg.startswith('--')
+            check(flag, 'argument', arg, '--key=value (with the equals sign) or a config file')
             check_key(key, hints, '')
             config[key] = parse(key, text, hints[key])
             given.add(key)
@@ -103,11 +102,12 @@ def run_file(path, config, hints):
     try:
         exec(compile(path.read_text(), path, 'exec'), names, assigned)
     except Exception as error:
-        lines = [frame.lineno for frame in inspect.getinnerframes(error.__traceback__) if frame.filename == str(path)]
+        frames = inspect.getinnerframes(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
         line = lines[-1] if lines else getattr(error, 'lineno', '?')
         raise Mistake(f'{path}, line {line}: {type(error).__name__}: {error}') from None
     helpers = types.ModuleType | types.FunctionType | types.BuiltinFunctionType | type
-    found = {key: names[key] for key in assigned if not (key.startswith('_') or isinstance(names[key], helpers))}
+    found = {key: names[key] for key in assigned if key[:1] != '_' and not isinstance(names[key], helpers)}
     for key in found:
         check_key(key, hints, f'{path}: ')
     return found
@@ -116,14 +116,16 @@ def run_file(path, config, hints):
 def check_key(key, hints, where):
     if key not in hints:
         close = difflib.get_close_matches(key, hints, n=1)
-        raise Mistake(f'{where}unknown key {key!r}' + (f', did you mean {close[0]!r}?' if close else ', see --help'))
+        hint = f', did you mean {close[0]!r}?' if close else ', see --help'
+        raise Mistake(f'{where}unknown key {key!r}{hint}')
 
 
 def parse(key, text, hint):
-    """The value of a flag's text: a Python literal of the key's type, or where str is accepted the text itself."""
+    """A flag's value: a Python literal of the key's type, or where str is accepted the text itself."""
     if hint is not str:
+        literal = {'true': 'True', 'false': 'False'}.get(text, text).strip()
         with contextlib.suppress(ValueError, SyntaxError):
-            return typed(key, ast.literal_eval({'true': 'True', 'false': 'False'}.get(text, text).strip()), hint)
+            return typed(key, ast.literal_eval(literal), hint)
     return typed(key, text, hint)
 
 
@@ -141,7 +143,7 @@ def help_text(defaults):
 
 
 def command(main):
-    """Makes main(argv) end with status 0, 1 if the machine failed, or 2 for a user's mistake, told in one line."""
+    """Makes main(argv) exit with 0, 1 if the machine failed, or 2 for a user's mistake, told in one line."""
 
     @functools.wraps(main)
     def wrapped(argv=None):
@@ -231,8 +233,8 @@ def choose_dtype(dtype, kind):
 def autocast(kind, dtype):
     """The context in which matrix products run in dtype.
 
-    Without torch's cache of cast weights: it would sum the gradient of a head in chunks in the low precision, and reuse
-    what was cast without a graph in the iterations before the last bptt_k.
+    Without torch's cache of cast weights: it would sum the gradient of a head in chunks in the low precision,
+    and reuse what was cast without a graph in the iterations before the last bptt_k.
     """
     low = dtype != torch.float32
     return torch.autocast(kind, dtype=dtype if low else torch.bfloat16, enabled=low, cache_enabled=False)
@@ -242,7 +244,7 @@ def compiler_fault(kind):
     """Why torch.compile does not work here, None if it does."""
     from torch._inductor import config as inductor  # half a second that only compiling needs
 
-    for trust in (True, None):  # that the C++ compiler knows the CPU's instructions: trying them out takes 6 s
+    for trust in (True, None):  # that the C++ compiler knows the CPU's instructions: trying takes 6 s
         try:
             inductor.cpp.vec_isa_ok = trust
             torch.compile(torch.relu)(torch.ones(8, device=kind))
@@ -252,17 +254,18 @@ def compiler_fault(kind):
     return fault
 
 
-def choose_compile(compile, kind, steps):
-    """Whether to compile the blocks, and why: where a compiler works and the run is long enough to pay for it."""
+def choose_compile(compile, kind, work):
+    """Whether to compile the blocks, and why: where a compiler works and the run is long enough to pay."""
     check(compile in ('auto', True, False), 'compile', compile, 'True, False or auto')
-    if compile == 'auto' and (kind == 'mps' or (kind == 'cpu' and steps < 200)):
-        return False, 'not tried on mps' if kind == 'mps' else f'{steps} steps do not pay for it'
+    short = kind == 'cpu' and work < 5e8  # 2 cores win 20 to 30 ns per element
+    if compile == 'auto' and (kind == 'mps' or short):
+        return False, 'not tried on mps' if kind == 'mps' else 'so short a run does not pay for it'
     fault = compiler_fault(kind) if compile else 'asked for'
     check(compile != True or not fault, 'compile', True, f'False: {fault}')  # noqa: E712, auto is no True
     return not fault, fault or 'torch.compile works here'
 
 
-# dense bfloat16 FLOP/s by a part of the device's name, the more special names first; from the makers' data sheets
+# dense bfloat16 FLOP/s by a part of the device's name, the more special first; from the makers' data sheets
 PEAK_FLOPS = {
     'B200': 2250e12,
     'GH200': 989e12,
@@ -299,12 +302,12 @@ def peak_memory(m):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
 
 
-def setup(config, steps=math.inf):
+def setup(config, work=math.inf):
     """Joins the process group and settles where and how to compute; config: TrainConfig's part `machine`.
 
-    steps: how many will be run, which decides whether compiling pays. Returns a namespace: device, kind, dtype,
-    compile, peak (FLOP/s or None), autocast (a context), rank, world, cpu_group (where ranks agree), and line (what
-    was chosen, and why).
+    work: elements that will pass through the layers, which decides whether compiling pays. Returns a
+    namespace: device, kind, dtype, compile, peak (FLOP/s or None), autocast (a context), rank, world,
+    cpu_group (where ranks agree), and line (what was chosen, and why).
     """
     m = types.SimpleNamespace(rank=RANK, world=WORLD, cpu_group=None)
     m.device, why_device = choose_device(config.device)
@@ -323,7 +326,7 @@ def setup(config, steps=math.inf):
         dist.init_process_group(backend)
         m.cpu_group = dist.new_group(backend='gloo')
     m.peak = config.peak_flops or peak_flops(m)
-    m.compile, why_compile = choose_compile(config.compile, m.kind, steps)
+    m.compile, why_compile = choose_compile(config.compile, m.kind, work)
     if m.compile:  # all blocks count against one limit, and beyond it dynamo would run eagerly without a word
         torch._dynamo.config.recompile_limit = 64
         torch._dynamo.config.fail_on_recompile_limit_hit = True

@@ -57,12 +57,11 @@ def rotate(x, rope):
 
 def attend(q, k, v, dropout):
     """Causal softmax attention; q, k, v and the result are (B, H, T, D)."""
-    T, D = q.shape[-2:]
-    if q.device.type == 'cpu' and T <= 256:
-        # the flash kernel's backward is slow there: written out, a block trains 2.2 times as fast at T = 64
-        future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
-        p = (q @ k.transpose(-2, -1) / math.sqrt(D)).masked_fill(future, -math.inf).softmax(dim=-1)
-        return F.dropout(p, dropout).to(v.dtype) @ v
+    if q.device.type == 'cpu' and q.size(-2) <= 256:
+        # short: the low precisions' backward takes up to 5 times float32's
+        with torch.autocast('cpu', enabled=False):
+            q, k, v = upcast(q), upcast(k), upcast(v)
+            return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
 
 
@@ -78,11 +77,12 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, rope=None):
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        heads = self.c_attn(x).view(B, T, 3 * self.n_head, -1).transpose(1, 2)
+        qk, v = heads.split([2 * self.n_head, self.n_head], dim=1)
         if rope is not None:
-            q, k = rotate(q, rope), rotate(k, rope)
-        y = attend(self.qk_norm(q), self.qk_norm(k), v, self.dropout if self.training else 0.0)
+            qk = rotate(qk, rope)
+        q, k = self.qk_norm(qk).chunk(2, dim=1)
+        y = attend(q, k, v, self.dropout if self.training else 0.0)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
 
@@ -351,9 +351,9 @@ class GPT(nn.Module):
     def table(self, idx, targets, n_loop=None, rows=(-1,)):
         """The loss table: the cross-entropy of every token, read out after each of the iterations in rows.
 
-        idx, targets: (B, T), -1 = ignored. Returns ce (R, B, T), differentiable and 0 where ignored, and gates
-        (None: no exit gate). Never holds more than HEAD_CHUNK logits: chunks are computed again in the backward
-        pass. Under autocast use cache_enabled=False, or their gradients are summed in the low precision.
+        idx, targets: (B, T), -1 = ignored. Returns ce (R, B, T), differentiable and 0 where ignored, and
+        gates (None: no exit gate). Never holds more than HEAD_CHUNK logits: chunks are computed again in the
+        backward pass. Under autocast use cache_enabled=False, or gradients are summed in the low precision.
         """
         states, rope = self.states(idx, n_loop, rows)
         n, ce = max(1, HEAD_CHUNK // self.config.vocab_size), []
@@ -380,7 +380,9 @@ class GPT(nn.Module):
         return logits, F.cross_entropy(upcast(logits).flatten(0, 1), targets.flatten(), ignore_index=-1)
 
     @torch.no_grad()
-    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, n_loop=None, generator=None):
+    def stream(
+        self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, n_loop=None, generator=None
+    ):
         """Yields the next token of every row of idx (B, T), as (B,), max_new_tokens times.
 
         Sees the last block_size tokens. temperature 0 takes the most likely token; top_k keeps the k most
@@ -394,7 +396,8 @@ class GPT(nn.Module):
 
     def generate(self, idx, max_new_tokens, **options):
         """idx (B, T) continued by max_new_tokens tokens; options: as of stream."""
-        return torch.cat((idx, *(token[:, None] for token in self.stream(idx, max_new_tokens, **options))), dim=1)
+        tokens = [token[:, None] for token in self.stream(idx, max_new_tokens, **options)]
+        return torch.cat((idx, *tokens), dim=1)
 
     def num_params(self):
         """Parameters, shared ones once, position embeddings (which nanoGPT leaves out) included."""
@@ -432,7 +435,7 @@ def choose(logits, temperature, top_k, top_p, generator):
         logits = logits.masked_fill(logits < least, -math.inf)
     if top_p is not None:
         p, place = logits.softmax(dim=-1).sort(dim=-1, descending=True)
-        beyond = p.cumsum(dim=-1) - p >= top_p  # the share of the more likely ones: the first token always stays
+        beyond = p.cumsum(dim=-1) - p >= top_p  # the share of the more likely: the first token always stays
         logits = logits.masked_fill(beyond.scatter(-1, place, beyond), -math.inf)
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
 
@@ -468,11 +471,12 @@ def load_checkpoint(path, device='cpu', **changes):
     """
     checkpoint = path if isinstance(path, dict) else read_checkpoint(path)
     args = dict(checkpoint['model_args'])
-    weights = {name.removeprefix('_orig_mod.').removeprefix('module.'): w for name, w in checkpoint['model'].items()}
+    weights = checkpoint['model']
+    weights = {name.removeprefix('_orig_mod.').removeprefix('module.'): w for name, w in weights.items()}
     if 'n_layer' in args:  # nanoGPT; its old files hold causal masks, too
-        args.update(n_prelude=0, n_block=args.pop('n_layer'), n_coda=0, n_loop=1, input_injection='passthrough')
-        args.update(norm='layernorm', norm_loop=False)
-        weights = {name.replace('.h.', '.recur.'): w for name, w in weights.items() if name[-10:] != '.attn.bias'}
+        args.update(n_prelude=0, n_block=args.pop('n_layer'), n_coda=0, n_loop=1)
+        args.update(input_injection='passthrough', norm='layernorm', norm_loop=False)
+        weights = {k.replace('.h.', '.recur.'): w for k, w in weights.items() if k[-10:] != '.attn.bias'}
     elif 'norm' not in args:  # nanoLOOP, which leaves the eps to torch: float32's machine epsilon
         args.update(norm='rmsnorm', norm_eps=torch.finfo(torch.float32).eps)
     try:

@@ -22,12 +22,12 @@ from model import check, check_types, load_checkpoint
 @dataclass
 class SampleConfig:
     out_dir: str = 'out'  # the run to sample from: its best.pt, else its ckpt.pt; or the path of a checkpoint
-    start: str = ''  # the text to go on with; FILE:path reads it from a file; nothing = a new line or document
+    start: str = ''  # the text to go on with; FILE:path reads a file; nothing = a new line or document
     num_samples: int = 1  # drawn together in one batch
     max_new_tokens: int = 500  # per sample
     temperature: float = 0.8  # 1 = as the model says, lower = safer, 0 = always the most likely token
     top_k: int | None = 200  # only the k most likely tokens; None = all
-    top_p: float | None = None  # only the most likely tokens that make up this share of the probability; None = all
+    top_p: float | None = None  # only the most likely that make up this share of the probability; None = all
     stop: str = ''  # end a sample before this text; nothing = none
     stream: bool = False  # print tokens as they come, one sample after the other
     n_loop: int | None = None  # iterations of the loop; None = as trained
@@ -42,7 +42,8 @@ class SampleConfig:
             check(getattr(self, key) >= 1, key, getattr(self, key), 'at least 1')
         check(0 <= self.temperature < math.inf, 'temperature', self.temperature, 'at least 0')
         check(self.top_k is None or self.top_k >= 1, 'top_k', self.top_k, 'at least 1, or None')
-        check(self.top_p is None or 0 < self.top_p <= 1, 'top_p', self.top_p, 'above 0 and at most 1, or None')
+        p = self.top_p
+        check(p is None or 0 < p <= 1, 'top_p', p, 'above 0 and at most 1, or None')
         check(self.n_loop is None or self.n_loop >= 1, 'n_loop', self.n_loop, 'at least 1, or None')
         check(self.seed >= 0, 'seed', self.seed, 'at least 0')
 
@@ -50,12 +51,9 @@ class SampleConfig:
 def find_model(out_dir, device):
     """(model, checkpoint) of a run's folder, its best checkpoint that loads, or of a checkpoint's path."""
     path = Path(out_dir)
-    paths = (
-        [path / name for name in ('best.pt', 'ckpt.pt', 'prev.pt') if (path / name).exists()]
-        if path.is_dir()
-        else [path]
-    )
-    check(paths and paths[0].exists(), 'out_dir', out_dir, 'the folder of a run with a checkpoint, or the path of one')
+    paths = [path / name for name in ('best.pt', 'ckpt.pt', 'prev.pt')] if path.is_dir() else [path]
+    paths = [path for path in paths if path.exists()]
+    check(paths, 'out_dir', out_dir, 'the folder of a run with a checkpoint, or the path of one')
     for path in paths[:-1]:
         try:
             return load_checkpoint(path, device)
@@ -65,18 +63,15 @@ def find_model(out_dir, device):
 
 
 def find_tokenizer(checkpoint):
-    """The checkpoint's tokenizer. nanoGPT's files have none: then it is that of the data set they were trained on."""
+    """The checkpoint's tokenizer. nanoGPT's files have none: then that of the data set of their training."""
     plain = checkpoint.get('tokenizer')
     if plain is None:
-        dataset, vocab = (checkpoint.get('config', {}).get('dataset', ''), checkpoint['model_args']['vocab_size'])
+        dataset = checkpoint.get('config', {}).get('dataset', '')
+        vocab = checkpoint['model_args']['vocab_size']
         folder = find_data(dataset)
         prepared = dataset and any((folder / name).exists() for name in ('meta.json', 'meta.pkl'))
-        check(
-            prepared or vocab >= 50257,
-            'out_dir',
-            dataset,
-            'a checkpoint with a tokenizer, or with its data set in data/',
-        )
+        wanted = 'a checkpoint with a tokenizer, or with its data set in data/'
+        check(prepared or vocab >= 50257, 'out_dir', dataset, wanted)
         plain = read_meta(folder)['tokenizer'] if prepared else dict(kind='tiktoken', name='gpt2')
     return make_tokenizer(plain)
 
@@ -90,7 +85,7 @@ class Text:
         self.text, self.printed, self.done = '', 0, False
 
     def add(self, token, last):
-        """Takes a token, returns the new text that is certain, which is what cannot be the beginning of stop."""
+        """Takes a token, returns the new text that is certain: what cannot be the beginning of stop."""
         if self.done:
             return ''
         self.text += self.decoder.decode(self.tokenizer.decode_bytes([token]), final=last)
@@ -123,8 +118,8 @@ def main(argv):
     prompt = tokenizer.encode(start) or [tokenizer.start]
     check(max(prompt) < model.config.vocab_size, 'start', start, 'text in the tokens of the checkpoint')
 
-    generator = torch.Generator(device).manual_seed(c.seed)
-    options = dict(temperature=c.temperature, top_k=c.top_k, top_p=c.top_p, n_loop=c.n_loop, generator=generator)
+    options = {key: c[key] for key in ('temperature', 'top_k', 'top_p', 'n_loop')}
+    options['generator'] = torch.Generator(device).manual_seed(c.seed)
     batches = [1] * c.num_samples if c.stream else [c.num_samples]
     with autocast(device.type, dtype):
         for size in batches:

@@ -1,9 +1,9 @@
 """
-What a run leaves behind, and how it is kept whole: ckpt.pt (last), prev.pt (the one before), best.pt (lowest validation
-loss) and log.jsonl in out_dir; the lock that keeps a second run out; the signals that end a run after saving.
+What a run leaves behind, and how it is kept whole: ckpt.pt (last), prev.pt (the one before), best.pt (lowest
+validation loss) and log.jsonl in out_dir; the lock against a second run; the signals that end a run, saved.
 
-At every moment ckpt.pt or prev.pt is a whole checkpoint, whatever dies: files are written under another name, forced to
-the disk, and renamed.
+At every moment ckpt.pt or prev.pt is a whole checkpoint, whatever dies: files are written under another name,
+forced to the disk, and renamed.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ def replace_by_link(source, target):
 
 
 def save_checkpoint(out_dir, checkpoint, log, best):
-    """Writes ckpt.pt, and best.pt if best, with the place in the log. Raises OSError with the reason it failed."""
+    """Writes ckpt.pt, and best.pt if best, with the place in the log. Raises OSError with the reason."""
     path, prev, new = (out_dir / name for name in ('ckpt.pt', 'prev.pt', 'ckpt.pt.tmp'))
     try:
         os.fsync(log.file)
@@ -68,7 +68,7 @@ def save_checkpoint(out_dir, checkpoint, log, best):
 
 
 def find_checkpoint(init_from, out_dir):
-    """The checkpoint that init_from names, None for scratch. Raises ValueError if there is none that loads."""
+    """The checkpoint init_from names, None for scratch. Raises ValueError if there is none that loads."""
     if init_from == 'scratch':
         return None
     named = init_from not in ('resume', 'auto')
@@ -105,7 +105,7 @@ def set_broken_aside(out_dir):
 
 
 def open_out_dir(out_dir):
-    """Creates out_dir and locks it. Returns the lock, held while it lives. Raises ValueError if that cannot be."""
+    """Creates out_dir and locks it. Returns the lock, held while it lives. Raises ValueError if it cannot."""
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         lock = open(out_dir / '.lock', 'w')
@@ -122,7 +122,8 @@ def open_out_dir(out_dir):
 
 def move_aside(out_dir):
     """Moves an earlier run's files to out_dir/run-N: starting from scratch deletes nothing."""
-    paths = [path for name in ('ckpt.pt', 'prev.pt', 'best.pt', 'log.jsonl') if (path := out_dir / name).exists()]
+    paths = [out_dir / name for name in ('ckpt.pt', 'prev.pt', 'best.pt', 'log.jsonl')]
+    paths = [path for path in paths if path.exists()]
     if any(path.suffix == '.pt' for path in paths):  # a log alone is of a run that never saved
         n = next(n for n in range(1, 10**6) if not (out_dir / f'run-{n}').exists())
         (out_dir / f'run-{n}').mkdir()
@@ -132,7 +133,7 @@ def move_aside(out_dir):
 
 
 class Log:
-    """log.jsonl, one object per line; stdout and, if wandb_log, Weights & Biases get the same. First rank only."""
+    """log.jsonl, an object per line; stdout and, if wandb_log, Weights & Biases get the same. Rank 0 only."""
 
     def __init__(self, c, resumed):
         self.file = open(Path(c.out_dir) / 'log.jsonl', 'ab', buffering=0)
@@ -149,7 +150,7 @@ class Log:
 
     def write(self, text, record):
         tell(text)
-        finite = {key: v if not isinstance(v, float) or math.isfinite(v) else None for key, v in record.items()}
+        finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in record.items()}
         self.file.write(json.dumps(finite).encode() + b'\n')
         if self.wandb:
             self.wandb.log(record, step=record['iter'])
@@ -190,8 +191,8 @@ def on_first_rank(m, work):
 
 
 class Signals:
-    """SIGTERM and SIGINT raise a flag, read where the run can be saved. Repeats are ignored, since torchrun sends
-    each several times to its workers; a Ctrl-C more than 2 s after the first signal kills."""
+    """SIGTERM and SIGINT raise a flag, read where the run can be saved. Repeats are ignored, since torchrun
+    sends each several times to its workers; a Ctrl-C more than 2 s after the first signal kills."""
 
     def __init__(self, m):
         self.m, self.number, self.agreed, self.first = m, 0, 0, 0.0
@@ -201,7 +202,7 @@ class Signals:
         return self
 
     def __exit__(self, kind, error, trace):
-        for number, handler in self.before.items():  # torchrun goes on sending until all its workers have left
+        for number, handler in self.before.items():  # torchrun goes on sending until all workers have left
             signal.signal(number, signal.SIG_IGN if self.agreed and self.m.world > 1 else handler)
         if self.number and isinstance(error, Exception) and not isinstance(error, ValueError | OSError):
             # the signal has reached a process that this one needs: a compiler, another rank

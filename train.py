@@ -4,8 +4,8 @@ Trains a looped transformer, or a plain GPT, in one process or many.
     python train.py config/quickstart.py --batch_size=32
     torchrun --standalone --nproc_per_node=4 train.py config/train_gpt2_looped.py
 
-Batches, dropout and noise are functions of (seed, step, place in the global batch): a run that was killed and resumed
-is the run that was not, any number of processes trains on the same global batches, and evaluation changes nothing.
+Batches, dropout and noise are functions of (seed, step, place in the global batch): a run killed and resumed
+is the run that was not, any number of processes trains on the same batches, and evaluation changes nothing.
 """
 
 import contextlib
@@ -53,7 +53,7 @@ class TrainConfig:
     eval_iters: int = 200  # batches per evaluated split, evenly spread; 0 = all of val, and as many of train
     eval_only: bool = False  # evaluate and leave
     always_save_checkpoint: bool = True  # accepted for nanoGPT's sake: ckpt.pt is always the last
-    init_from: str = 'scratch'  # scratch, resume, auto (resume if there is something), or a path: weights only
+    init_from: str = 'scratch'  # scratch, resume, auto (resume if there is something) or a path: weights only
     sample_tokens: int = 200  # tokens of the sample printed at the end; 0 = none
     wandb_log: bool = False  # log to Weights & Biases as well
     wandb_project: str = 'nanoloop'  # of wandb_log
@@ -105,7 +105,7 @@ class TrainConfig:
 # -----------------------------------------------------------------------------
 # schedule, objective, optimizer
 
-SCHEDULE = {  # share of the way from min_lr to learning_rate, `left` steps before the end of `warm` + `rest` steps
+SCHEDULE = {  # share of the way from min_lr to learning_rate, `left` steps before the end of `warm` + `rest`
     'cosine': lambda left, warm, rest, c: 0.5 * (1 - math.cos(math.pi * left / rest)),
     'linear': lambda left, warm, rest, c: min(1.0, left / max(1e-9, c.warmdown_frac * (warm + rest))),
 }
@@ -124,7 +124,7 @@ def lr_at(step, c):
 
 
 class Objective(nn.Module):
-    """The loss of a batch, a weighting of the model's loss table: the last iteration's mean over the targets."""
+    """The loss of a batch, a weighting of the model's loss table: the last iteration's mean over targets."""
 
     def __init__(self, model):
         super().__init__()
@@ -136,11 +136,11 @@ class Objective(nn.Module):
 
 
 def make_optimizer(model, c):
-    """AdamW in two groups: matrices decay; norms, biases and the injection do not. Returns it and both groups."""
+    """AdamW in two groups: matrices decay; norms, biases and injection do not. Returns it and both groups."""
     decay, other = {}, {}
     for name, p in model.named_parameters():
         (decay if p.dim() >= 2 and not name.startswith('inject.') else other)[name] = p
-    groups = [dict(params=list(decay.values()), weight_decay=c.weight_decay), dict(params=list(other.values()))]
+    groups = [dict(params=[*decay.values()], weight_decay=c.weight_decay), dict(params=[*other.values()])]
     options = dict(lr=c.learning_rate, betas=(c.beta1, c.beta2), weight_decay=0.0, fused=True)
     return torch.optim.AdamW(groups, **options), (decay, other)
 
@@ -150,7 +150,7 @@ def make_optimizer(model, c):
 
 
 def draw(split, c, m, step, micro):
-    """Micro-batch `micro` of this rank as (idx, targets, seed): its place in the global batch decides all of it.
+    """Micro-batch `micro` of this rank as (idx, targets, seed): its place in the global batch decides all.
 
     idx, targets: (B, T) on the CPU; seed: for the default generator, which dropout and noise draw from.
     """
@@ -174,7 +174,7 @@ def draw_ahead(split, c, m, step):
 def train_step(objective, optimizer, scaler, batches, c, m, stopped=lambda: False):
     """One optimizer step: this rank's micro-batches, clipping of the reduced gradient, update.
 
-    batches yields draw's triples. Returns this rank's mean loss and the norm of the gradient before clipping, as
+    batches yields draw's triples. Returns this rank's mean loss and the gradient's norm before clipping, as
     floats; there is no update if the norm is not finite. None if stopped() between micro-batches.
     """
     micros = c.gradient_accumulation_steps // m.world
@@ -207,7 +207,7 @@ def train_step(objective, optimizer, scaler, batches, c, m, stopped=lambda: Fals
 def evaluate(model, splits, c, m, token_bytes, stopped=lambda: False):
     """{split: {loss, ppl, bpb}} over fixed windows, the same for any number of processes; None if stopped().
 
-    Bits per byte is taken over the targets that stand for bytes: token_bytes, per id, is 0 for special tokens.
+    Bits per byte is taken over targets that stand for bytes: token_bytes, per id, is 0 for special tokens.
     """
     n = c.eval_iters * c.batch_size or len(splits['val'].fixed())
     bytes_of, result = torch.tensor(token_bytes, dtype=torch.float64), {}
@@ -243,7 +243,7 @@ def evaluate(model, splits, c, m, token_bytes, stopped=lambda: False):
 
 
 def prepare_data(c, m):
-    """The folder of the data set and its meta. pystdlib, which needs no download, is prepared if it is missing."""
+    """The data set's folder and meta. pystdlib, which needs no download, is prepared if it is missing."""
     folder = find_data(c.dataset)
     if c.dataset == 'pystdlib' and LOCAL_RANK == 0 and not (folder / 'meta.json').exists():
         tell('preparing data/pystdlib, the standard library of this Python')
@@ -255,7 +255,7 @@ def prepare_data(c, m):
 
 
 def build_model(c, meta, checkpoint):
-    """From scratch as c says, or the checkpoint's model with the keys that were given. vocab_size is the data's."""
+    """From scratch as c says, or the checkpoint's model with the given keys. vocab_size is the data's."""
     keys = {field.name for field in fields(GPTConfig)}
     if checkpoint is None:
         vocab = {} if 'vocab_size' in c.given else dict(vocab_size=meta['vocab_size'])
@@ -291,8 +291,8 @@ class Run:
         self.evaluated = self.state.get('evaluated', 0)  # the step of the last evaluation
         self.stale = self.state.get('stale', 0)  # evaluations since the best
         self.saved = self.step if resuming else None
-        lowest = -largest_of_ranks(m, -self.step)
-        check(lowest == largest_of_ranks(m, self.step), 'out_dir', c.out_dir, 'a folder that all machines share')
+        alike = -largest_of_ranks(m, -self.step) == largest_of_ranks(m, self.step)
+        check(alike, 'out_dir', c.out_dir, 'a folder that all machines share')
         self.bad = 0  # steps in a row without an update
         self.lock = self.log = None
         self.first = self.step
@@ -314,8 +314,9 @@ class Run:
         self.optimizer, groups = make_optimizer(self.model, c)
         self.scaler = torch.amp.GradScaler(m.kind, enabled=m.dtype == torch.float16)
         if state:
-            for then, now in zip(state['optimizer']['param_groups'], self.optimizer.param_groups, strict=True):
-                then.update((key, value) for key, value in now.items() if key != 'params')  # as the keys say now
+            old_groups = state['optimizer']['param_groups']
+            for then, now in zip(old_groups, self.optimizer.param_groups, strict=True):
+                then.update(now | dict(params=then['params']))  # as the keys say now
             self.optimizer.load_state_dict(state['optimizer'])
             if state['scaler'] and self.scaler.is_enabled():
                 self.scaler.load_state_dict(state['scaler'])
@@ -335,11 +336,11 @@ class Run:
             self.objective.broadcast_buffers = False  # the noise table is the same everywhere
         self.tokens = c.gradient_accumulation_steps * c.batch_size * c.block_size
         self.flops = self.model.flops()[1]
-        micros = f'{c.gradient_accumulation_steps} x {c.batch_size} x {c.block_size}, over {m.world} process(es)'
-        layers = f'{c.n_prelude} + {c.n_block} x {c.n_loop} + {c.n_coda}'
-        self.say(f'tokens per iteration will be: {self.tokens:,} ({micros})')
+        micros = f'{c.gradient_accumulation_steps} x {c.batch_size} x {c.block_size}'
+        layers = f'{self.model.config.depth} ({c.n_prelude} + {c.n_block} x {c.n_loop} + {c.n_coda})'
+        self.say(f'tokens per iteration will be: {self.tokens:,} ({micros}, over {m.world} process(es))')
         self.say(f'number of parameters: {self.model.num_params() / 1e6:.2f}M')
-        self.say(f'executed layers: {self.model.config.depth} ({layers}), training FLOPs per token: {self.flops:.4g}')
+        self.say(f'executed layers: {layers}, training FLOPs per token: {self.flops:.4g}')
         for kind, group in zip(('decayed', 'non-decayed'), groups, strict=True):
             size = sum(p.numel() for p in group.values())
             self.say(f'num {kind} parameter tensors: {len(group)}, with {size:,} parameters')
@@ -353,14 +354,15 @@ class Run:
 
     def machine(self):
         """What a bit-exact resume needs to be the same."""
-        m = self.m
-        return dict(device=m.kind, dtype=str(m.dtype), compile=m.compile, world=m.world, torch=str(torch.__version__))
+        m, version = self.m, str(torch.__version__)
+        return dict(device=m.kind, dtype=str(m.dtype), compile=m.compile, world=m.world, torch=version)
 
     def save(self, best=False):
         """Saves on the first rank, the others wait. Raises Mistake instead if the weights are not finite."""
         finite = nn.utils.get_total_norm(list(self.model.parameters())).isfinite().item()
-        kept = f'the last good checkpoint: {"none" if self.saved is None else f"step {self.saved}"}'
-        check(finite, 'learning_rate', self.c.learning_rate, f'a lower one, the weights are not finite; {kept}')
+        kept = 'none' if self.saved is None else f'step {self.saved}'
+        wanted = f'a lower one, the weights are not finite; the last good checkpoint: {kept}'
+        check(finite, 'learning_rate', self.c.learning_rate, wanted)
         checkpoint = dict(
             model=self.model.state_dict(),
             optimizer=self.optimizer.state_dict(),
@@ -404,7 +406,7 @@ class Run:
         return True
 
     def train(self):
-        """Steps, evaluations and checkpoints until max_iters. Returns False if a signal ended it; saved it is."""
+        """Steps, evaluations and checkpoints until max_iters. Returns False if a signal ended it, saved."""
         c, whole = self.c, False
         self.start()
         batches = draw_ahead(self.splits['train'], c, self.m, self.step)
@@ -448,8 +450,9 @@ class Run:
         self.bad += 1
         self.say(f'iter {self.step}: the gradient is not finite (loss {loss:.4g}), the step is skipped')
         kept = f'step {self.saved} in {self.c.out_dir}' if self.saved is not None else 'none'
-        wanted = f'a finite gradient at iter {self.step}, {self.bad} steps were skipped in a row; try a lower one'
-        check(self.bad < self.c.max_bad_steps, 'learning_rate', lr, f'{wanted}; the last good checkpoint: {kept}')
+        wanted = f'a finite gradient at iter {self.step}, {self.bad} steps were skipped in a row; '
+        wanted += f'try a lower one; the last good checkpoint: {kept}'
+        check(self.bad < self.c.max_bad_steps, 'learning_rate', lr, wanted)
 
     def log_step(self, loss, norm, lr, seconds):
         """Logs the step that was made last; seconds: per step since the last line."""
@@ -464,10 +467,10 @@ class Run:
         mfu = self.flops * rate / (m.peak * m.world) if m.peak else None
         left = timedelta(seconds=min(10**9, round(seconds * (c.max_iters - self.step))))
         eta = left if step > self.first else '?'  # the first step compiles
-        text = f'iter {step}: loss {loss:.4f}, time {ms:.2f}ms, mfu {f"{mfu:.2%}" if mfu else "n/a"}, grad {norm:.2f}'
-        text += f', lr {lr:.1e}, tok/s {rate:,.0f}, loops {c.n_loop}, eta {eta}'
-        record = {'iter': step, 'train/loss': loss, 'train/grad_norm': norm, 'lr': lr, 'mfu': mfu, 'train/ms': ms}
-        self.log.write(text, record | {'train/tok_per_sec': rate, 'train/loops': c.n_loop})
+        text = f'iter {step}: loss {loss:.4f}, time {ms:.2f}ms, mfu {f"{mfu:.2%}" if mfu else "n/a"}'
+        text += f', grad {norm:.2f}, lr {lr:.1e}, tok/s {rate:,.0f}, loops {c.n_loop}, eta {eta}'
+        record = {'iter': step, 'train/loss': loss, 'train/grad_norm': norm, 'lr': lr, 'mfu': mfu}
+        self.log.write(text, record | {'train/ms': ms, 'train/tok_per_sec': rate, 'train/loops': c.n_loop})
 
     def show(self, signals):
         """Prints a short sample, until a signal comes."""
@@ -490,8 +493,10 @@ class Run:
 
 def resumed(c, checkpoint):
     """c, with the checkpoint's values for the keys that were not given now."""
-    check('format_version' in checkpoint, 'init_from', c.init_from, 'a path: that file has no state to resume')
-    kept = {key: value for key, value in checkpoint['config'].items() if key in c.keys() - c.given - {'init_from'}}
+    resumable = 'format_version' in checkpoint
+    check(resumable, 'init_from', c.init_from, 'a path: that file has no state to resume')
+    free = c.keys() - c.given - {'init_from'}
+    kept = {key: value for key, value in checkpoint['config'].items() if key in free}
     c.update(kept, out_dir=c.out_dir)
     return c
 
@@ -504,14 +509,18 @@ def main(argv):
     resuming = checkpoint is not None and c.init_from in ('resume', 'auto')
     if resuming:
         c = resumed(c, checkpoint)
-    m = setup(c.build(TrainConfig), c.max_iters)
+    settings = c.build(TrainConfig)
+    layers = c.n_prelude + c.n_block * c.n_loop + c.n_coda
+    work = c.max_iters * c.gradient_accumulation_steps * c.batch_size * c.block_size * layers * c.n_embd
+    m = setup(settings, work)
     with Signals(m) as signals, contextlib.closing(Run(c, m, signals, checkpoint, resuming)) as run:
         del checkpoint
         run.say(m.line)
         whole = run.evaluate() if c.eval_only else run.train()
         if whole and not c.eval_only:
             memory, minutes = peak_memory(m) / 2**20, (time.time() - began) / 60
-            run.say(f'best val loss {run.best:.4f}, peak memory {memory:,.0f} MiB, total time {minutes:.1f} min')
+            spent = f'peak memory {memory:,.0f} MiB, total time {minutes:.1f} min'
+            run.say(f'best val loss {run.best:.4f}, {spent}')
             if m.rank == 0 and c.sample_tokens:
                 run.show(signals)
                 run.say(f'more: python {os.path.relpath(ROOT / "sample.py")} --out_dir={c.out_dir}')

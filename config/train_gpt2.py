@@ -1,4 +1,4 @@
-# GPT-2 (124M) on OpenWebText. nanoGPT reports a loss of about 2.85 for this recipe, in about 5 days on 8 A100 40GB.
+# GPT-2 (124M) on OpenWebText. nanoGPT reports a loss of about 2.85 for it, in about 5 days on 8 A100 40GB.
 #   python data/openwebtext/prepare.py
 #   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 

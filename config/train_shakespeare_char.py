@@ -1,4 +1,4 @@
-# Tiny Shakespeare by characters, a plain transformer of nanoGPT's GPU size (6 layers, 384 wide, context 256, batch 64).
+# Tiny Shakespeare by characters, plain, of nanoGPT's GPU size (6 layers, 384 wide, context 256, batch 64).
 # nanoGPT reports a best validation loss of 1.4697 for this recipe, in about 3 minutes on one A100.
 #   python data/shakespeare_char/prepare.py
 #   python train.py config/train_shakespeare_char.py

@@ -1,4 +1,4 @@
-# Tiny Shakespeare by characters, looped as in nanoLOOP: 2 + 2x4 + 2, gradient through the last two iterations.
+# Tiny Shakespeare by characters, looped as in nanoLOOP: 2 + 2x4 + 2, gradient through the last 2 iterations.
 #   python data/shakespeare_char/prepare.py
 #   python train.py config/train_shakespeare_char_looped.py
 

@@ -1,5 +1,5 @@
-# Tiny Shakespeare by characters, looped: 2 + 2x4 + 2 executes 12 layers with the parameters of 6. Sizes for a CPU.
-# expect: validation loss 1.85 over the whole split, 50 s on 2 CPU cores; README.md compares it with plain models
+# Tiny Shakespeare by characters, looped: 2 + 2x4 + 2 executes 12 layers with the parameters of 6, for a CPU.
+# expect: validation loss 1.85 on the whole split, 50 s on 2 CPU cores; README.md compares it to plain models
 #   python data/shakespeare_char/prepare.py
 #   python train.py config/train_shakespeare_char_looped_cpu.py
 

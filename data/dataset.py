@@ -1,16 +1,15 @@
 """
-A data set is a folder data/NAME with token files and meta.json. Here are the tokenizers, the writer and the reader.
+A data set is a folder data/NAME with token files and meta.json. Here are its tokenizers, writer and reader.
 
-    train.bin, val.bin    token ids, little-endian uint16 or uint32; large sets are shards train_00000.bin, ...
+    train.bin, val.bin    token ids, little-endian uint16 or uint32; large sets: shards train_00000.bin, ...
     train.mask, val.mask  optional, one uint8 per token: 1 = this token is a target that counts
-    meta.json             vocab_size, max_id, dtype, tokenizer, token_bytes (per id, special tokens 0), row_len
-                          (optional: the data is rows of so many tokens), splits (files, tokens, sha256), source
+    meta.json             vocab_size, max_id, dtype, tokenizer, token_bytes (per id, special tokens 0),
+                          row_len (optional: rows of so many tokens), splits (files, tokens, sha256), source
 
-A set is written into data/NAME/unfinished and moved into place when it is whole, meta.json last, so that a broken
-preparation is never taken for a finished one. nanoGPT's folders (meta.pkl or no meta at all) can be read, too.
+A set is written into data/NAME/unfinished and moved into place when whole, meta.json last, so that a broken
+preparation is never taken for a finished one. nanoGPT's folders (meta.pkl or no meta) can be read, too.
 """
 
-import argparse
 import contextlib
 import fcntl
 import functools
@@ -22,6 +21,7 @@ import pickle
 import shutil
 import sys
 import urllib.request
+from argparse import ArgumentParser
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -43,7 +43,8 @@ class Characters:
     """One id per character, {'kind': 'char', 'chars': [...]}."""
 
     def __init__(self, chars):
-        self.dict = dict(kind='char', chars=list(chars))
+        chars = list(chars)
+        self.dict = dict(kind='char', chars=chars)
         self.token_bytes = [len(char.encode()) for char in chars]
         self.ids = {char: i for i, char in enumerate(chars)}
         self.start = self.ids.get('\n', 0)
@@ -99,7 +100,7 @@ class Tiktoken:
         return self.bpe.encode(text, allowed_special='all')
 
     def decode_bytes(self, ids):
-        known = [i if i < self.bpe.n_vocab and self.size(i) else None for i in ids]  # models pad the vocabulary
+        known = [i if i < self.bpe.n_vocab and self.size(i) else None for i in ids]  # models pad vocabularies
         return b''.join(b'?' if i is None else self.bpe.decode_single_token_bytes(i) for i in known)
 
 
@@ -107,7 +108,7 @@ TOKENIZERS = {'char': Characters, 'byte': Bytes, 'tiktoken': Tiktoken}
 
 
 def make_tokenizer(plain):
-    """The tokenizer of a plain dict. It has encode(text), decode_bytes(ids), token_bytes per id, and a start id."""
+    """A plain dict's tokenizer, with encode(text), decode_bytes(ids), token_bytes per id, and a start id."""
     options = {key: value for key, value in plain.items() if key != 'kind'}
     return TOKENIZERS[plain['kind']](**options)
 
@@ -119,8 +120,8 @@ def make_tokenizer(plain):
 class Writer:
     """Writes the token files of data/NAME: add() appends to a split, finish() moves the whole set into place.
 
-    save(done) makes what was added durable; a new Writer for the same source and tokenizer goes on from there, and done
-    says how many of the source's documents that were.
+    save(done) makes what was added durable; a new Writer for the same source and tokenizer goes on from
+    there, and done says how many of the source's documents that were.
     """
 
     def __init__(self, folder, tokenizer, source, shard_tokens=SHARD_TOKENS, anew=False):
@@ -192,7 +193,8 @@ class Writer:
         splits, moves = {}, []
         for split, shards in self.state['splits'].items():
             self.files.pop(split).close()
-            names = [f'{split}.bin'] if len(shards) == 1 else [f'{split}_{i:05d}.bin' for i in range(len(shards))]
+            several = len(shards) > 1
+            names = [f'{split}_{i:05d}.bin' if several else f'{split}.bin' for i in range(len(shards))]
             moves += [(self.shard(split, i), self.folder / name) for i, name in enumerate(names)]
             files = [
                 dict(name=name, tokens=tokens, sha256=sha256(self.shard(split, i)))
@@ -200,9 +202,7 @@ class Writer:
             ]
             splits[split] = dict(tokens=sum(shards), files=files)
         (self.part / 'state.json').unlink()  # from here on an interrupted preparation begins anew
-        (self.folder / 'meta.json').unlink(
-            missing_ok=True
-        )  # the old set ends here, the new one begins with its meta.json
+        (self.folder / 'meta.json').unlink(missing_ok=True)  # the old set ends, the new begins with its own
         for old, new in moves:
             os.replace(old, new)
         meta = dict(
@@ -230,12 +230,12 @@ def sha256(path):
 
 
 def write_text(folder, paths, tokenizer, source, share=0.1, **more):
-    """Prepares a data set from text files. A single file is cut, its last share is for validation; of several, whole
-    files are held out by their names, and the tokenizer's start token ends each."""
+    """Prepares a data set from text files. A single file is cut, its last share is for validation; of
+    several, whole files are held out by their names, and the tokenizer's start token ends each."""
     writer = Writer(folder, tokenizer, source, anew=True)
     top = os.path.commonpath([path.parent for path in paths])
     names = {path: os.path.relpath(path, top) for path in paths}
-    held_out = {path for path in paths if digest(names[path]) < share} or {min(paths, key=lambda p: digest(names[p]))}
+    held_out = {p for p in paths if digest(names[p]) < share} or {min(paths, key=lambda p: digest(names[p]))}
     for path in paths:
         text = read_text(path, errors='surrogateescape' if tokenizer.dict['kind'] == 'byte' else 'strict')
         if len(paths) == 1:
@@ -257,13 +257,14 @@ def digest(name):
 
 
 def read_text(path, errors='strict'):
-    """The text of a UTF-8 file, its line ends as they are. Raises ValueError if it is not UTF-8 or not there."""
+    """The text of a UTF-8 file, its line ends kept. Raises ValueError if it is not UTF-8 or not there."""
     try:
         return Path(path).read_bytes().decode('utf-8', errors)
     except FileNotFoundError:
         raise Mistake(f'there is no file {path}') from None
     except UnicodeDecodeError as error:
-        raise Mistake(f'{path} is not UTF-8 ({error.reason} at byte {error.start}): use the byte tokenizer') from None
+        where = f'{error.reason} at byte {error.start}'
+        raise Mistake(f'{path} is not UTF-8 ({where}): use the byte tokenizer') from None
 
 
 def fetch(url, path):
@@ -290,18 +291,19 @@ def pieces(text, size=2**22):
 
 
 def write_hub(folder, path, splits, column='text', end=True, share=0.0005, argv=None, **load):
-    """The main program of a data set on the Hugging Face hub: downloads, tokenises, and goes on if interrupted.
+    """The main program of a data set of the Hugging Face hub: downloads, tokenises, goes on if interrupted.
 
-    path, load: of datasets.load_dataset, parquet-backed sets only. splits: {theirs: ours}; where ours has no val, a
-    share of the documents is held out by their number. end: an end-of-text token follows every document.
+    path, load: of datasets.load_dataset, parquet-backed sets only. splits: {theirs: ours}; where ours has no
+    val, a share of the documents is held out by number. end: an end-of-text token follows every document.
     """
-    parser = argparse.ArgumentParser(description=f'Prepares {path} in {Path(folder).name}/ (interrupted, it goes on).')
-    parser.add_argument('--input', nargs='*', help='local parquet files to read instead (for one split)')
-    parser.add_argument('--processes', type=int, default=os.cpu_count(), help='tokenising processes')
-    parser.add_argument('--streaming', action='store_true', help='read over the network, keep no copy on this disk')
-    parser.add_argument('--tokenizer', default='gpt2', help='an encoding of tiktoken')
-    parser.add_argument('--max_documents', type=int, help='stop after so many')
-    parser.add_argument('--shard_tokens', type=int, default=SHARD_TOKENS, help='tokens per file')
+    parser = ArgumentParser(description=f'Prepares {path} in {Path(folder).name}/ (interrupted, it goes on).')
+    add = parser.add_argument
+    add('--input', nargs='*', help='local parquet files to read instead (for one split)')
+    add('--processes', type=int, default=os.cpu_count(), help='tokenising processes')
+    add('--streaming', action='store_true', help='read over the network, keep no copy on this disk')
+    add('--tokenizer', default='gpt2', help='an encoding of tiktoken')
+    add('--max_documents', type=int, help='stop after so many')
+    add('--shard_tokens', type=int, default=SHARD_TOKENS, help='tokens per file')
     args = parser.parse_args(argv)
     try:
         from datasets import load_dataset
@@ -353,12 +355,12 @@ def find_data(dataset):
 
 
 def read_meta(folder):
-    """meta.json of a data set, or what stands for it in nanoGPT's folders. Raises ValueError with what to run."""
+    """meta.json of a data set, or what replaces it in nanoGPT folders. Raises ValueError with what to run."""
     folder = Path(folder)
     script = folder / 'prepare.py'
     if not folder.is_dir():
-        known = sorted(path.parent.name for path in ROOT.glob('*/prepare.py'))
-        raise Mistake(f'dataset={folder.name!r}: there is no folder {folder}, prepared or known are {", ".join(known)}')
+        known = ', '.join(sorted(path.parent.name for path in ROOT.glob('*/prepare.py')))
+        raise Mistake(f'dataset={folder.name!r}: there is no folder {folder}, prepared or known are {known}')
     if (folder / 'meta.json').exists():
         try:
             meta = json.loads((folder / 'meta.json').read_text())
@@ -375,7 +377,7 @@ def read_meta(folder):
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Reads nanoGPT's meta.pkl, which holds plain values only: a pickle that names any class or function is refused."""
+    """Reads nanoGPT's meta.pkl, which holds plain values: a pickle naming a class or function is refused."""
 
     def find_class(self, module, name):
         raise pickle.UnpicklingError(f'{module}.{name} is not a plain value')
@@ -383,20 +385,22 @@ class PlainUnpickler(pickle.Unpickler):
 
 def nanogpt_meta(folder):
     """A meta.json for nanoGPT's folders: from meta.pkl, or GPT-2's encoding where there is none."""
-    meta = dict(dtype='uint16', source='nanoGPT', tokenizer=dict(kind='tiktoken', name='gpt2'), vocab_size=50257)
+    gpt2 = dict(kind='tiktoken', name='gpt2')
+    meta = dict(dtype='uint16', source='nanoGPT', tokenizer=gpt2, vocab_size=50257)
     if (folder / 'meta.pkl').exists():
         try:
             with open(folder / 'meta.pkl', 'rb') as file:
                 old = PlainUnpickler(file).load()
             chars = [old['itos'][i] for i in range(old['vocab_size'])]
         except (pickle.UnpicklingError, KeyError, TypeError, EOFError) as error:
-            raise Mistake(f'{folder}/meta.pkl is not what nanoGPT writes ({error}): prepare the data again') from None
+            broken = f'{folder}/meta.pkl is not what nanoGPT writes ({error})'
+            raise Mistake(f'{broken}: prepare the data again') from None
         meta.update(tokenizer=dict(kind='char', chars=chars), vocab_size=len(chars))
-    files = {split: folder / f'{split}.bin' for split in ('train', 'val') if (folder / f'{split}.bin').exists()}
-    counts = {split: path.stat().st_size // 2 for split, path in files.items()}
-    files = {split: folder / f'{split}.bin' for split in ('train', 'val') if (folder / f'{split}.bin').exists()}
-    counts = {split: path.stat().st_size // 2 for split, path in files.items()}
-    meta['splits'] = {s: dict(tokens=counts[s], files=[dict(name=files[s].name, tokens=counts[s])]) for s in files}
+    meta['splits'] = {}
+    for split in ('train', 'val'):
+        if (path := folder / f'{split}.bin').exists():
+            tokens = path.stat().st_size // 2
+            meta['splits'][split] = dict(tokens=tokens, files=[dict(name=path.name, tokens=tokens)])
     return complete(folder, meta)
 
 
@@ -432,13 +436,14 @@ def read_blocks(path, dtype, count=2**24):
 class Split:
     """The windows of one split: block_size tokens and the tokens that follow them.
 
-    Raises ValueError for files that are missing or not as long as meta.json says, a split too short for one window, and
-    ids that are not below vocab_size.
+    Raises ValueError for files that are missing or not as long as meta.json says, a split too short for one
+    window, and ids that are not below vocab_size.
     """
 
     def __init__(self, folder, meta, name, block_size, vocab_size):
         if name not in meta['splits']:
-            raise Mistake(f'the data set {Path(folder).name} has no {name} split, only {", ".join(meta["splits"])}')
+            splits = ', '.join(meta['splits'])
+            raise Mistake(f'the data set {Path(folder).name} has no {name} split, only {splits}')
         self.T, self.vocab_size = block_size, vocab_size
         self.dtype = DTYPES[meta['dtype']]
         self.files = [Path(folder) / file['name'] for file in meta['splits'][name]['files']]
@@ -456,8 +461,8 @@ class Split:
             fits = f'{self.tokens.max()} tokens, a window needs block_size + 1'
             raise Mistake(f'block_size={block_size} is too long for {self.files[0]}: it has {fits}')
         self.check_ids(meta['max_id'], Path(folder).name)
-        self.step, self.stride = (row or 1, row or block_size)  # between the windows of training, and of evaluation
-        self.starts = np.maximum(0, (self.tokens - block_size - 1) // self.step + 1)  # training windows, per file
+        self.step, self.stride = row or 1, row or block_size  # between windows, of training and of evaluation
+        self.starts = np.maximum(0, (self.tokens - block_size - 1) // self.step + 1)  # for training, per file
 
     def expect_size(self, path, size):
         found = path.stat().st_size if path.exists() else 'no'
@@ -473,8 +478,9 @@ class Split:
             raise mistake
 
     def window(self, file, start):
-        """Inputs and targets, each (T,) int64; past the end of the file and where its mask is 0 the targets are -1."""
-        ids = np.fromfile(self.files[file], self.dtype, self.T + 1, offset=start * self.dtype.itemsize).astype(np.int64)
+        """Inputs and targets, each (T,) int64; past the file's end and where its mask is 0 targets are -1."""
+        offset = start * self.dtype.itemsize
+        ids = np.fromfile(self.files[file], self.dtype, self.T + 1, offset=offset).astype(np.int64)
         self.check_ids(ids.max(), self.files[file], alike=False)  # perhaps only this rank draws it
         x, y = np.zeros(self.T, np.int64), np.full(self.T, -1)
         n = len(ids) - 1
@@ -488,11 +494,11 @@ class Split:
         ends = np.cumsum(self.starts)
         picks = rng.integers(ends[-1], size=n)
         files = np.searchsorted(ends, picks, side='right')
-        windows = [(f, (pick - ends[f] + self.starts[f]) * self.step) for f, pick in zip(files, picks, strict=True)]
-        return self.stack(windows, n)
+        starts = (picks - ends[files] + self.starts[files]) * self.step
+        return self.stack(zip(files, starts, strict=True), n)
 
     def fixed(self, n=None):
-        """(file, start) of the windows for evaluation: end to end through the split, or n of them evenly spread."""
+        """(file, start) of the windows for evaluation: end to end through the split, or n evenly spread."""
         counts = np.maximum(0, -((1 - self.tokens) // self.stride))  # with one target at least
         ends = np.cumsum(counts)
         n = ends[-1] if n is None else min(n, ends[-1])

@@ -19,7 +19,7 @@ TINY = (
 
 
 def randomize(model, seed=0):
-    """Random weights everywhere: the zero biases, unit norms and [I 0] of an initialised model hide mistakes."""
+    """Random weights everywhere: zero biases, unit norms and [I 0] of an initialised model hide mistakes."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
@@ -55,7 +55,7 @@ def same(a, b):
 
 
 def by_hand(weights, c, idx, n_loop=None, cut=None):
-    """Logits (B, T, V) of a model's state dict, its equations written out. cut: detach the state before that loop."""
+    """Logits (B, T, V) of a state dict, the equations written out. cut: detach the state before that loop."""
 
     def norm(x, name):
         if name + '.weight' not in weights:
@@ -79,7 +79,7 @@ def by_hand(weights, c, idx, n_loop=None, cut=None):
             for i in (0, 1):
                 if c.pos == 'rope':
                     angle = torch.arange(T)[:, None] * c.rope_base ** (-torch.arange(0, D, 2).float() / D)
-                    turn = torch.complex(angle.cos().to(x.dtype), angle.sin().to(x.dtype))  # tables in float32
+                    turn = torch.complex(angle.cos().to(x.dtype), angle.sin().to(x.dtype))  # float32 tables
                     turned = torch.complex(one[i][..., : D // 2], one[i][..., D // 2 :]) * turn
                     one[i] = torch.cat((turned.real, turned.imag), dim=-1)
                 if c.qk_norm:
@@ -89,7 +89,8 @@ def by_hand(weights, c, idx, n_loop=None, cut=None):
             out.append(torch.exp(scores - scores.logsumexp(-1, keepdim=True)) @ one[2])
         x = x + linear(torch.cat(out, dim=-1), name + 'attn.c_proj')
         y = linear(norm(x, name + 'ln_2'), name + 'mlp.c_fc')
-        return x + linear(F.gelu(y, approximate='tanh' if c.mlp == 'gelu_tanh' else 'none'), name + 'mlp.c_proj')
+        y = F.gelu(y, approximate='tanh' if c.mlp == 'gelu_tanh' else 'none')
+        return x + linear(y, name + 'mlp.c_proj')
 
     x = weights['transformer.wte.weight'][idx]
     if c.pos == 'learned':

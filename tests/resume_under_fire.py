@@ -1,16 +1,16 @@
 """
-Kills a run with SIGKILL at random moments, a third of them while a checkpoint is being written, restarts it with the
-same command, and compares the end with that of a run that was never killed: weights, optimizer and log, to the bit.
+Kills a run with SIGKILL at random moments, a third of them while a checkpoint is written, restarts it with
+the same command and compares the end with that of a run never killed: weights, optimizer and log, to the bit.
 
     python tests/resume_under_fire.py --kills=20
 """
 
-import argparse
 import random
 import signal
 import sys
 import tempfile
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -21,12 +21,12 @@ from helpers import TINY, load, read_log, same, script  # noqa: E402
 from data.dataset import Bytes, write_text  # noqa: E402
 
 STEPS = 240
-HARD = f'--max_iters={STEPS} --eval_interval=3 --dropout=0.1 --gradient_accumulation_steps=4 --init_from=auto'.split()
-HARD += ['--input_injection=inject_random']
+HARD = f'--max_iters={STEPS} --eval_interval=3 --dropout=0.1 --gradient_accumulation_steps=4'.split()
+HARD += ['--init_from=auto', '--input_injection=inject_random']
 
 
 def survive(folder, kills, seed):
-    """Runs the same training twice in folder, once killed `kills` times. Raises AssertionError if they differ."""
+    """Runs a training twice in folder, once killed `kills` times. Raises AssertionError if they differ."""
     dice = random.Random(seed)
     text = folder / 'input.txt'
     text.write_bytes(np.random.default_rng(0).integers(97, 105, 5000, dtype=np.uint8).tobytes())
@@ -56,8 +56,8 @@ def survive(folder, kills, seed):
     a, b = (load(folder / name / 'ckpt.pt') for name in ('calm', 'stormy'))
     for key in ('model', 'optimizer', 'iter_num', 'best_val_loss', 'stale', 'evaluated'):
         assert same(a[key], b[key]), f'{key} differs'
-    logs = [[{k: v for k, v in line.items() if 'ms' not in k and 'tok' not in k} for line in read_log(folder / name)]
-            for name in ('calm', 'stormy')]  # fmt: skip
+    logs = [read_log(folder / name) for name in ('calm', 'stormy')]
+    logs = [[{k: v for k, v in x.items() if 'ms' not in k and 'tok' not in k} for x in log] for log in logs]
     assert logs[0] == logs[1], 'the logs differ'
     assert [line['iter'] for line in logs[0] if 'lr' in line] == list(range(STEPS))
 
@@ -72,7 +72,7 @@ def progress(out_dir):
 
 
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument('--kills', type=int, default=20)
     parser.add_argument('--seed', type=int, default=0)
     args = parser.parse_args()

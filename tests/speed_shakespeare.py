@@ -1,17 +1,17 @@
 """
-Times config/train_shakespeare_char_cpu.py, the whole process with an empty compile cache, in turns with a plain eager
-float32 loop of the same shape, nanoGPT's CPU recipe: 2,000 steps, 9 evaluations of 2 x EVAL_ITERS batches.
+Times config/train_shakespeare_char_cpu.py, the whole process with an empty compile cache, in turns with a
+plain eager float32 loop of its shape, nanoGPT's CPU recipe: 2,000 steps, 9 evaluations of 2 x EVAL_ITERS.
 
     python tests/speed_shakespeare.py --rounds=3
 """
 
-import argparse
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import torch
@@ -72,7 +72,7 @@ def our_seconds():
 
 
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument('--rounds', type=int, default=3)
     ratios = []
     for _ in range(parser.parse_args().rounds):
@@ -80,8 +80,8 @@ if __name__ == '__main__':
         plain = STEPS * step + EVALUATIONS * 2 * EVAL_ITERS * evaluated
         ratios.append(plain / ours)
         print(
-            f'plain: {1000 * step:.1f} ms a step, {1000 * evaluated:.1f} ms an evaluated batch, {plain:.0f} s in all; '
-            f'ours: {ours:.1f} s to validation loss {loss}; {ratios[-1]:.2f} times as fast',
+            f'plain: {1000 * step:.1f} ms a step, {1000 * evaluated:.1f} ms an evaluated batch, {plain:.0f}'
+            f' s in all; ours: {ours:.1f} s to validation loss {loss}; {ratios[-1]:.2f} times as fast',
             flush=True,
         )
     print(f'median of {len(ratios)}: {statistics.median(ratios):.2f} times as fast')

@@ -1,8 +1,11 @@
 import io
+import types
 from dataclasses import fields
 
 import pytest
+import torch
 
+import configurator
 from bench import BenchConfig
 from configurator import ROOT, configure
 from model import GPTConfig
@@ -17,8 +20,9 @@ def read(*argv, keys=KEYS):
 
 
 def test_files_compose_and_flags_win(tmp_path):
-    (tmp_path / 'a.py').write_text('import math\nn_head = 4\nn_embd = n_head * 32\n_half = n_embd // 2\nout_dir = "a"')
-    (tmp_path / 'b.py').write_text('def double(x):\n    return 2 * x\nn_embd = double(n_embd)\nmax_iters = 1e3')
+    first = 'import math\nn_head = 4\nn_embd = n_head * 32\n_half = n_embd // 2\nout_dir = "a"'
+    (tmp_path / 'a.py').write_text(first)
+    (tmp_path / 'b.py').write_text('def double(x): return 2 * x\nn_embd = double(n_embd)\nmax_iters = 1e3')
     c = read(f'{tmp_path}/a.py', f'{tmp_path}/b.py', '--out_dir=b', '--learning_rate=1')
     assert (c.n_head, c.n_embd, c.max_iters, c.out_dir, c.learning_rate) == (4, 256, 1000, 'b', 1.0)
     assert type(c.max_iters) is int and type(c.learning_rate) is float
@@ -113,3 +117,74 @@ def test_every_config_file_is_valid_and_says_how_to_run_it(path):
     c.build(TrainConfig)
     c.build(GPTConfig)
     assert f'train.py config/{path.name}' in path.read_text()
+
+
+# -----------------------------------------------------------------------------
+# the machine
+
+BF16 = torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    'name, peak',
+    [
+        ('NVIDIA H100 80GB HBM3', 989e12),
+        ('NVIDIA H100 PCIe', 756e12),
+        ('NVIDIA H100 NVL', 835e12),
+        ('NVIDIA H200', 989e12),
+        ('NVIDIA A100-SXM4-80GB', 312e12),
+        ('NVIDIA A100-SXM4-40GB MIG 1g.5gb', None),
+        ('NVIDIA L4', 121e12),
+        ('NVIDIA L40S', 362e12),
+        ('NVIDIA L40', None),
+        ('NVIDIA GeForce RTX 4090', 165e12),
+        ('NVIDIA GeForce RTX 4090 Laptop GPU', None),
+        ('NVIDIA GeForce RTX 3090 Ti', None),
+        ('NVIDIA GeForce RTX 4090 D', None),
+        ('Tesla T4', 65e12),
+        ('NVIDIA T400', None),
+    ],
+)
+def test_a_device_has_its_own_peak_or_none(monkeypatch, name, peak):
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: name)
+    m = types.SimpleNamespace(kind='cuda', device='cuda:0', dtype=BF16)
+    assert configurator.peak_flops(m) == peak
+    m.dtype = torch.float32
+    assert configurator.peak_flops(m) is None
+
+
+@pytest.mark.parametrize(
+    'compile, kind, work, fault, chosen',
+    [
+        ('auto', 'cpu', 1e8, None, False),
+        ('auto', 'cpu', 1e10, None, True),
+        ('auto', 'cpu', 1e10, 'no compiler', False),
+        ('auto', 'cuda', 1, None, True),
+        ('auto', 'mps', 1e10, None, False),
+        (True, 'cpu', 1, None, True),
+        (False, 'cuda', 1e10, None, False),
+    ],
+)
+def test_blocks_are_compiled_where_it_works_and_pays(monkeypatch, compile, kind, work, fault, chosen):
+    monkeypatch.setattr(configurator, 'compiler_fault', lambda kind: fault)
+    assert configurator.choose_compile(compile, kind, work)[0] is chosen
+
+
+def test_asking_for_what_cannot_compile_is_refused(monkeypatch):
+    monkeypatch.setattr(configurator, 'compiler_fault', lambda kind: 'no compiler')
+    with pytest.raises(ValueError, match='compile=True, expected False: no compiler'):
+        configurator.choose_compile(True, 'cpu', 1e10)
+
+
+@pytest.mark.parametrize('rank, alike, told', [(0, True, 1), (1, True, 0), (0, False, 1), (1, False, 1)])
+def test_a_mistake_is_told_once_or_by_the_rank_that_met_it(call, monkeypatch, rank, alike, told):
+    monkeypatch.setattr(configurator, 'RANK', rank)
+
+    @configurator.command
+    def main(argv):
+        mistake = configurator.Mistake('no')
+        mistake.alike = alike
+        raise mistake
+
+    status, _, err = call(main)
+    assert status == 2 and err.count('\n') == told

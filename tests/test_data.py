@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import pickle
@@ -165,7 +166,8 @@ def test_hub_sets_are_tokenised_sharded_and_resumed(tmp_path, monkeypatch):
         "pat_str=r'\\s?\\w+|\\s+', mergeable_ranks=ranks, special_tokens={'<|endoftext|>': 256})\n"
         "ENCODING_CONSTRUCTORS = {'letters': letters}\n"
     )
-    monkeypatch.setenv('PYTHONPATH', f'{tmp_path}{os.pathsep}{os.environ.get("PYTHONPATH", "")}')  # for the workers
+    python_path = f'{tmp_path}{os.pathsep}{os.environ.get("PYTHONPATH", "")}'
+    monkeypatch.setenv('PYTHONPATH', python_path)  # for the workers
     monkeypatch.syspath_prepend(tmp_path)
     texts = [f'document {i}' for i in range(40)]
     datasets.Dataset.from_dict(dict(text=texts)).to_parquet(tmp_path / 'a.parquet')
@@ -237,3 +239,34 @@ def test_broken_data_is_told_with_what_helps(tmp_path):
         Split(tmp_path / 'cut', read_meta(tmp_path / 'cut'), 'train', 4, 10)
     with pytest.raises(ValueError, match='block_size=4 is too long for .*train.bin: it has 4 tokens'):
         numbers(tmp_path / 'short', 4, shard_tokens=100)
+
+
+@pytest.mark.parametrize('n', [2, 3, 5])
+def test_few_files_have_a_validation_split_too(tmp_path, n):
+    paths = [tmp_path / f'{i}.txt' for i in range(n)]
+    for path in paths:
+        path.write_text('x' * 50)
+    write_text(tmp_path, paths, Bytes(), 'few', share=1e-9)
+    assert [read_meta(tmp_path)['splits'][name]['tokens'] for name in ('train', 'val')] == [51 * (n - 1), 51]
+
+
+@pytest.mark.parametrize('length, whole', [(5, True), (9, False), (None, True)])
+def test_a_download_that_ends_early_is_not_kept(tmp_path, monkeypatch, length, whole):
+    class Answer(io.BytesIO):
+        headers = {} if length is None else {'Content-Length': str(length)}
+
+    monkeypatch.setattr(dataset.urllib.request, 'urlopen', lambda url, timeout: Answer(b'hello'))
+    if whole:
+        assert dataset.fetch('http://x', tmp_path / 'input.txt').read_bytes() == b'hello'
+    else:
+        with pytest.raises(ValueError, match='ended early.*--input'):
+            dataset.fetch('http://x', tmp_path / 'input.txt')
+    assert (tmp_path / 'input.txt').exists() == whole
+
+
+def test_a_meta_without_what_the_files_tell_is_completed(tmp_path):
+    numbers(tmp_path, 10, shard_tokens=100)
+    whole = read_meta(tmp_path)
+    part = {key: value for key, value in whole.items() if key not in ('max_id', 'token_bytes')}
+    (tmp_path / 'meta.json').write_text(json.dumps(part))
+    assert read_meta(tmp_path) == whole and whole['max_id'] == 9

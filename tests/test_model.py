@@ -52,7 +52,7 @@ def gpt2(vocab=40, act='gelu_new'):
 
 
 def nanogpt_weights(theirs):
-    """nanoGPT's names for the weights of transformers' GPT-2: Conv1D matrices are stored the other way round."""
+    """nanoGPT's names for weights of transformers' GPT-2: Conv1D matrices are stored the other way round."""
     weights = {}
     for name, w in theirs.state_dict().items():
         turned = name.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight'))
@@ -64,9 +64,8 @@ def test_the_gpt2_recipe_is_gpt2():
     theirs = gpt2()
     keys = dict(PLAIN, norm='layernorm', bias=True, mlp='gelu_tanh', vocab_size=40)
     model = GPT(GPTConfig(**SIZES | keys)).eval()
-    weights = {
-        name.removeprefix('_orig_mod.').replace('.h.', '.recur.'): w for name, w in nanogpt_weights(theirs).items()
-    }
+    weights = nanogpt_weights(theirs).items()
+    weights = {name.removeprefix('_orig_mod.').replace('.h.', '.recur.'): w for name, w in weights}
     model.load_state_dict(weights)
     idx = torch.randint(40, (2, 16))
     assert torch.allclose(model(idx, idx)[0], theirs(idx).logits, atol=1e-5)
@@ -79,7 +78,8 @@ def test_a_nanogpt_checkpoint_loads(tmp_path):
     weights = nanogpt_weights(theirs)
     weights['_orig_mod.transformer.h.0.attn.bias'] = torch.ones(1, 1, 16, 16)  # the mask of old files
     args = dict(n_layer=3, n_head=2, n_embd=12, block_size=16, bias=True, vocab_size=40, dropout=0.0)
-    torch.save(dict(model=weights, model_args=args, iter_num=7, best_val_loss=torch.tensor(2.0)), tmp_path / 'ckpt.pt')
+    saved = dict(model=weights, model_args=args, iter_num=7, best_val_loss=torch.tensor(2.0))
+    torch.save(saved, tmp_path / 'ckpt.pt')
     model, checkpoint = load_checkpoint(tmp_path / 'ckpt.pt')
     idx = torch.randint(40, (2, 16))
     assert torch.allclose(model.eval()(idx, idx)[0], theirs(idx).logits, atol=1e-5)
@@ -287,7 +287,8 @@ def test_generate_is_greedy_at_temperature_zero_and_within_top_k_and_top_p():
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(4000, 4)
     generator = torch.Generator().manual_seed(0)
     drawn = model_file.choose(logits, 1.0, None, 0.7, generator)
-    assert drawn.unique().tolist() == [0, 1] and (drawn == 0).float().mean().item() == pytest.approx(0.625, abs=0.03)
+    assert drawn.unique().tolist() == [0, 1]
+    assert (drawn == 0).float().mean().item() == pytest.approx(0.625, abs=0.03)
     assert model_file.choose(logits, 1.0, 3, None, generator).max() == 2
 
 

@@ -12,15 +12,12 @@ def trained(call, flags):
 
 
 def test_samples_of_a_batch_end_in_a_line_of_dashes_and_nothing_else_is_on_stdout(call, flags):
-    options = trained(call, flags)
-    status, out, err = call(main, *options, '--start=abc', '--num_samples=3', '--max_new_tokens=20')
+    argv = [*trained(call, flags), '--start=abc', '--num_samples=3', '--max_new_tokens=20']
+    status, out, err = call(main, *argv)
     samples = out.split('\n---------------\n')
-    assert status == 0 and len(samples) == 4 and samples[-1] == ''
-    assert all(len(text) == 23 and text.startswith('abc') for text in samples[:3]) and len(set(samples[:3])) == 3
-    assert (
-        'step 4, 2 loops' in err
-        and out == call(main, *options, '--start=abc', '--num_samples=3', '--max_new_tokens=20')[1]
-    )
+    assert status == 0 and len(samples) == 4 and samples[-1] == '' and len(set(samples[:3])) == 3
+    assert all(len(text) == 23 and text.startswith('abc') for text in samples[:3])
+    assert 'step 4, 2 loops' in err and out == call(main, *argv)[1]
 
 
 def test_a_stream_prints_the_same_text(call, flags):
@@ -54,13 +51,11 @@ def test_stop_ends_each_sample_before_it(call, flags):
 
 def test_text_keeps_back_what_may_become_the_stop_and_what_is_half_a_character():
     text = Text(Characters('abcd'), stop='abc')
-    assert [text.add(i, False) for i in (3, 0, 1, 3, 0, 1, 2, 3)] == ['d', '', '', 'abd', '', '', '', ''] and text.done
+    parts = [text.add(i, False) for i in (3, 0, 1, 3, 0, 1, 2, 3)]
+    assert parts == ['d', '', '', 'abd', '', '', '', ''] and text.done
     text = Text(Bytes(), stop='')
-    assert [text.add(i, last) for i, last in zip('é'.encode() + b'\xe2', (False, False, True), strict=True)] == [
-        '',
-        'é',
-        '\ufffd',
-    ]
+    ids = zip('é'.encode() + b'\xe2', (False, False, True), strict=True)
+    assert [text.add(i, last) for i, last in ids] == ['', 'é', '\ufffd']
 
 
 def test_bench_reports_both_settings_and_their_ratio(call, flags):

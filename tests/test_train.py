@@ -157,8 +157,8 @@ def test_evaluation_is_the_whole_split_and_counts_bytes(call, tmp_path, tiny_dat
     text = tmp_path / 'input.txt'
     text.write_text('a\u20acb' * 100)  # the euro sign has three bytes
     write_text(tmp_path / 'euro', [text], Characters('ab\u20ac'), 'euro')
-    flags = [f'--dataset={tmp_path}/euro', f'--out_dir={tmp_path}/out', *TINY, '--eval_iters=0', '--batch_size=7']
-    assert call(main, *flags)[0] == 0
+    flags = [f'--dataset={tmp_path}/euro', f'--out_dir={tmp_path}/out', *TINY]
+    assert call(main, *flags, '--eval_iters=0', '--batch_size=7')[0] == 0
     from model import load_checkpoint
 
     model, _ = load_checkpoint(tmp_path / 'out' / 'ckpt.pt')
@@ -179,20 +179,19 @@ def test_eval_only_evaluates_the_checkpoint_and_touches_nothing(call, flags, tmp
     files = {path: path.read_bytes() for path in (tmp_path / 'out').iterdir()}
     status, out, _ = call(main, *flags, '--init_from=resume', '--eval_only=True')
     expected = [line for line in read_log(tmp_path / 'out') if 'val/loss' in line][-1]
-    assert (
-        status == 0
-        and f'step 12: train loss {expected["train/eval_loss"]:.4f}, val loss {expected["val/loss"]:.4f}' in out
-    )
+    told = f'step 12: train loss {expected["train/eval_loss"]:.4f}, val loss {expected["val/loss"]:.4f}'
+    assert status == 0 and told in out
     assert {path: path.read_bytes() for path in (tmp_path / 'out').iterdir()} == files
 
 
 def test_best_is_kept_and_patience_ends_the_run(call, flags, tmp_path, monkeypatch):
     values = iter([3.0, 2.0, 2.5, 2.6, 1.0])
-    fake = lambda *_: {name: dict(loss=v, ppl=1.0, bpb=1.0) for v in [next(values)] for name in ('train', 'val')}  # noqa: E731
+    fake = lambda *_: dict.fromkeys(('train', 'val'), dict(loss=next(values), ppl=1.0, bpb=1.0))  # noqa: E731
     monkeypatch.setattr(train, 'evaluate', fake)
     status, out, _ = call(main, *flags, '--eval_interval=2', '--patience=2')
     assert status == 0 and 'best val loss 2.0000' in out
-    assert load(tmp_path / 'out' / 'ckpt.pt')['iter_num'] == 8 and load(tmp_path / 'out' / 'best.pt')['iter_num'] == 4
+    last, best = (load(tmp_path / 'out' / name) for name in ('ckpt.pt', 'best.pt'))
+    assert last['iter_num'] == 8 and best['iter_num'] == 4
 
 
 # -----------------------------------------------------------------------------
@@ -225,10 +224,10 @@ def test_two_broken_checkpoints_are_not_overwritten(call, flags, tmp_path):
     assert status == 2 and 'no checkpoint in' in err and (tmp_path / 'out' / 'ckpt.pt').read_bytes() == b'x'
 
 
-@pytest.mark.parametrize(
-    'failure',
-    [OSError(errno.ENOSPC, 'No space left on device'), RuntimeError('PytorchStreamWriter failed writing file')],
-)
+FULL = OSError(errno.ENOSPC, 'No space left on device')
+
+
+@pytest.mark.parametrize('failure', [FULL, RuntimeError('PytorchStreamWriter failed writing file')])
 def test_a_full_disk_leaves_the_last_good_checkpoint(call, flags, tmp_path, monkeypatch, failure):
     real, calls = torch.save, []
 
@@ -241,7 +240,8 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(call, flags, tmp_path, monk
 
     monkeypatch.setattr(torch, 'save', save)
     status, _, err = call(main, *flags)
-    assert status == 1 and str(failure).split(']')[-1].strip() in err and 'ckpt.pt' in err and err.count('\n') == 1
+    assert status == 1 and 'ckpt.pt' in err and err.count('\n') == 1
+    assert str(failure).split(']')[-1].strip() in err
     assert load(tmp_path / 'out' / 'ckpt.pt')['iter_num'] == 8
     assert not (tmp_path / 'out' / 'ckpt.pt.tmp').exists()
     monkeypatch.undo()
@@ -253,12 +253,14 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(call, flags, tmp_path, monk
 def test_a_full_disk_for_real(tmp_path, tiny_data):
     small = tmp_path / 'small'
     small.mkdir()
-    if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=200k', 'tmpfs', small], capture_output=True).returncode:
+    mount = ['mount', '-t', 'tmpfs', '-o', 'size=200k', 'tmpfs', small]
+    if subprocess.run(mount, capture_output=True).returncode:
         os.symlink('/dev/full', small / 'ckpt.pt.tmp')  # without the right to mount: every write to it fails
     try:
         run = script('train.py', f'--dataset={tiny_data}', *TINY, '--n_embd=64', f'--out_dir={small}')
         out, _ = run.communicate()
-        assert run.returncode == 1 and 'Traceback' not in out and 'train.py: the checkpoint cannot be saved' in out
+        assert run.returncode == 1 and 'Traceback' not in out
+        assert 'train.py: the checkpoint cannot be saved' in out
         assert not (small / 'ckpt.pt').exists()
     finally:
         subprocess.run(['umount', small], capture_output=True)
@@ -277,7 +279,8 @@ def test_starting_from_scratch_deletes_no_earlier_run(call, flags, tmp_path):
     old = (tmp_path / 'out' / 'ckpt.pt').read_bytes()
     status, out, _ = call(main, *flags, '--seed=2')
     assert status == 0 and 'earlier run' in out
-    assert (tmp_path / 'out' / 'run-1' / 'ckpt.pt').read_bytes() == old and len(losses(tmp_path / 'out' / 'run-1')) == 4
+    earlier = tmp_path / 'out' / 'run-1'
+    assert (earlier / 'ckpt.pt').read_bytes() == old and len(losses(earlier)) == 4
     assert len(losses(tmp_path / 'out')) == 12
 
 
@@ -356,7 +359,8 @@ def test_the_gradient_is_clipped_to_its_norm(call, flags, tmp_path, monkeypatch)
     call(main, *flags, '--grad_clip=0.01', '--max_iters=2')
     call(main, *flags, '--grad_clip=0', '--max_iters=2', f'--out_dir={tmp_path}/b')
     logged = [line['train/grad_norm'] for line in read_log(tmp_path / 'out') if 'lr' in line]
-    assert seen[0] == pytest.approx(0.01, rel=1e-4) and logged[0] > 0.1 and seen[2] == pytest.approx(logged[0])
+    assert seen[0] == pytest.approx(0.01, rel=1e-4)
+    assert logged[0] > 0.1 and seen[2] == pytest.approx(logged[0])
 
 
 # -----------------------------------------------------------------------------
@@ -384,7 +388,8 @@ def test_two_processes_train_as_one(call, flags, tmp_path):
     assert run.returncode == 0, out
     call(main, *options)
     one, two = (read_log(tmp_path / name) for name in ('out', 'two'))
-    assert [line['iter'] for line in one] == [line['iter'] for line in two] and len(losses(tmp_path / 'two')) == 20
+    assert [line['iter'] for line in one] == [line['iter'] for line in two]
+    assert len(losses(tmp_path / 'two')) == 20
     for a, b in zip(one, two, strict=True):
         for key in ('train/loss', 'val/loss', 'val/bpb', 'train/grad_norm'):
             assert a.get(key, 0) == pytest.approx(b.get(key, 0), abs=1e-5), (a, b)
@@ -493,7 +498,7 @@ def test_a_signal_anywhere_ends_in_a_bit_exact_checkpoint(call, flags, tmp_path,
     assert call(main, *options, '--init_from=resume')[0] == 0
     assert same(whole['model'], load(tmp_path / 'stopped' / 'ckpt.pt')['model'])
     keep = ('iter', 'train/loss', 'val/loss', 'lr')
-    logs = [[[line.get(k) for k in keep] for line in read_log(tmp_path / name)] for name in ('out', 'stopped')]
+    logs = [[[row.get(k) for k in keep] for row in read_log(tmp_path / name)] for name in ('out', 'stopped')]
     assert logs[0] == logs[1]
 
 
@@ -522,7 +527,8 @@ def test_checkpoints_hold_nanogpts_keys_and_plain_values(call, flags, tmp_path):
     call(main, *flags)
     checkpoint = load(tmp_path / 'out' / 'ckpt.pt')
     ours = 'rng scaler tokenizer loops_trained log_bytes format_version git'.split()
-    assert {'model', 'optimizer', 'model_args', 'iter_num', 'best_val_loss', 'config', *ours} <= set(checkpoint)
+    theirs = 'model optimizer model_args iter_num best_val_loss config'.split()
+    assert {*theirs, *ours} <= set(checkpoint)
     assert not any(name.startswith(('_orig_mod.', 'module.')) for name in checkpoint['model'])
     assert (
         checkpoint['loops_trained'] == [2]

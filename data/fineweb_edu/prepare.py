@@ -1,5 +1,5 @@
 """
-FineWeb-Edu in GPT-2's tokens. CONFIG is the sample of 10 billion; sample-100BT is ten times that, in shards as well.
+FineWeb-Edu in GPT-2's tokens. CONFIG: the sample of 10 billion; sample-100BT is ten times that, also sharded.
 
     python data/fineweb_edu/prepare.py [--processes N] [--streaming] [--input local.parquet ...]
 """

@@ -16,7 +16,8 @@ from data.dataset import write_hub  # noqa: E402
 
 @command
 def main(argv=None):
-    write_hub(FOLDER, 'Skylion007/openwebtext', {'train': 'train'}, argv=argv, revision='refs/convert/parquet')
+    splits = {'train': 'train'}
+    write_hub(FOLDER, 'Skylion007/openwebtext', splits, argv=argv, revision='refs/convert/parquet')
 
 
 if __name__ == '__main__':

@@ -16,13 +16,13 @@ from configurator import command  # noqa: E402
 from data.dataset import Bytes, write_text  # noqa: E402
 from model import Mistake  # noqa: E402
 
-LEFT_OUT = {'site-packages', 'dist-packages', 'test', 'tests', 'idle_test', 'idlelib', 'lib2to3', '__pycache__'}
+LEFT_OUT = set('site-packages dist-packages test tests idle_test idlelib lib2to3 __pycache__'.split())
 
 
 @command
 def main(argv=()):
     library = Path(sysconfig.get_path('stdlib'))
-    paths = sorted(path for path in library.rglob('*.py') if not LEFT_OUT & set(path.relative_to(library).parts))
+    paths = sorted(p for p in library.rglob('*.py') if not LEFT_OUT & set(p.relative_to(library).parts))
     if not paths:
         raise Mistake(f'{library} has no Python sources, use data/text/prepare.py with a text of your own')
     write_text(FOLDER, paths, Bytes(), f'standard library of Python {platform.python_version()}')

@@ -6,8 +6,8 @@ Your own text: a file, or every file below a folder.
 Train on it with --dataset=text, or the name you gave.
 """
 
-import argparse
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
@@ -26,17 +26,18 @@ TOKENIZERS = {
 
 @command
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--input', type=Path, required=True, help='a text file or a folder of them')
-    parser.add_argument('--tokenizer', choices=TOKENIZERS, default='byte')
-    parser.add_argument('--name', default='text', help='the data set is data/NAME')
-    parser.add_argument('--pattern', default='*', help='of a folder, only the files of this pattern, say *.md')
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add('--input', type=Path, required=True, help='a text file or a folder of them')
+    add('--tokenizer', choices=TOKENIZERS, default='byte')
+    add('--name', default='text', help='the data set is data/NAME')
+    add('--pattern', default='*', help='of a folder, only the files of this pattern, say *.md')
     args = parser.parse_args(argv)
     folder = args.input.is_dir()
-    paths = sorted(path for path in args.input.rglob(args.pattern) if path.is_file()) if folder else [args.input]
+    paths = sorted(p for p in args.input.rglob(args.pattern) if p.is_file()) if folder else [args.input]
     if not paths or not paths[0].exists():
         raise Mistake(f'--input {args.input}: there is no such file, or no {args.pattern} in the folder')
-    write_text(FOLDER.parent / args.name, paths, TOKENIZERS[args.tokenizer](paths), source=str(args.input.name))
+    write_text(FOLDER.parent / args.name, paths, TOKENIZERS[args.tokenizer](paths), source=args.input.name)
 
 
 if __name__ == '__main__':

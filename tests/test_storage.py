@@ -1,0 +1,186 @@
+"""What a run leaves behind stays whole, at every moment something can go wrong."""
+
+import json
+import math
+import os
+import signal
+import types
+
+import pytest
+import torch
+from helpers import TINY, load, read_log, same, script
+
+import storage
+import train
+from train import main
+
+
+class Crash(BaseException):
+    """The process dies here: nothing handles this."""
+
+
+def die_at(monkeypatch, n):
+    """Lets the process die before the n-th operation of saving that changes the disk's contents."""
+    count = []
+
+    def dying(real):
+        def call(*args, **keys):
+            count.append(real)
+            if len(count) == n:
+                raise Crash
+            return real(*args, **keys)
+
+        return call
+
+    for name in ('fsync', 'link', 'replace'):
+        monkeypatch.setattr(storage.os, name, dying(getattr(os, name)))
+
+
+def falling(monkeypatch):
+    """Every evaluation is the best so far, and takes no time."""
+
+    def evaluate(model, splits, c, m, token_bytes, stopped):
+        loss = 1 / model.lm_head.weight.detach().norm().item()
+        return {name: dict(loss=loss, ppl=1.0, bpb=1.0) for name in splits}
+
+    monkeypatch.setattr(train, 'evaluate', evaluate)
+
+
+def test_a_crash_between_any_two_operations_of_a_save_loses_nothing(call, flags, tmp_path, monkeypatch):
+    falling(monkeypatch)
+    assert call(main, *flags)[0] == 0
+    whole, n = load(tmp_path / 'out' / 'ckpt.pt'), 0
+    while True:
+        n += 1
+        out = tmp_path / str(n)
+        with monkeypatch.context() as patch:
+            die_at(patch, n)
+            try:
+                call(main, *flags, f'--out_dir={out}')
+                break
+            except Crash:
+                pass
+        loaded = {path.name: load(path) for path in out.glob('*.pt')}  # all of them load
+        if n > 8:  # the first save is behind it
+            assert 'ckpt.pt' in loaded
+        if 'ckpt.pt' in loaded:
+            assert loaded['best.pt']['best_val_loss'] <= loaded['ckpt.pt']['best_val_loss']
+        assert call(main, *flags, f'--out_dir={out}', '--init_from=auto')[0] == 0
+        assert same(whole['model'], load(out / 'ckpt.pt')['model'])
+        assert load(out / 'best.pt')['best_val_loss'] == load(out / 'ckpt.pt')['best_val_loss']
+        steps = [[line['iter'] for line in read_log(path)] for path in (out, tmp_path / 'out')]
+        assert steps[0] == steps[1]
+        assert not list(out.glob('*.tmp'))
+    assert n > 15
+
+
+def test_a_broken_checkpoint_never_takes_the_place_of_the_one_before(call, flags, tmp_path, monkeypatch):
+    call(main, *flags)
+    with open(tmp_path / 'out' / 'ckpt.pt', 'r+b') as file:
+        file.truncate(1000)
+    before = load(tmp_path / 'out' / 'prev.pt')['iter_num']
+
+    def replace(source, target):
+        if str(target).endswith('ckpt.pt'):
+            raise Crash
+        os.rename(source, target)
+
+    monkeypatch.setattr(storage.os, 'replace', replace)
+    with pytest.raises(Crash):
+        call(main, *flags, '--init_from=auto', '--max_iters=14')
+    assert load(tmp_path / 'out' / 'prev.pt')['iter_num'] == before
+    assert (tmp_path / 'out' / 'ckpt.pt.broken').stat().st_size == 1000
+
+
+@pytest.mark.parametrize('where', ['evaluation', 'weights'])
+def test_what_is_not_finite_is_never_saved(call, flags, tmp_path, monkeypatch, where):
+    real, calls = train.train_step, []
+
+    def step(objective, *rest):
+        result = real(objective, *rest)
+        calls.append(1)
+        if len(calls) == 6:
+            with torch.no_grad():
+                objective.model.norm_recur.weight[0] = math.nan
+        return result
+
+    monkeypatch.setattr(train, 'train_step', step)
+    if where == 'weights':
+        falling(monkeypatch)
+    status, _, err = call(main, *flags, '--max_bad_steps=100')
+    assert status == 2 and 'learning_rate=0.01, expected a lower one' in err
+    checkpoint = load(tmp_path / 'out' / 'ckpt.pt')
+    assert checkpoint['iter_num'] == 4 and all(w.isfinite().all() for w in checkpoint['model'].values())
+
+
+@pytest.mark.parametrize('signalled', [True, False])
+def test_a_signal_that_kills_the_compiler_of_an_evaluation_still_saves(
+    call, flags, tmp_path, monkeypatch, signalled
+):
+    def evaluate(*_):
+        if signalled:
+            os.kill(os.getpid(), signal.SIGINT)
+        raise RuntimeError('the compiler died')
+
+    monkeypatch.setattr(train, 'evaluate', evaluate)
+    if signalled:
+        assert call(main, *flags)[0] == 128 + signal.SIGINT
+        assert load(tmp_path / 'out' / 'ckpt.pt')['iter_num'] == 4
+    else:
+        with pytest.raises(RuntimeError, match='the compiler died'):
+            call(main, *flags)
+
+
+def test_an_interrupt_saves_also_when_the_reader_of_stdout_is_gone(tmp_path, tiny_data):
+    long = [*TINY, '--max_iters=100000', f'--out_dir={tmp_path}/out']
+    run = script('train.py', f'--dataset={tiny_data}', *long)
+    while 'iter 5:' not in run.stdout.readline():
+        assert run.poll() is None
+    run.stdout.close()  # as tee's end, when a Ctrl-C reaches both
+    run.send_signal(signal.SIGINT)
+    assert run.wait(timeout=30) == 128 + signal.SIGINT
+    n = load(tmp_path / 'out' / 'ckpt.pt')['iter_num']
+    assert n > 5 and sum('lr' in line for line in read_log(tmp_path / 'out')) == n
+
+
+def test_a_lost_log_begins_anew(call, flags, tmp_path):
+    call(main, *flags)
+    (tmp_path / 'out' / 'log.jsonl').write_text('')
+    assert call(main, *flags, '--init_from=resume', '--max_iters=15')[0] == 0
+    lines = (tmp_path / 'out' / 'log.jsonl').read_text().splitlines()
+    assert [json.loads(line)['iter'] for line in lines if 'lr' in line] == [12, 13, 14]
+
+
+def test_given_keys_reach_the_optimizer_of_a_resumed_run(call, flags, tmp_path):
+    call(main, *flags)
+    changed = ['--weight_decay=0.5', '--beta2=0.9', '--max_iters=13']
+    assert call(main, f'--out_dir={tmp_path}/out', '--init_from=resume', *changed)[0] == 0
+    groups = load(tmp_path / 'out' / 'ckpt.pt')['optimizer']['param_groups']
+    assert [group['weight_decay'] for group in groups] == [0.5, 0.0]
+    assert [tuple(group['betas']) for group in groups] == [(0.9, 0.9)] * 2
+
+
+@pytest.mark.parametrize('before, after', [('bfloat16', 'float16'), ('float16', 'float32')])
+def test_a_run_goes_on_in_another_precision(call, flags, tmp_path, before, after):
+    call(main, *flags, f'--dtype={before}')
+    status, out, _ = call(main, *flags, '--init_from=resume', '--max_iters=14', f'--dtype={after}')
+    assert status == 0 and f'not bit-exact: dtype was torch.{before}, is torch.{after}' in out
+    assert load(tmp_path / 'out' / 'ckpt.pt')['iter_num'] == 14
+
+
+def test_ranks_that_would_resume_at_different_steps_are_refused(call, flags, monkeypatch):
+    monkeypatch.setattr(train, 'largest_of_ranks', lambda m, value: value + 3)
+    status, _, err = call(main, *flags)
+    assert status == 2 and 'expected a folder that all machines share' in err
+
+
+def test_a_failure_on_the_first_rank_ends_all(monkeypatch):
+    def fails():
+        raise OSError('disk full')
+
+    monkeypatch.setattr(storage, 'largest_of_ranks', lambda m, value: 1)
+    with pytest.raises(OSError, match='disk full'):
+        storage.on_first_rank(types.SimpleNamespace(rank=0), fails)
+    with pytest.raises(SystemExit) as stop:
+        storage.on_first_rank(types.SimpleNamespace(rank=1), fails)
+    assert stop.value.code == 1
