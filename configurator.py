@@ -66,8 +66,8 @@ def configure(defaults, argv, out=None):
                 print(f'    {key} = {config[key]!r}', file=out)
         else:
             key, equals, text = arg.removeprefix('--').partition('=')
-            flag = equals and arg.startswith('--')
-            check(flag, 'argument', arg, '--key=value (with the equals sign) or a config file')
+            wanted = f'--{key if key in hints else "key"}=value (with the equals sign) or a config file'
+            check(equals and arg.startswith('--'), 'argument', arg, wanted)
             check_key(key, hints, '')
             config[key] = parse(key, text, hints[key])
             given.add(key)

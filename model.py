@@ -455,8 +455,8 @@ def read_checkpoint(path):
         raise Mistake(f'there is no checkpoint {path}') from None
     except pickle.UnpicklingError:
         raise Mistake(f'the checkpoint {path} is broken, or more than tensors and plain values') from None
-    except (RuntimeError, OSError, EOFError) as error:  # what a file that was cut gives
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+    except (RuntimeError, OSError, EOFError) as error:  # torch gives any of them for a file that was cut
+        reason = getattr(error, 'strerror', None) or 'it was cut, or is no checkpoint'
         raise Mistake(f'the checkpoint {path} cannot be read: {reason}') from None
     whole = isinstance(checkpoint, dict) and {'model', 'model_args'} <= set(checkpoint)
     check(whole, 'checkpoint', str(path), 'a file with model and model_args')

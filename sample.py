@@ -31,7 +31,7 @@ class SampleConfig:
     stop: str = ''  # end a sample before this text; nothing = none
     stream: bool = False  # print tokens as they come, one sample after the other
     n_loop: int | None = None  # iterations of the loop; None = as trained
-    seed: int = 1337
+    seed: int = 1337  # of what is drawn
     device: str = 'auto'  # auto, cpu, cuda, cuda:N, mps
     dtype: str = 'auto'  # of matrix products: auto, float32, bfloat16, float16
 
@@ -49,17 +49,17 @@ class SampleConfig:
 
 
 def find_model(out_dir, device):
-    """(model, checkpoint) of a run's folder, its best checkpoint that loads, or of a checkpoint's path."""
+    """(model, checkpoint, path) of a run's folder, its best checkpoint that loads, or of a checkpoint."""
     path = Path(out_dir)
     paths = [path / name for name in ('best.pt', 'ckpt.pt', 'prev.pt')] if path.is_dir() else [path]
     paths = [path for path in paths if path.exists()]
     check(paths, 'out_dir', out_dir, 'the folder of a run with a checkpoint, or the path of one')
     for path in paths[:-1]:
         try:
-            return load_checkpoint(path, device)
+            return *load_checkpoint(path, device), path
         except ValueError as error:
             print(error, file=sys.stderr)
-    return load_checkpoint(paths[-1], device)
+    return *load_checkpoint(paths[-1], device), paths[-1]
 
 
 def find_tokenizer(checkpoint):
@@ -105,12 +105,12 @@ def main(argv):
     c.build(SampleConfig)
     device, _ = choose_device(c.device)
     dtype, _ = choose_dtype(c.dtype, device.type)
-    model, checkpoint = find_model(c.out_dir, device)
+    model, checkpoint, path = find_model(c.out_dir, device)
     model.eval()
     n_loop = c.n_loop or model.config.n_loop
     trained = checkpoint.get('loops_trained', [model.config.n_loop])
     note = '' if n_loop in trained else f', trained with {", ".join(map(str, trained))}'
-    print(f'{c.out_dir}: step {int(checkpoint["iter_num"])}, {n_loop} loops{note}', file=sys.stderr)
+    print(f'{path}: step {int(checkpoint["iter_num"])}, {n_loop} loops{note}', file=sys.stderr)
     tokenizer = find_tokenizer(checkpoint)
     start = c.start
     if start.startswith('FILE:'):

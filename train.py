@@ -355,7 +355,7 @@ class Run:
     def machine(self):
         """What a bit-exact resume needs to be the same."""
         m, version = self.m, str(torch.__version__)
-        return dict(device=m.kind, dtype=str(m.dtype), compile=m.compile, world=m.world, torch=version)
+        return dict(device=m.kind, dtype=str(m.dtype), compile=m.compile, processes=m.world, torch=version)
 
     def save(self, best=False):
         """Saves on the first rank, the others wait. Raises Mistake instead if the weights are not finite."""
@@ -431,7 +431,7 @@ class Run:
             result = train_step(self.objective, self.optimizer, self.scaler, batches, c, self.m, self.stopped)
             if result is None:
                 continue
-            self.judge(*result, lr)
+            self.judge(*result)
             self.step += 1
             if (self.step - 1) % c.log_interval == 0:
                 seconds = (time.time() - clock) / (self.step - since)
@@ -441,7 +441,7 @@ class Run:
             self.save()
         return whole
 
-    def judge(self, loss, norm, lr):
+    def judge(self, loss, norm):
         """Counts steps without an update. Raises ValueError at max_bad_steps in a row."""
         # float16 finds the scale of its loss by overflowing
         if math.isfinite(norm) or (self.scaler.is_enabled() and self.scaler.get_scale() >= 1):
@@ -452,7 +452,7 @@ class Run:
         kept = f'step {self.saved} in {self.c.out_dir}' if self.saved is not None else 'none'
         wanted = f'a finite gradient at iter {self.step}, {self.bad} steps were skipped in a row; '
         wanted += f'try a lower one; the last good checkpoint: {kept}'
-        check(self.bad < self.c.max_bad_steps, 'learning_rate', lr, wanted)
+        check(self.bad < self.c.max_bad_steps, 'learning_rate', self.c.learning_rate, wanted)
 
     def log_step(self, loss, norm, lr, seconds):
         """Logs the step that was made last; seconds: per step since the last line."""

@@ -83,7 +83,11 @@ class Tiktoken:
             import tiktoken
         except ImportError:
             raise Mistake(f'the {name} tokenizer needs tiktoken: pip install tiktoken') from None
-        self.bpe = tiktoken.get_encoding(name)
+        try:
+            self.bpe = tiktoken.get_encoding(name)
+        except OSError as error:
+            offline = f'without a network, TIKTOKEN_CACHE_DIR=FOLDER names a copy of its files ({error})'
+            raise Mistake(f'the {name} tokenizer cannot be downloaded; {offline}') from None
         self.dict = dict(kind='tiktoken', name=name)
         self.start = self.bpe.eot_token
         special = {self.bpe.encode_single_token(text) for text in self.bpe.special_tokens_set}
@@ -218,7 +222,9 @@ class Writer:
         shutil.rmtree(self.part)
         self.lock.close()
         for split, values in splits.items():
-            print(f'{self.folder.name}: {split} has {values["tokens"]:,} tokens')
+            print(
+                f'{self.folder.name}: {split} has {values["tokens"]:,} tokens ({self.tokenizer.dict["kind"]})'
+            )
 
 
 def sha256(path):
@@ -232,6 +238,8 @@ def sha256(path):
 def write_text(folder, paths, tokenizer, source, share=0.1, **more):
     """Prepares a data set from text files. A single file is cut, its last share is for validation; of
     several, whole files are held out by their names, and the tokenizer's start token ends each."""
+    if sum(path.stat().st_size for path in paths if path.exists()) < 2:
+        raise Mistake(f'{paths[0]}: there is no text to learn from')
     writer = Writer(folder, tokenizer, source, anew=True)
     top = os.path.commonpath([path.parent for path in paths])
     names = {path: os.path.relpath(path, top) for path in paths}
@@ -260,8 +268,8 @@ def read_text(path, errors='strict'):
     """The text of a UTF-8 file, its line ends kept. Raises ValueError if it is not UTF-8 or not there."""
     try:
         return Path(path).read_bytes().decode('utf-8', errors)
-    except FileNotFoundError:
-        raise Mistake(f'there is no file {path}') from None
+    except OSError as error:
+        raise Mistake(f'{path} cannot be read: {error.strerror}') from None
     except UnicodeDecodeError as error:
         where = f'{error.reason} at byte {error.start}'
         raise Mistake(f'{path} is not UTF-8 ({where}): use the byte tokenizer') from None
@@ -359,7 +367,8 @@ def read_meta(folder):
     folder = Path(folder)
     script = folder / 'prepare.py'
     if not folder.is_dir():
-        known = ', '.join(sorted(path.parent.name for path in ROOT.glob('*/prepare.py')))
+        known = {path.parent.name for name in ('prepare.py', 'meta.json') for path in ROOT.glob(f'*/{name}')}
+        known = ', '.join(sorted(known))
         raise Mistake(f'dataset={folder.name!r}: there is no folder {folder}, prepared or known are {known}')
     if (folder / 'meta.json').exists():
         try:

@@ -63,8 +63,8 @@ def test_values_are_read_as_their_keys_say(flag, value):
         (['--zzzz=1'], "unknown key 'zzzz', see --help"),
         (['--max_iters=ten'], "max_iters='ten', expected int"),
         (['--max_iters=1.5'], "max_iters='1.5', expected int"),
-        (['--max_iters'], "argument='--max_iters', expected --key=value"),
-        (['--max_iters', '10'], '--key=value'),
+        (['--max_iters'], "argument='--max_iters', expected --max_iters=value"),
+        (['--max_iters', '10'], '--max_iters=value'),
         (['-max_iters=10'], '--key=value'),
         (['--dropout=None'], "dropout='None', expected float"),
         (['--eval_only=1'], "eval_only='1', expected bool"),
@@ -188,3 +188,47 @@ def test_a_mistake_is_told_once_or_by_the_rank_that_met_it(call, monkeypatch, ra
 
     status, _, err = call(main)
     assert status == 2 and err.count('\n') == told
+
+
+def test_config_files_are_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert read('config/quickstart.py').out_dir == 'out-quickstart'
+
+
+def test_autocast_keeps_no_copies_of_weights():
+    with configurator.autocast('cpu', BF16):
+        assert torch.is_autocast_enabled('cpu') and not torch.is_autocast_cache_enabled()
+    with configurator.autocast('cpu', torch.float32):
+        assert not torch.is_autocast_enabled('cpu')
+
+
+@pytest.mark.parametrize('has, dtype', [(True, BF16), (False, torch.float32)])
+def test_bfloat16_is_chosen_where_the_cpu_has_it(monkeypatch, has, dtype):
+    for feature in ('_is_avx512_bf16_supported', '_is_amx_tile_supported'):
+        monkeypatch.setattr(torch.cpu, feature, lambda: has)
+    assert configurator.choose_dtype('auto', 'cpu')[0] == dtype
+
+
+def test_setting_up_guards_against_silent_recompilation_and_turns_on_determinism(monkeypatch):
+    monkeypatch.setattr(configurator, 'compiler_fault', lambda kind: None)
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=False):
+        m = configurator.setup(TrainConfig(device='cpu', compile=True, deterministic=True))
+        assert torch._dynamo.config.recompile_limit == 64 and torch._dynamo.config.fail_on_recompile_limit_hit
+    assert m.compile and torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+
+
+def test_memory_is_in_bytes():
+    used = configurator.peak_memory(types.SimpleNamespace(kind='cpu'))
+    assert 2**26 < used < 2**37  # torch alone takes more than 64 MiB
+
+
+@pytest.mark.parametrize('error, status', [(KeyboardInterrupt, 130), (BrokenPipeError, 141), (OSError, 1)])
+def test_how_a_script_ends_is_in_its_status(call, monkeypatch, error, status):
+    monkeypatch.setattr(configurator.os, 'dup2', lambda *_: None)
+
+    @configurator.command
+    def main(argv):
+        raise error('no')
+
+    assert call(main)[0] == status

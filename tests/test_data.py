@@ -74,8 +74,8 @@ def test_evaluation_windows_hold_every_target_once(tmp_path):
     x, y = split.stack(split.fixed(), 10)
     assert sorted(y[y >= 0].tolist()) == [i for i in range(25) if i not in (0, 5, 14, 18)]
     assert (x[y >= 0] + 1 == y[y >= 0]).all()
-    few = split.fixed(3)
-    assert len(few) == 3 and few[0] == (0, 0) and set(few) < set(split.fixed())
+    every = split.fixed()
+    assert split.fixed(3) == [every[i * len(every) // 3] for i in range(3)]
 
 
 def test_rows_are_taken_whole_and_masked_targets_are_left_out(tmp_path):
@@ -95,7 +95,9 @@ def test_rows_are_taken_whole_and_masked_targets_are_left_out(tmp_path):
 
 def test_large_vocabularies_take_four_bytes(tmp_path):
     tokenizer = Bytes()
-    tokenizer.token_bytes = [1] * 100_000
+    tokenizer.token_bytes = [1] * 2**16
+    assert Writer(tmp_path / 'small', tokenizer, 'x').dtype_name == 'uint16'
+    tokenizer.token_bytes = [1] * (2**16 + 1)
     split = numbers(tmp_path, 10, tokenizer=tokenizer, shard_tokens=100)
     assert (tmp_path / 'train.bin').stat().st_size == 40
     assert split.draw(np.random.default_rng(0), 1)[0].shape == (1, 4)
@@ -137,7 +139,66 @@ def test_another_source_does_not_go_on_with_the_rest(tmp_path):
     with pytest.raises(ValueError, match='being prepared by another process'):
         Writer(tmp_path, Bytes(), 'two')
     del writer
+    assert Writer(tmp_path, Characters('ab'), 'one').done == 0
     assert Writer(tmp_path, Bytes(), 'two').done == 0
+
+
+def test_preparing_text_again_does_not_go_on_with_the_rest(tmp_path):
+    (tmp_path / 'input.txt').write_text('0123456789' * 10)
+    writer = Writer(tmp_path, Bytes(), 'me')
+    writer.add('train', [1, 2, 3])
+    writer.save(1)
+    del writer
+    write_text(tmp_path, [tmp_path / 'input.txt'], Bytes(), 'me')
+    assert [split['tokens'] for split in read_meta(tmp_path)['splits'].values()] == [90, 10]
+
+
+@pytest.mark.parametrize('size', [1, 7, 50, 1000])
+def test_text_is_encoded_in_pieces_of_whole_lines(size):
+    text = '\n'.join('x' * (i % 13) for i in range(40)) + '\nend'
+    parts = list(dataset.pieces(text, size))
+    assert ''.join(parts) == text and all(part.endswith('\n') for part in parts[:-1])
+    assert len(parts) > 3 or size == 1000
+
+
+def test_files_are_held_out_by_their_names_wherever_they_lie(tmp_path):
+    held = []
+    for place in ('a', 'b/c'):
+        (tmp_path / place).mkdir(parents=True)
+        paths = [tmp_path / place / f'{i}.txt' for i in range(30)]
+        for i, path in enumerate(paths):
+            path.write_text(chr(60 + i))
+        write_text(tmp_path / place / 'out', paths, Bytes(), 'x', share=0.3)
+        held.append((tmp_path / place / 'out' / 'val.bin').read_bytes())
+    assert held[0] == held[1] != b''
+
+
+def test_every_file_is_on_the_disk_before_the_set_counts(tmp_path, monkeypatch):
+    synced, moved = {}, []
+    real = os.replace
+
+    def fsync(fd):
+        synced[os.readlink(f'/proc/self/fd/{fd}')] = os.fstat(fd).st_size
+
+    def replace(source, target):
+        moved.append(str(target))
+        assert synced[str(source)] == os.stat(source).st_size
+        real(source, target)
+
+    monkeypatch.setattr(os, 'fsync', fsync)
+    monkeypatch.setattr(os, 'replace', replace)
+    numbers(tmp_path, 5, 9, 4, 7)
+    assert len([path for path in moved if path.endswith('.bin')]) == 4 and moved[-1].endswith('meta.json')
+
+
+def test_what_the_files_hold_is_checked_when_it_is_drawn(tmp_path):
+    split = numbers(tmp_path, 10, shard_tokens=100)
+    np.full(10, 77, '<u2').tofile(split.files[0])  # as long as before
+    with pytest.raises(ValueError, match='expected at least 78'):
+        split.draw(np.random.default_rng(0), 1)
+    (tmp_path / 'train.mask').write_bytes(bytes(9))
+    with pytest.raises(ValueError, match='train.mask has 9 bytes, meta.json says 10'):
+        Split(tmp_path, read_meta(tmp_path), 'train', 4, 10)
 
 
 def test_a_crash_while_files_are_moved_is_not_taken_for_a_finished_set(tmp_path, monkeypatch):
@@ -183,6 +244,10 @@ def test_hub_sets_are_tokenised_sharded_and_resumed(tmp_path, monkeypatch):
     assert sorted(documents) == sorted(texts) and set(meta['splits']) == {'train', 'val'}
     assert meta['token_bytes'][256] == 0
 
+    write_hub(tmp_path / 'few', 'x', {'train': 'train'}, share=0.2, argv=[*argv, '--max_documents', '30'])
+    files = [np.fromfile(path, '<u2') for path in (tmp_path / 'few').glob('*.bin')]
+    assert sum((ids == 256).sum() for ids in files) == 30
+
     real = Writer.save
     monkeypatch.setattr(dataset, 'GROUP', 8)
 
@@ -208,6 +273,8 @@ def test_nanogpts_folders_are_read(tmp_path):
     assert meta['vocab_size'] == 6 and meta['max_id'] == 5 and meta['token_bytes'] == [1] * 6
     assert make_tokenizer(meta['tokenizer']).encode('fab') == [5, 0, 1]
     assert (tmp_path / 'max_id.json').exists() and read_meta(tmp_path) == meta
+    np.arange(1, 7, dtype='<u2').tofile(tmp_path / 'train.bin')  # as long as before
+    assert read_meta(tmp_path)['max_id'] == 6
     np.arange(9, dtype='<u2').tofile(tmp_path / 'train.bin')
     assert read_meta(tmp_path)['max_id'] == 8
     with pytest.raises(ValueError, match='vocab_size=6, expected at least 9'):
@@ -270,3 +337,26 @@ def test_a_meta_without_what_the_files_tell_is_completed(tmp_path):
     part = {key: value for key, value in whole.items() if key not in ('max_id', 'token_bytes')}
     (tmp_path / 'meta.json').write_text(json.dumps(part))
     assert read_meta(tmp_path) == whole and whole['max_id'] == 9
+
+
+def test_ids_beyond_a_vocabulary_are_shown_as_such():
+    assert Characters('ab').decode_bytes([0, 5]).decode() == 'a\ufffd'
+    assert Bytes().decode_bytes([97, 300]) == b'a?'
+
+
+def test_an_empty_text_is_refused(tmp_path):
+    (tmp_path / 'input.txt').write_text('')
+    with pytest.raises(ValueError, match='there is no text to learn from'):
+        write_text(tmp_path, [tmp_path / 'input.txt'], Bytes(), 'nothing')
+    assert not (tmp_path / 'meta.json').exists()
+
+
+def test_a_tokenizer_that_cannot_be_downloaded_is_told_with_what_helps(monkeypatch):
+    tiktoken = pytest.importorskip('tiktoken')
+
+    def offline(name):
+        raise ConnectionError('no network')
+
+    monkeypatch.setattr(tiktoken, 'get_encoding', offline)
+    with pytest.raises(ValueError, match='TIKTOKEN_CACHE_DIR=FOLDER'):
+        make_tokenizer(dict(kind='tiktoken', name='gpt2'))

@@ -106,6 +106,13 @@ def test_a_checkpoint_refuses_what_changes_its_meaning(tmp_path):
     assert load_checkpoint(tmp_path / 'a.pt', n_loop=7)[0].config.n_loop == 7
     with pytest.raises(ValueError, match='n_head=3, expected 2 as in the checkpoint'):
         load_checkpoint(tmp_path / 'a.pt', n_head=3)
+    other = dict(mlp='gelu_tanh', qk_norm=True, norm_eps=1e-4, norm='layernorm', pos='rope', norm_loop=False)
+    for key, value in other.items():
+        with pytest.raises(ValueError, match=f'{key}=.* as in the checkpoint'):
+            load_checkpoint(tmp_path / 'a.pt', **{key: value})
+    torch.save([1, 2], tmp_path / 'list.pt')
+    with pytest.raises(ValueError, match='expected a file with model and model_args'):
+        load_checkpoint(tmp_path / 'list.pt')
     with pytest.raises(ValueError, match='vocab_size=24, expected 23'):
         load_checkpoint(tmp_path / 'a.pt', vocab_size=24)
     with pytest.raises(ValueError, match='does not fit.*wpe'):
@@ -195,6 +202,38 @@ def test_initialisation_is_scaled_by_the_executed_depth_and_injects_the_input():
     assert std == pytest.approx(0.02 / math.sqrt(2 * (1 + 2 * 30 + 1)), rel=0.05)
     e, s = torch.randn(2, 1, 3, 128)
     assert torch.equal(model.inject(e, s), e)
+    for p in (model.transformer.wte.weight, model.transformer.recur[1].attn.c_attn.weight):
+        assert p.std().item() == pytest.approx(0.02, rel=0.1)
+
+
+def test_dropout_acts_everywhere_in_training_and_nowhere_else(monkeypatch):
+    shares, real, calls = [], F.scaled_dot_product_attention, []
+
+    def attention(q, k, v, *args, dropout_p, **options):
+        shares.append(dropout_p)
+        return real(q, k, v, *args, dropout_p=dropout_p, **options)
+
+    monkeypatch.setattr(F, 'scaled_dot_product_attention', attention)
+    model = make(dropout=0.3, n_loop=2)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.register_forward_hook(lambda module, *_: calls.append(module.p))
+    layers = model.config.depth
+    expected = make(n_loop=2)(*tokens())[0]
+    shares.clear()
+    assert torch.equal(model(*tokens())[0], expected) and shares == [0.0] * layers
+    calls.clear()
+    shares.clear()
+    model.train()(*tokens())
+    assert shares == [0.3] * layers and calls == [0.3] * (1 + 2 * layers)
+
+
+def test_bfloat16_weights_give_float32_losses_also_at_long_contexts():
+    model = make(block_size=300, pos='rope', qk_norm=True).bfloat16()
+    idx = torch.randint(23, (1, 300), generator=torch.Generator().manual_seed(0))
+    ce, _ = model.table(idx, idx)
+    assert ce.dtype == torch.float32 and ce.isfinite().all()
+    assert len(ce.unique()) > 250  # bfloat16 has few values
 
 
 @pytest.mark.parametrize('rows', [(-1,), (0, 1, 2), (2, 0)])
@@ -249,6 +288,7 @@ def test_without_targets_only_the_last_position_is_read_out():
 
 def test_noise_is_fresh_in_training_and_fixed_in_evaluation():
     model = make(state_init='random', state_std=0.5)
+    assert model.state_dict().keys() == make().state_dict().keys()
     idx, targets = tokens()
     assert torch.equal(model(idx, targets)[0], model(idx, targets)[0])
     assert torch.allclose(model(idx[1:2], targets[1:2])[0], model(idx, targets)[0][1:2], atol=1e-5)
@@ -273,11 +313,16 @@ def test_flops_equal_torchs_counter(keys, bptt_k):
         loss.backward()
     counted = forward.get_total_flops(), forward.get_total_flops() + backward.get_total_flops()
     assert tuple(32 * flops for flops in model.flops()) == counted
+    assert model.flops(7) == GPT(GPTConfig(**vars(config) | dict(n_loop=7))).flops()
 
 
 def test_generate_is_greedy_at_temperature_zero_and_within_top_k_and_top_p():
     model = make()
     idx, _ = tokens(B=2, T=5)
+    model.register_forward_hook(lambda *_: graphs.append(torch.is_grad_enabled()))
+    graphs = []
+    model.generate(idx, 1)
+    assert graphs == [False]
     greedy = model.generate(idx, 20, temperature=0, n_loop=2)  # past block_size as well
     for t in range(5, 25):
         logits = model(greedy[:, max(0, t - 16) : t], n_loop=2)[0][:, -1]
@@ -290,6 +335,8 @@ def test_generate_is_greedy_at_temperature_zero_and_within_top_k_and_top_p():
     assert drawn.unique().tolist() == [0, 1]
     assert (drawn == 0).float().mean().item() == pytest.approx(0.625, abs=0.03)
     assert model_file.choose(logits, 1.0, 3, None, generator).max() == 2
+    share = (model_file.choose(logits, 0.5, None, None, generator) == 0).float().mean().item()
+    assert share == pytest.approx(0.25 / (0.25 + 0.09 + 0.0225 + 0.0025), abs=0.03)
 
 
 def count_graphs(n_loops, backend):

@@ -74,6 +74,30 @@ def test_a_crash_between_any_two_operations_of_a_save_loses_nothing(call, flags,
     assert n > 15
 
 
+def test_a_save_forces_everything_to_the_disk_before_it_counts(call, flags, tmp_path, monkeypatch):
+    done, sizes = [], {}
+
+    def fsync(fd):
+        fd = fd if isinstance(fd, int) else fd.fileno()
+        path = os.readlink(f'/proc/self/fd/{fd}')
+        sizes[os.path.basename(path)] = os.fstat(fd).st_size
+        done.append(f'fsync {os.path.basename(path)}')
+        os.fdatasync(fd)
+
+    def replace(source, target):
+        done.append(f'{os.path.basename(source)} > {os.path.basename(target)}')
+        os.rename(source, target)
+
+    monkeypatch.setattr(storage.os, 'fsync', fsync)
+    monkeypatch.setattr(storage.os, 'replace', replace)
+    call(main, *flags, '--max_iters=8')
+    second = done[done.index('fsync out') + 1 :]
+    best = ['best.pt.tmp > best.pt'] if 'best.pt.tmp > best.pt' in second else []
+    first = ['fsync log.jsonl', 'fsync ckpt.pt.tmp', 'prev.pt.tmp > prev.pt']
+    assert second == [*first, *best, 'ckpt.pt.tmp > ckpt.pt', 'fsync out']
+    assert sizes['ckpt.pt.tmp'] == (tmp_path / 'out' / 'ckpt.pt').stat().st_size
+
+
 def test_a_broken_checkpoint_never_takes_the_place_of_the_one_before(call, flags, tmp_path, monkeypatch):
     call(main, *flags)
     with open(tmp_path / 'out' / 'ckpt.pt', 'r+b') as file:
@@ -99,7 +123,7 @@ def test_what_is_not_finite_is_never_saved(call, flags, tmp_path, monkeypatch, w
     def step(objective, *rest):
         result = real(objective, *rest)
         calls.append(1)
-        if len(calls) == 6:
+        if len(calls) == 6 and where == 'weights':
             with torch.no_grad():
                 objective.model.norm_recur.weight[0] = math.nan
         return result
@@ -107,6 +131,10 @@ def test_what_is_not_finite_is_never_saved(call, flags, tmp_path, monkeypatch, w
     monkeypatch.setattr(train, 'train_step', step)
     if where == 'weights':
         falling(monkeypatch)
+    else:
+        values = iter([3.0, math.nan])
+        fake = lambda _, splits, *rest: dict.fromkeys(splits, dict(loss=next(values), ppl=1.0, bpb=1.0))  # noqa: E731
+        monkeypatch.setattr(train, 'evaluate', fake)
     status, _, err = call(main, *flags, '--max_bad_steps=100')
     assert status == 2 and 'learning_rate=0.01, expected a lower one' in err
     checkpoint = load(tmp_path / 'out' / 'ckpt.pt')
@@ -184,3 +212,28 @@ def test_a_failure_on_the_first_rank_ends_all(monkeypatch):
     with pytest.raises(SystemExit) as stop:
         storage.on_first_rank(types.SimpleNamespace(rank=1), fails)
     assert stop.value.code == 1
+
+
+def test_a_log_alone_is_no_earlier_run(call, flags, tmp_path):
+    (tmp_path / 'out').mkdir()
+    (tmp_path / 'out' / 'log.jsonl').write_text('old')
+    assert call(main, *flags)[0] == 0 and not (tmp_path / 'out' / 'run-1').exists()
+
+
+@pytest.mark.parametrize('world', [1, 2])
+def test_after_a_signal_the_handlers_are_restored_or_silent(monkeypatch, world):
+    monkeypatch.setattr(storage, 'largest_of_ranks', lambda m, value: value)
+    before = signal.getsignal(signal.SIGTERM)
+    with storage.Signals(types.SimpleNamespace(world=world)) as signals:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.stopped() == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == (before if world == 1 else signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, before)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def test_what_a_signal_broke_ends_with_its_status():
+    with pytest.raises(SystemExit) as stop, storage.Signals(types.SimpleNamespace(world=1)):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise RuntimeError('the other rank is gone')
+    assert stop.value.code == 128 + signal.SIGTERM

@@ -1,4 +1,6 @@
+import contextlib
 import errno
+import json
 import math
 import os
 import signal
@@ -84,6 +86,38 @@ def test_a_resumed_run_equals_an_uninterrupted_one(call, flags, tmp_path, varian
     assert losses(tmp_path / 'out') == losses(tmp_path / 'parts')
 
 
+def test_a_run_is_the_loop_that_one_would_write(call, flags, tmp_path):
+    keys = [
+        '--gradient_accumulation_steps=3',
+        '--dropout=0.1',
+        '--weight_decay=0.3',
+        '--beta1=0.7',
+        '--beta2=0.8',
+    ]
+    call(main, *flags, *keys, '--grad_clip=0.5', '--input_injection=inject_random')
+    saved = load(tmp_path / 'out' / 'ckpt.pt')
+    c = types.SimpleNamespace(**saved['config'])
+    split = Split(c.dataset, read_meta(c.dataset), 'train', c.block_size, c.vocab_size)
+    torch.manual_seed(c.seed)
+    model = GPT(GPTConfig(**saved['model_args']))
+    decayed = [p for name, p in model.named_parameters() if p.dim() == 2 and name != 'inject.weight']
+    rest = [p for p in model.parameters() if not any(p is q for q in decayed)]
+    groups = [dict(params=decayed, weight_decay=0.3), dict(params=rest, weight_decay=0.0)]
+    optimizer = torch.optim.AdamW(groups, betas=(0.7, 0.8), foreach=False)
+    for step in range(c.max_iters):
+        for micro in range(3):
+            idx, targets, seed = train.draw(split, c, types.SimpleNamespace(rank=0, world=1), step, micro)
+            torch.manual_seed(seed)
+            (model(idx, targets)[1] / 3).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        for group in optimizer.param_groups:
+            group['lr'] = lr_at(step, c)
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, w in model.state_dict().items():
+        assert torch.allclose(w, saved['model'][name], atol=1e-6), name
+
+
 def test_resuming_needs_no_flags_but_the_folder(call, flags, tmp_path):
     call(main, *flags, '--dropout=0.1')
     whole = load(tmp_path / 'out' / 'ckpt.pt')
@@ -157,21 +191,43 @@ def test_evaluation_is_the_whole_split_and_counts_bytes(call, tmp_path, tiny_dat
     text = tmp_path / 'input.txt'
     text.write_text('a\u20acb' * 100)  # the euro sign has three bytes
     write_text(tmp_path / 'euro', [text], Characters('ab\u20ac'), 'euro')
+    meta = json.loads((tmp_path / 'euro' / 'meta.json').read_text())
+    meta['token_bytes'][0] = 0  # as if a were a special token
+    (tmp_path / 'euro' / 'meta.json').write_text(json.dumps(meta))
     flags = [f'--dataset={tmp_path}/euro', f'--out_dir={tmp_path}/out', *TINY]
     assert call(main, *flags, '--eval_iters=0', '--batch_size=7')[0] == 0
     from model import load_checkpoint
 
     model, _ = load_checkpoint(tmp_path / 'out' / 'ckpt.pt')
     ids = torch.from_numpy(np.fromfile(tmp_path / 'euro' / 'val.bin', '<u2').astype(np.int64))
-    nll, size = 0.0, 0
+    nll, size, nll_of_bytes = 0.0, 0, 0.0
     for start in range(0, len(ids) - 1, 8):
         window = ids[start : start + 9]
         ce, _ = model.eval().double().table(window[None, :-1], window[None, 1:])
-        nll, size = nll + ce.sum().item(), size + int(torch.tensor([1, 1, 3])[window[1:]].sum())
+        lengths = torch.tensor([0, 1, 3])[window[1:]]
+        nll, size = nll + ce.sum().item(), size + int(lengths.sum())
+        nll_of_bytes += ce[0, 0, lengths > 0].sum().item()
     line = [line for line in read_log(tmp_path / 'out') if 'val/loss' in line][-1]
     assert line['val/loss'] == pytest.approx(nll / (len(ids) - 1), abs=1e-5)
-    assert line['val/bpb'] == pytest.approx(nll / size / math.log(2), abs=1e-5)
+    assert line['val/bpb'] == pytest.approx(nll_of_bytes / size / math.log(2), abs=1e-5)
     assert line['val/ppl'] == pytest.approx(math.exp(line['val/loss']))
+
+
+def test_evaluation_takes_eval_iters_batches(call, flags, monkeypatch):
+    asked, real = [], Split.fixed
+    monkeypatch.setattr(Split, 'fixed', lambda split, n=None: asked.append(n) or real(split, n))
+    call(main, *flags, '--eval_iters=3', '--max_iters=1')
+    assert asked == [12, 12]
+
+
+def test_a_huge_loss_is_reported(tiny_data):
+    split = Split(tiny_data, read_meta(tiny_data), 'val', 8, 12)
+    m = types.SimpleNamespace(rank=0, world=1, device='cpu', cpu_group=None, autocast=contextlib.nullcontext)
+    c = types.SimpleNamespace(eval_iters=1, batch_size=2, dataset='tiny')
+    table = lambda x, y: (torch.full((1, *x.shape), 1000.0), None)  # noqa: E731
+    model = types.SimpleNamespace(table=table, eval=lambda: None, train=lambda: None)
+    result = train.evaluate(model, {'val': split}, c, m, [1] * 12)
+    assert result['val']['loss'] == 1000 and math.isfinite(result['val']['ppl'])
 
 
 def test_eval_only_evaluates_the_checkpoint_and_touches_nothing(call, flags, tmp_path):
@@ -280,6 +336,7 @@ def test_starting_from_scratch_deletes_no_earlier_run(call, flags, tmp_path):
     status, out, _ = call(main, *flags, '--seed=2')
     assert status == 0 and 'earlier run' in out
     earlier = tmp_path / 'out' / 'run-1'
+    assert (earlier / 'best.pt').exists()
     assert (earlier / 'ckpt.pt').read_bytes() == old and len(losses(earlier)) == 4
     assert len(losses(tmp_path / 'out')) == 12
 
@@ -329,6 +386,7 @@ def test_steps_without_a_finite_gradient_are_skipped(call, flags, tmp_path, monk
     checkpoint = load(tmp_path / 'out' / 'ckpt.pt')
     assert all(w.isfinite().all() for w in checkpoint['model'].values())
     assert all(state['step'] == 12 - 3 for state in checkpoint['optimizer']['state'].values())
+    assert [step for step, loss in enumerate(losses(tmp_path / 'out')) if loss is None] == [2, 3, 6]  # JSON
 
 
 def test_several_in_a_row_end_the_run_and_are_not_saved(call, flags, tmp_path, monkeypatch):
@@ -344,6 +402,22 @@ def test_float16_looks_for_its_scale_without_giving_up(call, flags, tmp_path, mo
     assert call(main, *flags, '--dtype=float16')[0] == 0
     scaler = load(tmp_path / 'out' / 'ckpt.pt')['scaler']
     assert scaler['scale'] == 2**16 / 2**5
+    assert call(main, *flags, '--dtype=float16', '--init_from=resume', '--max_iters=14')[0] == 0
+    assert load(tmp_path / 'out' / 'ckpt.pt')['scaler']['scale'] == 2**16 / 2**5
+
+
+def test_float16_gives_up_when_no_scale_helps(call, flags, monkeypatch):
+    poison(monkeypatch, range(1000))
+    status, _, err = call(main, *flags, '--dtype=float16', '--max_iters=100', '--eval_interval=1000')
+    assert status == 2 and 'at iter 18, 3 steps were skipped in a row' in err  # 2^16 is halved 17 times first
+
+
+def test_float16_reports_and_clips_the_gradient_without_its_scale(call, flags, tmp_path):
+    norms = []
+    for dtype in ('float32', 'float16'):
+        call(main, *flags, f'--dtype={dtype}', '--max_iters=1', f'--out_dir={tmp_path}/{dtype}')
+        norms.append(read_log(tmp_path / dtype)[0]['train/grad_norm'])
+    assert norms[0] == pytest.approx(norms[1], rel=0.02)
 
 
 def test_the_gradient_is_clipped_to_its_norm(call, flags, tmp_path, monkeypatch):
@@ -382,7 +456,7 @@ def torchrun(*argv):
 
 
 def test_two_processes_train_as_one(call, flags, tmp_path):
-    options = [*flags, '--gradient_accumulation_steps=2', '--max_iters=20', '--dropout=0.1', '--eval_iters=0']
+    options = [*flags, '--gradient_accumulation_steps=4', '--max_iters=20', '--dropout=0.1', '--eval_iters=0']
     run = torchrun(*options, f'--out_dir={tmp_path}/two')
     out, _ = run.communicate(timeout=100)
     assert run.returncode == 0, out
@@ -395,6 +469,13 @@ def test_two_processes_train_as_one(call, flags, tmp_path):
             assert a.get(key, 0) == pytest.approx(b.get(key, 0), abs=1e-5), (a, b)
     status, _, err = call(main, *flags, '--gradient_accumulation_steps=3')
     assert status == 0  # one process divides everything
+
+
+def test_micro_batches_that_processes_cannot_share_are_refused():
+    c, m = types.SimpleNamespace(gradient_accumulation_steps=3), types.SimpleNamespace(world=2)
+    told = 'gradient_accumulation_steps=3, expected a multiple of the 2 processes: 2, 4, 8'
+    with pytest.raises(ValueError, match=told):
+        train.Run(c, m, None, None, False)
 
 
 def wait_for(out_dir, step):
@@ -534,6 +615,20 @@ def test_checkpoints_hold_nanogpts_keys_and_plain_values(call, flags, tmp_path):
         checkpoint['loops_trained'] == [2]
         and checkpoint['log_bytes'] == (tmp_path / 'out' / 'log.jsonl').stat().st_size
     )
+
+
+def test_a_run_ends_with_a_sample_without_dropout_and_a_fused_optimizer(call, flags, monkeypatch):
+    modes = []
+    real = GPT.stream
+    monkeypatch.setattr(
+        GPT, 'stream', lambda self, *a, **k: modes.append(self.training) or real(self, *a, **k)
+    )
+    _, out, _ = call(main, *flags, '--sample_tokens=30', '--dropout=0.5')
+    text = out.split('---------------\n')[1]
+    assert modes == [False] and len(text) == 31 and set(text) <= set('\n abcdefghij')
+    assert 'sample.py --out_dir=' in out.splitlines()[-1]
+    optimizer, _ = train.make_optimizer(GPT(GPTConfig(block_size=8, vocab_size=12, n_embd=12)), TrainConfig())
+    assert optimizer.defaults['fused']
 
 
 def test_lines_keep_nanogpts_prefix(call, flags):

@@ -4,8 +4,8 @@ Tiny Shakespeare, one token per character: 65 of them, 1,003,854 for training an
     python data/shakespeare_char/prepare.py [--input input.txt]      without --input it is downloaded
 """
 
-import argparse
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
@@ -19,7 +19,7 @@ URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshake
 
 @command
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument('--input', type=Path, help='the text, if it is here already')
     path = parser.parse_args(argv).input or fetch(URL, FOLDER / 'input.txt')
     write_text(FOLDER, [path], Characters(sorted(set(read_text(path)))), source=URL)
