@@ -5,8 +5,8 @@
 
 out_dir = 'out-shakespeare-char-looped-cpu'
 dataset = 'shakespeare_char'
-max_iters = 850
-eval_interval = 850  # one evaluation, at the end
+max_iters = 800
+eval_interval = 800  # one evaluation, at the end
 eval_iters = 0  # over the whole split
 log_interval = 50
 
@@ -14,14 +14,15 @@ block_size = 64
 batch_size = 12
 
 n_prelude, n_block, n_coda, n_loop = 2, 2, 2, 4
-bptt_k = 2  # gradient through the last two iterations: 48 ms per step instead of 58, the loss is the same
+bptt_k = 2  # gradient through the last two iterations: 50 ms per step instead of 62, the loss is the same
 n_head = 4
 n_embd = 128
 pos = 'rope'
 qk_norm = True
 
-learning_rate = 3e-3
+learning_rate = 4e-3
 min_lr = 0.0
 lr_schedule = 'linear'
 warmdown_frac = 0.4
-warmup_iters = 20
+warmup_iters = 60
+beta1 = 0.8
