@@ -2,6 +2,7 @@
 Measures training steps: time, tokens per second, model FLOPs utilisation and memory.
 
     python bench.py config/train_gpt2_looped.py --batch_size=8
+    python bench.py config/train_ouro_2_6b.py --count_only=True                parameters and FLOPs, no memory
     python bench.py config/train_shakespeare_char_looped.py --vs="--n_loop=8"   two settings, taking turns
 
 Utilisation counts every executed layer, the loop's backward pass only for the last bptt_k iterations. It is
@@ -19,21 +20,22 @@ from dataclasses import dataclass
 import torch
 
 from configurator import command, configure, peak_memory, setup
+from count import flops, parameters, training_flops
 from data.dataset import find_data, read_meta
-from model import GPT, GPTConfig, check, check_types
+from model import GPT, GPTConfig, check
 from train import Objective, TrainConfig, make_optimizer, train_step
 
 
 @dataclass
 class BenchConfig:
+    count_only: bool = False  # print parameters and FLOPs, and measure nothing
     vs: str = ''  # flags of a second setting, measured in turns with the first
     warmup: int = 5  # steps before measuring; compilation is in the first
     rounds: int = 5  # measurements, of which the median is taken
     steps: int = 10  # steps per measurement
 
     def __post_init__(self):
-        """Raises ValueError for a value of the wrong type or outside its range."""
-        check_types(self)
+        """Raises ValueError for a value outside its range."""
         for key in ('rounds', 'steps', 'warmup'):
             check(getattr(self, key) >= 1, key, getattr(self, key), 'at least 1')
 
@@ -68,7 +70,7 @@ class Side:
     def report(self, peak):
         step = statistics.median(self.seconds)
         spread = f'{1000 * min(self.seconds):.2f} to {1000 * max(self.seconds):.2f}'
-        flops = self.model.flops()[1] * self.tokens
+        flops = training_flops(self.model) * self.tokens
         mfu = f'{flops / step / peak:.2%}' if peak else 'n/a'
         print(
             f'{self.name}: {1000 * step:.2f} ms per step (median of {len(self.seconds)} x {self.c.steps}, '
@@ -88,10 +90,25 @@ def matmul_rate(m, size=2048):
     return 2 * size**3 / min(seconds)
 
 
+def print_counts(config):
+    """Parameters by section and FLOPs per token by kind, of a model that takes no memory."""
+    with torch.device('meta'):
+        model = GPT(config)
+    for name, n in parameters(model).items():
+        print(f'{name + " parameters":22} {n:16,}')
+    layers = f'{config.n_prelude} + {config.n_block} x {config.n_loop} + {config.n_coda}'
+    print(f'{"executed layers":22} {config.depth:16,} ({layers})')
+    for phase, kinds in flops(model).items():
+        split = ', '.join(f'{kind} {n:.6e}' for kind, n in kinds.items())
+        print(f'{phase + " FLOPs per token":22} {sum(kinds.values()):16.6e} ({split})')
+
+
 @command
 def main(argv):
     keys = (BenchConfig, TrainConfig, GPTConfig)
     c = configure(keys, argv)
+    if c.count_only:
+        return print_counts(c.build(GPTConfig))
     settings = [c, configure(keys, [*argv, *shlex.split(c.vs)], out=io.StringIO())] if c.vs else [c]
     for setting in settings:
         setting.build(BenchConfig)

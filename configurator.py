@@ -20,12 +20,12 @@ import signal
 import sys
 import types
 from pathlib import Path
-from typing import get_type_hints
+from typing import get_args, get_type_hints
 
 import torch
 import torch.distributed as dist
 
-from model import Mistake, check, typed
+from model import Mistake, check
 
 ROOT = Path(__file__).resolve().parent
 
@@ -127,6 +127,19 @@ def parse(key, text, hint):
         with contextlib.suppress(ValueError, SyntaxError):
             return typed(key, ast.literal_eval(literal), hint)
     return typed(key, text, hint)
+
+
+def typed(key, value, hint):
+    """value as the annotated type, 1 promoted to float and 1e3 to int. Raises ValueError if it is neither."""
+    accepted = get_args(hint) or (hint,)  # of int | None: both
+    if type(value) in accepted:
+        return value
+    if float in accepted and type(value) is int:
+        return float(value)
+    if int in accepted and type(value) is float and value.is_integer():
+        return int(value)
+    names = ' or '.join(kind.__name__.replace('NoneType', 'None') for kind in accepted)
+    raise Mistake(f'{key}={value!r}, expected {names}')
 
 
 def help_text(defaults):

@@ -5,21 +5,26 @@ A looped (depth-recurrent) GPT in one file: a few layers are applied many times 
     s = STATE[state_init](e)                   where the loop starts
     repeat n_loop times:
         u = INJECT[input_injection](e, s)      how the input enters every iteration
-        s = norm_recur(recur(u))               n_block blocks, their weights shared by all iterations
+        s = norm_recur(recur(u, s))            n_block blocks, their weights shared by all iterations
     logits = lm_head(ln_f(coda(s)))            n_coda blocks, once
 
 Only the last bptt_k iterations record a graph. With n_prelude = n_coda = 0 and n_loop = 1 it is a plain GPT.
+Every model of config/ is a choice of table entries, integers and neutral values.
 
 References: GPT-2 as in nanoGPT, github.com/karpathy/nanoGPT; nanoLOOP, github.com/LoopedLMs/nanoLOOP;
-recurrent depth, arXiv:2502.05171; RMSNorm, arXiv:1910.07467; RoPE, arXiv:2104.09864.
+FLT and LT, github.com/FuRuF-11/FullyLoopedTransformer; looped nanochat, github.com/LoopedLMs/looped_nanochat;
+Huginn, arXiv:2502.05171; Ouro, arXiv:2510.25741; RMSNorm, arXiv:1910.07467; RoPE, arXiv:2104.09864.
 
-Shapes: B sequences, T positions, C = n_embd, H heads, D = C / H, V = vocab_size, R rows (loops read out).
+Shapes: B sequences, T positions, C = n_embd, H heads, G = n_kv_head, D = C / H, V = vocab_size, R loops.
 """
 
+import functools
+import itertools
 import math
 import pickle
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import get_args, get_type_hints
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -29,16 +34,123 @@ from torch.utils.checkpoint import checkpoint as recompute
 HEAD_CHUNK = 2**25  # logits alive at a time, 128 MiB in float32: more tokens are read out in chunks
 
 # -----------------------------------------------------------------------------
-# a block
+# the tables, an axis each
+
+
+def upcast(x):
+    """x in float32 at least: no loss or probability is taken in a low precision, and double stays double."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def unit(x, config):
+    """RMSNorm without weight."""
+    return F.rms_norm(x, x.shape[-1:], eps=config.norm_eps or 1e-6)
+
+
+def swiglu(x):
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def noise(model, e):
+    """N(0, state_std^2): in training from the default generator, else from one fixed table read by position,
+    so that evaluation repeats and a row does not depend on its batch."""
+    c = model.config
+    x = torch.randn_like(e) if model.training else model.noise[: e.size(1)].to(e.dtype).expand_as(e)
+    return (c.n_embd**-0.5 if c.state_std is None else c.state_std) * x
+
+
+class Injection(NamedTuple):
+    """How the loop's state s comes into the next iteration."""
+
+    enter: Callable  # (model, e, s) -> u, the input of the first block
+    states: list  # of state_init that make sense
+    learned: bool = False  # enter uses the matrix model.inject
+    first: Callable | None = None  # (x, s, config) -> (x, source of queries) in the first block
+    others: Callable | None = None  # the same in the other blocks
+
+
+def concat(model, e, s):
+    """W [e; s]; the first half of W's columns is for e."""
+    return model.inject(torch.cat((e, s), dim=-1)).to(e.dtype)  # autocast must not lower the stream
+
+
+def query(x, s, config):
+    return x, unit(s, config)
+
+
+def residual(x, s, config):
+    return unit(x + s, config), None
+
 
 # fmt: off
 NORM = {
-    'layernorm': lambda c, width: nn.LayerNorm(width, eps=c.norm_eps or 1e-5, bias=c.bias),
-    'rmsnorm': lambda c, width: nn.RMSNorm(width, eps=c.norm_eps or 1e-6),
+    'layernorm': lambda c: nn.LayerNorm(c.n_embd, eps=c.norm_eps or 1e-5, bias=c.bias),
+    'rmsnorm': lambda c: nn.RMSNorm(c.n_embd, eps=c.norm_eps or 1e-6),
+    'rmsnorm_fixed': lambda c: nn.RMSNorm(c.n_embd, eps=c.norm_eps or 1e-6, elementwise_affine=False),
 }
-POS = {'learned': (True, False), 'rope': (False, True)}  # (an embedding is added, q and k are rotated)
-MLP = {'gelu': lambda: nn.GELU(), 'gelu_tanh': lambda: nn.GELU('tanh')}  # GPT-2's weights want gelu_tanh
+PLACE = {  # which of pre, post and out in x = out(x + post(f(pre(x)))) are norms
+    'pre': (True, False, False), 'branch': (True, True, False),
+    'around': (True, False, True), 'post': (False, False, True),
+}
+POS = {'learned': (True, False), 'rope': (False, True), 'none': (False, False)}  # wpe added; q, k rotated
+MLP = {  # the activation, the parts of c_fc it takes, the hidden width by C
+    'gelu': (F.gelu, 1, lambda C: 4 * C),
+    'gelu_tanh': (functools.partial(F.gelu, approximate='tanh'), 1, lambda C: 4 * C),  # of GPT-2's weights
+    'relu2': (lambda x: F.relu(x).square(), 1, lambda C: 4 * C),
+    'swiglu': (swiglu, 2, lambda C: math.ceil(C / 24) * 64),  # 8/3 C, in 64s
+}
+STATE = {  # s_0, and whether it reads the table of noise
+    'prelude': (lambda model, e: e, False),
+    'random': (noise, True),
+    'zero': (lambda model, e: torch.zeros_like(e), False),
+    'none': (lambda model, e: None, False),  # the first iteration runs plainly on e
+}
+INJECT = {
+    'passthrough': Injection(lambda model, e, s: s, ['prelude']),
+    'inject': Injection(concat, ['prelude', 'random', 'zero'], learned=True),
+    'add': Injection(lambda model, e, s: unit(e + s, model.config), ['prelude', 'random', 'zero', 'none']),
+    'query_first': Injection(lambda model, e, s: e, ['none', 'prelude', 'random'], first=query),
+    'query_all': Injection(lambda model, e, s: e, ['none', 'prelude', 'random'], first=query, others=query),
+    'residual_all': Injection(lambda model, e, s: e, [*STATE], first=residual, others=residual),
+}
 # fmt: on
+
+
+def gpt2(C, depth):
+    """GPT-2's: residual projections scaled by the layers executed; the injection starts as u = e."""
+    rest, c_proj = normal(0.02), normal(0.02 / math.sqrt(2 * depth))
+    return dict(rest=rest, c_proj=c_proj, inject=nn.init.eye_)
+
+
+def nanochat(C, depth):
+    """nanochat's: residual projections 0, so that every block starts as the identity."""
+    edge = math.sqrt(3 / C)
+    inner = functools.partial(nn.init.uniform_, a=-edge, b=edge)
+    zero, one, tiny, rest = nn.init.zeros_, normal(1.0), normal(0.001), normal(0.02)
+    return dict(c_attn=inner, c_fc=inner, c_proj=zero, wte=one, lm_head=tiny, inject=nn.init.eye_, rest=rest)
+
+
+def huginn(C, depth):
+    """Huginn's: within 3 standard deviations; what adds to the residual, and swiglu's up, scaled down."""
+    std = math.sqrt(2 / (5 * C))
+    stds = std, std / math.sqrt(2 * depth)
+    rest, down = (functools.partial(nn.init.trunc_normal_, std=x, a=-3 * x, b=3 * x) for x in stds)
+    return dict(rest=rest, c_proj=down, up=down)
+
+
+def normal(std):
+    return functools.partial(nn.init.normal_, std=std)
+
+
+INIT = {
+    'gpt2': gpt2,
+    'nanochat': nanochat,
+    'huginn': huginn,
+}  # (C, executed layers) -> how each part's weights start
+
+# -----------------------------------------------------------------------------
+# a block
 
 
 def rotary(pos, width, base):
@@ -55,43 +167,55 @@ def rotate(x, rope):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
-def attend(q, k, v, dropout):
-    """Causal softmax attention; q, k, v and the result are (B, H, T, D)."""
+def attend(q, k, v, mask, dropout):
+    """Causal softmax attention, (B, H, T, D); k, v: (B, G, T, D); mask: (T, T), None = all keys up to q's."""
+    options = dict(dropout_p=dropout, is_causal=mask is None, enable_gqa=q.size(1) != k.size(1))
     if q.device.type == 'cpu' and q.size(-2) <= 256:
-        # short: the low precisions' backward takes up to 5 times float32's
+        # the low precisions' backward takes up to 5 times float32's
         with torch.autocast('cpu', enabled=False):
-            q, k, v = upcast(q), upcast(k), upcast(v)
-            return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+            return F.scaled_dot_product_attention(upcast(q), upcast(k), upcast(v), mask, **options)
+    return F.scaled_dot_product_attention(q, k, v, mask, **options)
 
 
 class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.n_head, self.dropout = config.n_head, config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # rows of q, of k, of v
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        D, eps = config.n_embd // config.n_head, config.norm_eps or 1e-6
-        self.qk_norm = nn.RMSNorm(D, eps, elementwise_affine=False) if config.qk_norm else nn.Identity()
+        C, H, G = config.n_embd, config.n_head, config.n_kv_head or config.n_head
+        self.heads, self.rows = [H, G], [C, 2 * G * C // H]
+        self.c_attn = nn.Linear(C, sum(self.rows), bias=config.bias)  # rows of q, then of k and v
+        self.c_proj = nn.Linear(C, C, bias=config.bias)
+        self.qk_norm = functools.partial(unit, config=config) if config.qk_norm else nn.Identity()
+        self.dropout = config.dropout
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, rope=None):
-        B, T, C = x.shape
-        heads = self.c_attn(x).view(B, T, 3 * self.n_head, -1).transpose(1, 2)
-        qk, v = heads.split([2 * self.n_head, self.n_head], dim=1)
+    def project(self, x, source):
+        """c_attn(x), but its rows of q applied to source if there is one."""
+        if source is None:
+            return self.c_attn(x)
+        weights = self.c_attn.weight.split(self.rows)
+        biases = (None, None) if self.c_attn.bias is None else self.c_attn.bias.split(self.rows)
+        return torch.cat([F.linear(*args) for args in zip((source, x), weights, biases, strict=True)], dim=-1)
+
+    def forward(self, x, rope=None, mask=None, source=None):
+        (B, T, C), (H, G) = x.shape, self.heads
+        heads = self.project(x, source).view(B, T, H + 2 * G, -1).transpose(1, 2)
+        qk, v = heads.split([H + G, G], dim=1)
         if rope is not None:
             qk = rotate(qk, rope)
-        q, k = self.qk_norm(qk).chunk(2, dim=1)
-        y = attend(q, k, v, self.dropout if self.training else 0.0)
+        q, k = self.qk_norm(qk).split([H, G], dim=1)
+        y = attend(q, k, v, mask, self.dropout if self.training else 0.0)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
 
 class FeedForward(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.act = MLP[config.mlp]()
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.act, parts, width = MLP[config.mlp]
+        hidden = config.n_hidden or width(config.n_embd)
+        self.c_fc = nn.Linear(
+            config.n_embd, parts * hidden, bias=config.bias
+        )  # of swiglu: rows of gate, of up
+        self.c_proj = nn.Linear(hidden, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
@@ -99,65 +223,29 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config):
+    """x = out(x + post(f(pre(x)))) with attention, then the MLP as f.
+
+    take: of INJECT, what the block makes of x and the loop's state; None: it takes nothing of it.
+    """
+
+    def __init__(self, config, windowed, take=None):
         super().__init__()
-        self.ln_1 = NORM[config.norm](config, config.n_embd)
-        self.attn = CausalSelfAttention(config)
-        self.ln_2 = NORM[config.norm](config, config.n_embd)
-        self.mlp = FeedForward(config)
+        pre, post, out = (NORM[config.norm] if there else nn.Identity for there in PLACE[config.norm_place])
+        self.windowed, self.take = windowed, take and functools.partial(take, config=config)
+        self.ln_1, self.attn = pre(config), CausalSelfAttention(config)
+        self.ln_2, self.mlp = pre(config), FeedForward(config)
+        self.post_1, self.out_1, self.post_2, self.out_2 = (
+            post(config),
+            out(config),
+            post(config),
+            out(config),
+        )
 
-    def forward(self, x, rope=None):
-        x = x + self.attn(self.ln_1(x), rope)
-        return x + self.mlp(self.ln_2(x))
+    def forward(self, x, rope=None, mask=None, s=None):
+        x, source = (x, None) if s is None else self.take(x, s)
+        x = self.out_1(x + self.post_1(self.attn(self.ln_1(x), rope, mask, source)))
+        return self.out_2(x + self.post_2(self.mlp(self.ln_2(x))))
 
-
-# -----------------------------------------------------------------------------
-# where the loop starts, s_0 of e, and how the input enters it, u of e and s; all (B, T, C)
-
-
-class Zero(nn.Identity):
-    """s_0 = 0."""
-
-    def forward(self, e):
-        return torch.zeros_like(e)
-
-
-class Noise(nn.Module):
-    """s_0 ~ N(0, state_std^2): in training from the default generator, else from one fixed table read by
-    position, so that evaluation repeats and a row does not depend on its batch."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.std = config.n_embd**-0.5 if config.state_std is None else config.state_std
-        fixed = torch.Generator('cpu').manual_seed(0)
-        table = torch.randn(config.block_size, config.n_embd, device='cpu', generator=fixed)
-        self.register_buffer('table', table, persistent=False)
-
-    def forward(self, e):
-        noise = torch.randn_like(e) if self.training else self.table[: e.size(1)].to(e.dtype).expand_as(e)
-        return self.std * noise
-
-
-class Passthrough(nn.Identity):
-    """u = s."""
-
-    def forward(self, e, s):
-        return s
-
-
-class Concat(nn.Linear):
-    """u = W [e; s]; the first half of W's columns is for e."""
-
-    def __init__(self, config):
-        super().__init__(2 * config.n_embd, config.n_embd, bias=config.bias)
-
-    def forward(self, e, s):
-        return super().forward(torch.cat((e, s), dim=-1)).to(e.dtype)  # autocast must not lower the stream
-
-
-STATE = {'prelude': nn.Identity, 'random': Noise, 'zero': Zero}
-INJECT = {'passthrough': Passthrough, 'inject': Concat}
-STATES_OF = {'passthrough': ['prelude'], 'inject': ['prelude', 'random', 'zero']}  # the pairs that make sense
 
 # -----------------------------------------------------------------------------
 # the configuration
@@ -169,7 +257,9 @@ class GPTConfig:
     block_size: int = 1024  # context length, tokens
     vocab_size: int = 50304  # replaced by the data's unless given; GPT-2's 50257 padded to a multiple of 64
     n_head: int = 12  # attention heads
+    n_kv_head: int | None = None  # heads of keys and values, a divisor of n_head; None = n_head
     n_embd: int = 768  # width
+    size: int | None = None  # looped nanochat's dial: n_embd = 64 size in 128s, n_head = n_embd / 128
     dropout: float = 0.0  # 0 for pretraining, 0.1 and more for small data
     bias: bool = False  # biases in Linear and LayerNorm, as in GPT-2
     n_prelude: int = 2  # layers before the loop
@@ -177,37 +267,74 @@ class GPTConfig:
     n_coda: int = 2  # layers after the loop
     n_loop: int = 4  # iterations of the loop
     bptt_k: int | None = None  # only the last bptt_k iterations carry gradient; None = all
-    input_injection: str = 'inject'  # inject u = W[e; s], passthrough u = s; inject_random = inject, random
-    state_init: str = 'prelude'  # the loop starts from: prelude s = e, random N(0, state_std^2), zero
+    input_injection: str = 'inject'  # how the loop's state comes back: an entry of INJECT
+    state_init: str = 'prelude'  # the loop starts from: prelude s = e, random N(0, state_std^2), zero, none
     state_std: float | None = None  # of state_init random; None = n_embd^-0.5
-    norm: str = 'rmsnorm'  # rmsnorm or layernorm
-    norm_eps: float | None = None  # None = 1e-5 for layernorm, 1e-6 for rmsnorm
+    norm: str = 'rmsnorm'  # layernorm, rmsnorm, or rmsnorm_fixed, which has no weight
+    norm_eps: float | None = None  # None = 1e-5 for layernorm, 1e-6 for the others
+    norm_place: str = 'pre'  # pre, branch, around or post: which norms a block has, see PLACE
     norm_emb: bool = False  # a norm after the embedding
     norm_loop: bool = True  # a norm at the end of each iteration
     norm_final: bool = True  # a norm before the head
-    pos: str = 'learned'  # positions: learned (an embedding) or rope (q and k rotated)
+    pos: str = 'learned'  # positions: learned (an embedding), rope (q and k rotated) or none
     rope_base: float = 10000.0  # of pos rope
     qk_norm: bool = False  # RMSNorm without weight on q and k
-    mlp: str = 'gelu'  # gelu or gelu_tanh; the hidden width is 4 n_embd
+    mlp: str = 'gelu'  # gelu, gelu_tanh, relu2 or swiglu
+    n_hidden: int | None = None  # width inside the MLP; None = 4 n_embd, swiglu: 8/3 n_embd rounded up to 64s
+    window_pattern: str = 'L'  # a letter per layer, repeated: L sees all keys, S window_size and itself
+    window_size: int | None = None  # tokens; None = block_size // 2
+    tie_weights: bool = True  # the head's weight is the embedding's
+    softcap: float | None = None  # logits = softcap tanh(logits / softcap)
+    emb_scale: float = 1.0  # the embedding times this
+    exit_gate: bool = False  # a linear gate on the loop's state: the probability to stop after an iteration
+    init: str = 'gpt2'  # gpt2, nanochat or huginn, see INIT
 
     def __post_init__(self):
-        """Raises ValueError for a value of the wrong type or outside its table, and for dead ones."""
-        check_types(self)
+        """Raises ValueError for a value outside its table, and for one that would mean nothing."""
         if self.input_injection == 'inject_random':  # nanoLOOP's name
             self.input_injection, self.state_init = 'inject', 'random'
-        for key, table in dict(input_injection=INJECT, state_init=STATE, norm=NORM, pos=POS, mlp=MLP).items():
+        tables = dict(
+            input_injection=INJECT, state_init=STATE, norm=NORM, norm_place=PLACE, pos=POS, mlp=MLP, init=INIT
+        )
+        for key, table in tables.items():
             check(getattr(self, key) in table, key, getattr(self, key), f'one of {", ".join(table)}')
-        check_least(self, 1, 'block_size', 'vocab_size', 'n_head', 'n_embd', 'n_block', 'n_loop', 'bptt_k')
+        if self.size is not None:
+            check_least(self, 1, 'size')
+            width = math.ceil(self.size / 2) * 128
+            for key, value in (('n_embd', width), ('n_head', width // 128)):
+                free = getattr(self, key) in (getattr(GPTConfig, key), value)
+                check(
+                    free, key, getattr(self, key), f'no value with size={self.size}, which makes it {value}'
+                )
+                setattr(self, key, value)
+        check_least(
+            self,
+            1,
+            'block_size',
+            'vocab_size',
+            'n_head',
+            'n_kv_head',
+            'n_embd',
+            'n_block',
+            'n_loop',
+            'bptt_k',
+        )
+        check_least(self, 1, 'n_hidden', 'window_size')
         check_least(self, 0, 'n_prelude', 'n_coda')
-        D, states = self.n_embd / self.n_head, STATES_OF[self.input_injection]
-        noisy, rotated = self.state_init == 'random', POS[self.pos][1]
+        D, G, states = (
+            self.n_embd / self.n_head,
+            self.n_kv_head or self.n_head,
+            INJECT[self.input_injection].states,
+        )
+        noisy, rotated, windowed = STATE[self.state_init][1], POS[self.pos][1], 'S' in self.window_pattern
         truncated = self.bptt_k is not None and self.bptt_k < self.n_loop
         # fmt: off
         for holds, key, wanted in (
             (0 <= self.dropout < 1, 'dropout', 'at least 0 and below 1'),
             (self.norm_eps is None or 0 < self.norm_eps < 1, 'norm_eps', 'above 0 and below 1'),
             (D == int(D), 'n_head', f'a divisor of n_embd={self.n_embd}'),
-            (not rotated or D % 2 == 0, 'pos', f'learned: rope rotates pairs, a head is {D:g} wide'),
+            (self.n_head % G == 0, 'n_kv_head', f'a divisor of n_head={self.n_head}'),
+            (not rotated or D % 2 == 0, 'pos', f'learned or none: rope rotates pairs, a head is {D:g} wide'),
             (0 < self.rope_base < math.inf, 'rope_base', 'above 0'),
             (rotated or self.rope_base == GPTConfig.rope_base, 'rope_base', f'none with pos={self.pos!r}'),
             (self.state_init in states, 'state_init', f'{" or ".join(states)} with {self.input_injection}'),
@@ -215,6 +342,10 @@ class GPTConfig:
             (self.state_std is None or noisy, 'state_std', f'None with state_init={self.state_init!r}'),
             (self.input_injection != 'passthrough' or not truncated, 'bptt_k',
              f'None or at least n_loop={self.n_loop}: with passthrough the prelude would get no gradient'),
+            (set('L' + self.window_pattern) <= {'L', 'S'}, 'window_pattern', 'letters L and S'),
+            (self.window_size is None or windowed, 'window_size', 'None without an S in window_pattern'),
+            (self.softcap is None or 0 < self.softcap < math.inf, 'softcap', 'above 0, or None'),
+            (0 < self.emb_scale < math.inf, 'emb_scale', 'above 0'),
         ):
             check(holds, key, getattr(self, key), wanted)
         # fmt: on
@@ -243,25 +374,6 @@ def check_least(config, least, *keys):
         check(value is None or least <= value < math.inf, key, value, f'at least {least}')
 
 
-def check_types(config):
-    """Makes every field of a dataclass object what its annotation says. Raises ValueError where it is not."""
-    for key, hint in get_type_hints(type(config)).items():
-        setattr(config, key, typed(key, getattr(config, key), hint))
-
-
-def typed(key, value, hint):
-    """value as the annotated type, 1 promoted to float and 1e3 to int. Raises ValueError if it is neither."""
-    accepted = get_args(hint) or (hint,)  # of int | None: both
-    if type(value) in accepted:
-        return value
-    if float in accepted and type(value) is int:
-        return float(value)
-    if int in accepted and type(value) is float and value.is_integer():
-        return int(value)
-    names = ' or '.join(kind.__name__.replace('NoneType', 'None') for kind in accepted)
-    raise Mistake(f'{key}={value!r}, expected {names}')
-
-
 # -----------------------------------------------------------------------------
 # the model
 
@@ -270,101 +382,130 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        injection = INJECT[config.input_injection]
         learned, rotated = POS[config.pos]
-        self.rope_width = config.n_embd // config.n_head if rotated else 0
+        C, V = config.n_embd, config.vocab_size
+        self.rope_width = C // config.n_head if rotated else 0
+        self.window = config.window_size or config.block_size // 2
+        windows = itertools.cycle(letter == 'S' for letter in config.window_pattern)  # a layer keeps its own
 
         def norm(exists):
-            return NORM[config.norm](config, config.n_embd) if exists else nn.Identity()
+            return NORM[config.norm](config) if exists else nn.Identity()
 
-        parts = dict(wte=nn.Embedding(config.vocab_size, config.n_embd))
-        parts['wpe'] = nn.Embedding(config.block_size, config.n_embd) if learned else None
+        def layers(*takes):
+            return nn.ModuleList(Block(config, next(windows), take) for take in takes)
+
+        parts = dict(wte=nn.Embedding(V, C), wpe=nn.Embedding(config.block_size, C) if learned else None)
         parts.update(norm_emb=norm(config.norm_emb), drop=nn.Dropout(config.dropout))
-        for name in ('prelude', 'recur', 'coda'):
-            n = config.n_block if name == 'recur' else getattr(config, f'n_{name}')
-            parts[name] = nn.ModuleList(Block(config) for _ in range(n))
+        parts['prelude'] = layers(*[None] * config.n_prelude)
+        parts['recur'] = layers(injection.first, *[injection.others] * (config.n_block - 1))
+        parts['coda'] = layers(*[None] * config.n_coda)
         self.transformer = nn.ModuleDict(dict(parts, ln_f=norm(config.norm_final)))
-        self.state = STATE[config.state_init](config)
-        self.inject = INJECT[config.input_injection](config)
+        self.start, noisy = STATE[config.state_init]
+        fixed = torch.Generator('cpu').manual_seed(0)
+        table = torch.randn(config.block_size, C, device='cpu', generator=fixed) if noisy else None
+        self.register_buffer('noise', table, persistent=False)
+        self.enter = injection.enter
+        self.inject = nn.Linear(2 * C, C, bias=config.bias) if injection.learned else None
         self.norm_recur = norm(config.norm_loop)
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.lm_head.weight = self.transformer.wte.weight
+        self.exit_gate = nn.Linear(C, 1) if config.exit_gate else None
+        self.lm_head = nn.Linear(C, V, bias=False)
+        if config.tie_weights:
+            self.lm_head.weight = self.transformer.wte.weight
         self.init_weights()
 
+    @torch.no_grad()
     def init_weights(self):
-        """GPT-2's rule, residual projections scaled by the layers executed; the injection starts as u = e."""
+        """Every parameter by one rule: norms 1, biases 0, the others as INIT says for their part."""
+        rules = INIT[self.config.init](self.config.n_embd, self.config.depth)
         for name, p in self.named_parameters():
-            if name.endswith('c_proj.weight'):
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.depth))
-            elif name == 'inject.weight':
-                nn.init.eye_(p)  # [I 0]
-            elif name.endswith('bias'):
+            part = name.split('.')[-2]
+            if name.endswith('bias'):
                 nn.init.zeros_(p)
-            elif p.dim() == 1:  # of a norm
+            elif p.dim() == 1:
                 nn.init.ones_(p)
             else:
-                nn.init.normal_(p, std=0.02)
+                rules.get(part, rules['rest'])(p)
+            if part == 'c_fc' and 'up' in rules and MLP[self.config.mlp][1] == 2:
+                rules['up'](p.chunk(2)[1])
 
     def blocks(self):
         """Every block once, in the order of first use."""
         return (*self.transformer.prelude, *self.transformer.recur, *self.transformer.coda)
 
+    def run(self, blocks, x, context, s=None):
+        """x (B, T, C) through blocks; s, the loop's state, goes to those that take of it."""
+        rope, band = context
+        for block in blocks:
+            x = block(x, rope, band if block.windowed else None, s if block.take else None)
+        return x
+
     def states(self, idx, n_loop=None, rows=(-1,)):
-        """The loop's state after the iterations in rows (-1 is the last): R tensors (B, T, C), and rope.
+        """The loop's state after the iterations in rows (-1 = last): R tensors (B, T, C), and run's context.
 
         idx: (B, T) token ids. Raises ValueError for T > block_size.
         """
-        n_loop = self.config.n_loop if n_loop is None else n_loop
-        T, longest = idx.size(1), self.config.block_size
+        c, T = self.config, idx.size(1)
+        n_loop = c.n_loop if n_loop is None else n_loop
         check(isinstance(n_loop, int) and n_loop >= 1, 'n_loop', n_loop, 'at least 1')
         check(all(-n_loop <= row < n_loop for row in rows), 'rows', rows, f'iterations of n_loop={n_loop}')
-        check(T <= longest, 'length', T, f'at most block_size={longest} tokens')
+        check(T <= c.block_size, 'length', T, f'at most block_size={c.block_size} tokens')
         pos = torch.arange(T, device=idx.device)
-        rope = rotary(pos, self.rope_width, self.config.rope_base) if self.rope_width else None
-        x = self.transformer.wte(idx)
+        rope = rotary(pos, self.rope_width, c.rope_base) if self.rope_width else None
+        far = T > self.window + 1  # else a window sees everything
+        back = pos[:, None] - pos  # (T, T), how far a key lies behind its query
+        context = rope, (back >= 0) & (back <= self.window) if far else None
+        x = c.emb_scale * self.transformer.wte(idx)
         if self.transformer.wpe is not None:
             x = x + self.transformer.wpe(pos)
-        e = self.transformer.drop(self.transformer.norm_emb(x))
-        for block in self.transformer.prelude:
-            e = block(e, rope)
-        s, read = self.state(e), {}
-        first = n_loop - (self.config.bptt_k or n_loop)  # iterations before this one record no graph
+        e = self.run(self.transformer.prelude, self.transformer.drop(self.transformer.norm_emb(x)), context)
+        s, read = self.start(self, e), {}
+        first = n_loop - (c.bptt_k or n_loop)  # iterations before this one record no graph
         for i in range(n_loop):
             with torch.set_grad_enabled(torch.is_grad_enabled() and i >= first):
-                u = self.inject(e, s)
-                for block in self.transformer.recur:
-                    u = block(u, rope)
-                s = self.norm_recur(u)
+                u = e if s is None else self.enter(self, e, s)
+                s = self.norm_recur(self.run(self.transformer.recur, u, context, s))
             if i in rows or i - n_loop in rows:
                 read[i] = s
-        return [read[row % n_loop] for row in rows], rope
+        return [read[row % n_loop] for row in rows], context
 
-    def readout(self, s, rope):
+    def readout(self, s, context):
         """What the head reads, (B, T, C), of a state s (B, T, C)."""
-        for block in self.transformer.coda:
-            s = block(s, rope)
-        return self.transformer.ln_f(s)
+        return self.transformer.ln_f(self.run(self.transformer.coda, s, context))
+
+    def logits(self, x):
+        """(..., V) of what the head reads, x (..., C)."""
+        logits, cap = self.lm_head(x), self.config.softcap
+        return logits if cap is None else cap * torch.tanh(upcast(logits) / cap)
+
+    def halt(self, s):
+        """The gate's probability (B, T) to stop after the iteration that left s (B, T, C)."""
+        gate = self.exit_gate  # no matrix product: under autocast that would be in the low precision
+        return torch.sigmoid((upcast(s) * upcast(gate.weight[0])).sum(-1) + upcast(gate.bias))
 
     def cross_entropy(self, x, targets):
         """-log p of targets (N,) given what the head reads, x (N, C): (N,), 0 where a target is -1."""
-        return F.cross_entropy(upcast(self.lm_head(x)), targets, ignore_index=-1, reduction='none')
+        return F.cross_entropy(upcast(self.logits(x)), targets, ignore_index=-1, reduction='none')
 
     def table(self, idx, targets, n_loop=None, rows=(-1,)):
         """The loss table: the cross-entropy of every token, read out after each of the iterations in rows.
 
         idx, targets: (B, T), -1 = ignored. Returns ce (R, B, T), differentiable and 0 where ignored, and
-        gates (None: no exit gate). Never holds more than HEAD_CHUNK logits: chunks are computed again in the
-        backward pass. Under autocast use cache_enabled=False, or gradients are summed in the low precision.
+        the exit gate's probabilities (R, B, T) or None. Never holds more than HEAD_CHUNK logits: chunks are
+        computed again in the backward pass. Under autocast use cache_enabled=False, or their gradients are
+        summed in the low precision.
         """
-        states, rope = self.states(idx, n_loop, rows)
+        states, context = self.states(idx, n_loop, rows)
         n, ce = max(1, HEAD_CHUNK // self.config.vocab_size), []
         for s in states:
-            x, y = self.readout(s, rope).flatten(0, 1), targets.flatten()
+            x, y = self.readout(s, context).flatten(0, 1), targets.flatten()
             if len(y) <= n:
                 ce.append(self.cross_entropy(x, y))
             else:
                 chunks = zip(x.split(n), y.split(n), strict=True)
                 ce.append(torch.cat([recompute(self.cross_entropy, *c, use_reentrant=False) for c in chunks]))
-        return torch.stack(ce).view(len(rows), *targets.shape), None
+        gates = torch.stack([self.halt(s) for s in states]) if self.exit_gate else None
+        return torch.stack(ce).view(len(rows), *targets.shape), gates
 
     def forward(self, idx, targets=None, n_loop=None):
         """(logits, loss) as in nanoGPT, of the last iteration. idx, targets: (B, T), -1 = ignored.
@@ -372,72 +513,28 @@ class GPT(nn.Module):
         With targets: the logits of all positions, (B, T, V), and the mean loss; without: those of the last
         position, (B, 1, V), and None.
         """
-        (s,), rope = self.states(idx, n_loop)
-        x = self.readout(s, rope)
+        (s,), context = self.states(idx, n_loop)
+        x = self.readout(s, context)
         if targets is None:
-            return self.lm_head(x[:, [-1]]), None
-        logits = self.lm_head(x)
+            return self.logits(x[:, [-1]]), None
+        logits = self.logits(x)
         return logits, F.cross_entropy(upcast(logits).flatten(0, 1), targets.flatten(), ignore_index=-1)
 
-    @torch.no_grad()
-    def stream(
-        self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, n_loop=None, generator=None
-    ):
-        """Yields the next token of every row of idx (B, T), as (B,), max_new_tokens times.
+    def stream(self, idx, max_new_tokens, **options):
+        """Yields the next token of every row of idx (B, T), as (B,); see generate.py."""
+        from generate import stream
 
-        Sees the last block_size tokens. temperature 0 takes the most likely token; top_k keeps the k most
-        likely, top_p the fewest that make up that share of the probability. generator: on idx's device.
-        """
-        for _ in range(max_new_tokens):
-            logits, _ = self(idx[:, -self.config.block_size :], n_loop=n_loop)
-            token = choose(upcast(logits[:, -1]), temperature, top_k, top_p, generator)
-            idx = torch.cat((idx, token[:, None]), dim=1)
-            yield token
+        return stream(self, idx, max_new_tokens, **options)
 
     def generate(self, idx, max_new_tokens, **options):
-        """idx (B, T) continued by max_new_tokens tokens; options: as of stream."""
-        tokens = [token[:, None] for token in self.stream(idx, max_new_tokens, **options)]
-        return torch.cat((idx, *tokens), dim=1)
+        """idx (B, T) continued by max_new_tokens tokens; options: as of generate.py's stream."""
+        return torch.cat(
+            (idx, *(token[:, None] for token in self.stream(idx, max_new_tokens, **options))), dim=1
+        )
 
     def num_params(self):
         """Parameters, shared ones once, position embeddings (which nanoGPT leaves out) included."""
         return sum(p.numel() for p in self.parameters())
-
-    def flops(self, n_loop=None):
-        """(forward, training) FLOPs per token at T = block_size: 2 per weight of a matrix product, 4 T C per
-        attention; twice that backward, which in the loop only the last bptt_k iterations have."""
-        n_loop = n_loop or self.config.n_loop
-        carried = min(n_loop, self.config.bptt_k or n_loop)
-
-        def cost(*sections):
-            parts = [part for section in sections for part in section.modules()]
-            weights = sum(part.weight.numel() for part in parts if isinstance(part, nn.Linear))
-            layers = sum(isinstance(part, CausalSelfAttention) for part in parts)
-            return 2 * weights + 4 * layers * self.config.block_size * self.config.n_embd
-
-        once = cost(self.transformer.prelude, self.transformer.coda, self.lm_head)
-        loop = cost(self.transformer.recur, self.inject)
-        return once + n_loop * loop, 3 * once + (n_loop + 2 * carried) * loop
-
-
-def upcast(x):
-    """x in float32 at least: no loss or probability is taken in a low precision, and double stays double."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def choose(logits, temperature, top_k, top_p, generator):
-    """One token per row of logits (B, V), as (B,); see GPT.stream."""
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    logits = logits / temperature
-    if top_k is not None:
-        least = logits.topk(min(top_k, logits.size(-1))).values[:, [-1]]
-        logits = logits.masked_fill(logits < least, -math.inf)
-    if top_p is not None:
-        p, place = logits.softmax(dim=-1).sort(dim=-1, descending=True)
-        beyond = p.cumsum(dim=-1) - p >= top_p  # the share of the more likely: the first token always stays
-        logits = logits.masked_fill(beyond.scatter(-1, place, beyond), -math.inf)
-    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
 
 
 # -----------------------------------------------------------------------------
@@ -470,15 +567,11 @@ def load_checkpoint(path, device='cpu', **changes):
     ValueError if it is broken, does not fit, or the changes give the weights another meaning.
     """
     checkpoint = path if isinstance(path, dict) else read_checkpoint(path)
-    args = dict(checkpoint['model_args'])
-    weights = checkpoint['model']
-    weights = {name.removeprefix('_orig_mod.').removeprefix('module.'): w for name, w in weights.items()}
-    if 'n_layer' in args:  # nanoGPT; its old files hold causal masks, too
-        args.update(n_prelude=0, n_block=args.pop('n_layer'), n_coda=0, n_loop=1)
-        args.update(input_injection='passthrough', norm='layernorm', norm_loop=False)
-        weights = {k.replace('.h.', '.recur.'): w for k, w in weights.items() if k[-10:] != '.attn.bias'}
-    elif 'norm' not in args:  # nanoLOOP, which leaves the eps to torch: float32's machine epsilon
-        args.update(norm='rmsnorm', norm_eps=torch.finfo(torch.float32).eps)
+    args, weights = checkpoint['model_args'], checkpoint['model']
+    if 'norm' not in args:
+        from pretrained import translate  # another program's: this file reads its own alone
+
+        args, weights = translate(args, weights)
     try:
         config = GPTConfig(**args)
     except TypeError as error:

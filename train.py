@@ -28,8 +28,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from configurator import LOCAL_RANK, ROOT, command, configure, peak_memory, setup, tell
+from count import training_flops
 from data.dataset import Split, find_data, make_tokenizer, read_meta
-from model import GPT, GPTConfig, check, check_least, check_types, load_checkpoint
+from model import GPT, GPTConfig, check, check_least, load_checkpoint
 from storage import (
     Log,
     Signals,
@@ -88,8 +89,7 @@ class TrainConfig:
     peak_flops: float | None = None  # FLOP/s of the device, for mfu; None = as configurator.py's table says
 
     def __post_init__(self):
-        """Raises ValueError for a value of the wrong type or outside its range."""
-        check_types(self)
+        """Raises ValueError for a value outside its range."""
         check_least(self, 1, 'eval_interval', 'log_interval', 'gradient_accumulation_steps', 'batch_size')
         check_least(self, 1, 'max_bad_steps', 'peak_flops')
         check_least(self, 0, 'eval_iters', 'sample_tokens', 'max_iters', 'warmup_iters', 'lr_decay_iters')
@@ -139,6 +139,10 @@ def make_optimizer(model, c):
     """AdamW in two groups: matrices decay; norms, biases and injection do not. Returns it and both groups."""
     decay, other = {}, {}
     for name, p in model.named_parameters():
+        if name.startswith('exit_gate.'):
+            # this loss teaches it nothing, and DDP waits for every gradient that is asked for
+            p.requires_grad_(False)
+            continue
         (decay if p.dim() >= 2 and not name.startswith('inject.') else other)[name] = p
     groups = [dict(params=[*decay.values()], weight_decay=c.weight_decay), dict(params=[*other.values()])]
     options = dict(lr=c.learning_rate, betas=(c.beta1, c.beta2), weight_decay=0.0, fused=True)
@@ -335,7 +339,7 @@ class Run:
             self.objective = DistributedDataParallel(self.objective)
             self.objective.broadcast_buffers = False  # the noise table is the same everywhere
         self.tokens = c.gradient_accumulation_steps * c.batch_size * c.block_size
-        self.flops = self.model.flops()[1]
+        self.flops = training_flops(self.model)
         micros = f'{c.gradient_accumulation_steps} x {c.batch_size} x {c.block_size}'
         layers = f'{self.model.config.depth} ({c.n_prelude} + {c.n_block} x {c.n_loop} + {c.n_coda})'
         self.say(f'tokens per iteration will be: {self.tokens:,} ({micros}, over {m.world} process(es))')

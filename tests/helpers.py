@@ -54,62 +54,117 @@ def same(a, b):
     return a == b
 
 
+def rms(x, eps):
+    return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
+
+
+def turn(x, base):
+    """x (B, T, D) with its two halves rotated as real and imaginary parts; the tables are in float32."""
+    T, D = x.shape[-2:]
+    angle = torch.arange(T)[:, None] * base ** (-torch.arange(0, D, 2).float() / D)
+    turned = torch.complex(x[..., : D // 2], x[..., D // 2 :])
+    turned = turned * torch.complex(angle.cos().to(x.dtype), angle.sin().to(x.dtype))
+    return torch.cat((turned.real, turned.imag), dim=-1)
+
+
+def softmax_attention(q, k, v, window=None):
+    """One head, (B, T, D): every query sees itself and the keys before it, window of them if there is one."""
+    T, D = q.shape[-2:]
+    scores = q @ k.transpose(1, 2) / math.sqrt(D)
+    behind = torch.arange(T)[:, None] - torch.arange(T)
+    hidden = (behind < 0) | (behind > (T if window is None else window))
+    scores = scores.masked_fill(hidden, -math.inf)
+    return torch.exp(scores - scores.logsumexp(-1, keepdim=True)) @ v
+
+
+ACT = {
+    'gelu': F.gelu,
+    'gelu_tanh': lambda x: F.gelu(x, approximate='tanh'),
+    'relu2': lambda x: x.clamp(min=0) ** 2,
+    'swiglu': lambda x: (
+        x[..., : x.size(-1) // 2].sigmoid() * x[..., : x.size(-1) // 2] * x[..., x.size(-1) // 2 :]
+    ),
+}
+
+
 def by_hand(weights, c, idx, n_loop=None, cut=None):
     """Logits (B, T, V) of a state dict, the equations written out. cut: detach the state before that loop."""
+    eps = c.norm_eps or (1e-5 if c.norm == 'layernorm' else 1e-6)
+    small = c.norm_eps or 1e-6
 
-    def norm(x, name):
-        if name + '.weight' not in weights:
+    def norm(x, name, there=True):
+        if not there:
             return x
-        scale, shift = weights[name + '.weight'], weights.get(name + '.bias', 0.0)
-        eps = c.norm_eps or dict(layernorm=1e-5, rmsnorm=1e-6)[c.norm]
         if c.norm == 'layernorm':
             x = x - x.mean(-1, keepdim=True)
-        return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * scale + shift
+        return rms(x, eps) * weights.get(name + '.weight', 1.0) + weights.get(name + '.bias', 0.0)
 
     def linear(x, name):
         return x @ weights[name + '.weight'].T + weights.get(name + '.bias', 0.0)
 
-    def block(x, name):
-        B, T, C = x.shape
-        D = C // c.n_head
-        q, k, v = linear(norm(x, name + 'ln_1'), name + 'attn.c_attn').split(C, dim=-1)
+    def attention(x, name, source, window):
+        H, G, D = c.n_head, c.n_kv_head or c.n_head, c.n_embd // c.n_head
+        q = linear(x if source is None else source, name)[..., : H * D]
+        k, v = linear(x, name)[..., H * D :].split(G * D, dim=-1)
         out = []
-        for h in range(c.n_head):
-            one = [y[..., h * D : (h + 1) * D] for y in (q, k, v)]
-            for i in (0, 1):
-                if c.pos == 'rope':
-                    angle = torch.arange(T)[:, None] * c.rope_base ** (-torch.arange(0, D, 2).float() / D)
-                    turn = torch.complex(angle.cos().to(x.dtype), angle.sin().to(x.dtype))  # float32 tables
-                    turned = torch.complex(one[i][..., : D // 2], one[i][..., D // 2 :]) * turn
-                    one[i] = torch.cat((turned.real, turned.imag), dim=-1)
-                if c.qk_norm:
-                    one[i] = one[i] / (one[i].pow(2).mean(-1, keepdim=True) + (c.norm_eps or 1e-6)).sqrt()
-            scores = one[0] @ one[1].transpose(1, 2) / math.sqrt(D)
-            scores = scores + torch.full((T, T), -math.inf, dtype=x.dtype).triu(1)
-            out.append(torch.exp(scores - scores.logsumexp(-1, keepdim=True)) @ one[2])
-        x = x + linear(torch.cat(out, dim=-1), name + 'attn.c_proj')
-        y = linear(norm(x, name + 'ln_2'), name + 'mlp.c_fc')
-        y = F.gelu(y, approximate='tanh' if c.mlp == 'gelu_tanh' else 'none')
-        return x + linear(y, name + 'mlp.c_proj')
+        for h in range(H):
+            g = h // (H // G)
+            one = [q[..., h * D : (h + 1) * D], k[..., g * D : (g + 1) * D]]
+            if c.pos == 'rope':
+                one = [turn(y, c.rope_base) for y in one]
+            if c.qk_norm:
+                one = [rms(y, small) for y in one]
+            out.append(softmax_attention(*one, v[..., g * D : (g + 1) * D], window))
+        return torch.cat(out, dim=-1)
 
-    x = weights['transformer.wte.weight'][idx]
+    def block(x, name, s=None, takes=None):
+        letter = c.window_pattern[order.index(name) % len(c.window_pattern)]
+        window = (c.window_size or c.block_size // 2) if letter == 'S' else None
+        pre, out, post = (
+            c.norm_place in sites for sites in (('pre', 'branch', 'around'), ('around', 'post'), ('branch',))
+        )
+        source = None
+        if takes == 'query':
+            source = rms(s, small)
+        if takes == 'residual':
+            x = rms(x + s, small)
+        y = attention(norm(x, name + 'ln_1', pre), name + 'attn.c_attn', source, window)
+        x = norm(x + norm(linear(y, name + 'attn.c_proj'), name + 'post_1', post), name + 'out_1', out)
+        y = linear(ACT[c.mlp](linear(norm(x, name + 'ln_2', pre), name + 'mlp.c_fc')), name + 'mlp.c_proj')
+        return norm(x + norm(y, name + 'post_2', post), name + 'out_2', out)
+
+    sizes = dict(prelude=c.n_prelude, recur=c.n_block, coda=c.n_coda)
+    order = [f'transformer.{section}.{i}.' for section, n in sizes.items() for i in range(n)]
+    x = c.emb_scale * weights['transformer.wte.weight'][idx]
     if c.pos == 'learned':
         x = x + weights['transformer.wpe.weight'][: idx.size(1)]
-    e = norm(x, 'transformer.norm_emb')
+    e = norm(x, 'transformer.norm_emb', c.norm_emb)
     for i in range(c.n_prelude):
         e = block(e, f'transformer.prelude.{i}.')
-    s = e
-    if c.state_init == 'zero':
-        s = torch.zeros_like(e)
+    s = dict(prelude=e, zero=torch.zeros_like(e)).get(c.state_init)
     if c.state_init == 'random':
         table = torch.randn(c.block_size, c.n_embd, generator=torch.Generator().manual_seed(0))
         s = (c.state_std or c.n_embd**-0.5) * table[: idx.size(1)].to(e.dtype).expand_as(e)
     for i in range(n_loop or c.n_loop):
         s = s.detach() if i == cut else s
-        u = linear(torch.cat((e, s), dim=-1), 'inject') if c.input_injection == 'inject' else s
+        u, takes = e, [None] * c.n_block
+        if s is not None:
+            if c.input_injection == 'passthrough':
+                u = s
+            if c.input_injection == 'inject':
+                u = linear(torch.cat((e, s), dim=-1), 'inject')
+            if c.input_injection == 'add':
+                u = rms(e + s, small)
+            if c.input_injection == 'query_first':
+                takes[0] = 'query'
+            if c.input_injection == 'query_all':
+                takes = ['query'] * c.n_block
+            if c.input_injection == 'residual_all':
+                takes = ['residual'] * c.n_block
         for j in range(c.n_block):
-            u = block(u, f'transformer.recur.{j}.')
-        s = norm(u, 'norm_recur')
+            u = block(u, f'transformer.recur.{j}.', s, takes[j])
+        s = norm(u, 'norm_recur', c.norm_loop)
     for i in range(c.n_coda):
         s = block(s, f'transformer.coda.{i}.')
-    return norm(s, 'transformer.ln_f') @ weights['lm_head.weight'].T
+    logits = norm(s, 'transformer.ln_f', c.norm_final) @ weights['lm_head.weight'].T
+    return logits if c.softcap is None else c.softcap * torch.tanh(logits / c.softcap)

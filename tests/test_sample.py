@@ -1,5 +1,4 @@
 import torch
-from helpers import TINY
 
 import bench
 import train
@@ -72,19 +71,6 @@ def test_bench_reports_both_settings_and_their_ratio(call, flags):
     assert status == 0 and 'peak: ' not in out and float(out.split('mfu ')[1].split('%')[0]) > 100
 
 
-def test_flops_of_a_bench_follow_the_loops():
-    from model import GPT, GPTConfig
-
-    sizes = dict(item[2:].split('=') for item in TINY[:6])
-    config = {key: int(value) for key, value in sizes.items()}
-    few, many, cut = (
-        GPT(GPTConfig(vocab_size=12, **config | keys)).flops()
-        for keys in (dict(n_loop=2), dict(n_loop=6), dict(n_loop=6, bptt_k=2))
-    )
-    loop = (many[0] - few[0]) / 4
-    assert many[1] - few[1] == 12 * loop and cut[0] == many[0] and many[1] - cut[1] == 8 * loop
-
-
 def test_sampling_is_without_dropout_and_heeds_top_k(call, flags):
     options = [*trained(call, [*flags, '--dropout=0.5']), '--max_new_tokens=30']
     greedy = call(main, *options, '--temperature=0')[1]
@@ -129,3 +115,10 @@ def test_a_prompt_beyond_the_models_vocabulary_is_refused(call, flags, tmp_path)
     torch.save(dict(checkpoint, tokenizer=dict(kind='byte')), tmp_path / 'bytes.pt')
     status, _, err = call(main, *options, f'--out_dir={tmp_path}/bytes.pt', '--start=z')
     assert status == 2 and "start='z', expected text in the tokens of the checkpoint" in err
+
+
+def test_counting_needs_no_memory_and_no_training(call):
+    status, out, err = call(bench.main, 'config/train_ouro_2_6b.py', '--count_only=True')
+    lines = {' '.join(line.split()[:2]): line for line in out.splitlines() if not line.startswith(' ')}
+    assert status == 0 and not err and '2,667,974,657' in lines['total parameters']
+    assert '192 (0 + 48 x 4 + 0)' in lines['executed layers'] and 'attention' in lines['training FLOPs']

@@ -1,0 +1,34 @@
+# In the style of Huginn: 2 + 4x32 + 2 layers from a random state, gradient through the last 8 iterations.
+# paper: arXiv:2502.05171. differs from the released model: 768 wide instead of 5280, GPT-2's tokens,
+# no biases on q and k, a norm of its own at the end of an iteration and before the head where it has one for
+# both, 32 loops in every step instead of a sampled number. Not trained yet.
+#   python data/fineweb_edu/prepare.py
+#   torchrun --standalone --nproc_per_node=8 train.py config/train_huginn_style.py
+
+out_dir = 'out-huginn-style'
+dataset = 'fineweb_edu'
+batch_size = 4
+block_size = 1024
+gradient_accumulation_steps = 64
+max_iters = 50000
+eval_interval = 1000
+eval_iters = 40
+log_interval = 10
+learning_rate = 4e-4
+warmup_iters = 4096
+decay_lr = False  # constant after the warm-up
+
+n_prelude, n_block, n_coda, n_loop = 2, 4, 2, 32
+bptt_k = 8
+input_injection = 'inject'
+state_init = 'random'
+state_std = 0.6325  # sqrt(2 / 5)
+n_embd = 768
+n_head = 12
+norm_place = 'around'
+pos = 'rope'
+rope_base = 50000.0
+mlp = 'swiglu'
+emb_scale = 768**0.5
+init = 'huginn'
+vocab_size = 50304

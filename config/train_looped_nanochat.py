@@ -1,0 +1,36 @@
+# Looped nanochat: 2 + 4x4 + 2 layers, wide as its `size` dial says: 20 is 328M parameters, 574M effective.
+# source: github.com/LoopedLMs/looped_nanochat. differs: GPT-2's tokens instead of its own 65,536, AdamW in
+# place of Muon with AdamW, four loops in every step instead of a sampled number. Not trained yet.
+#   python data/fineweb_edu/prepare.py
+#   torchrun --standalone --nproc_per_node=8 train.py config/train_looped_nanochat.py --size=12
+
+out_dir = 'out-looped-nanochat'
+dataset = 'fineweb_edu'
+wandb_project = 'looped-nanochat'
+
+# 8 sequences x 2048 tokens x 32 micro-batches = 524,288 tokens per step
+batch_size = 8
+block_size = 2048
+gradient_accumulation_steps = 32
+max_iters = 7666
+eval_interval = 250
+eval_iters = 40
+log_interval = 10
+warmup_iters = 0
+lr_schedule = 'linear'
+warmdown_frac = 0.4
+min_lr = 0.0
+
+size = 20
+n_prelude, n_block, n_coda, n_loop = 2, 4, 2, 4
+bptt_k = 4
+norm_place = 'around'
+norm_emb = True
+pos = 'rope'
+qk_norm = True
+mlp = 'relu2'
+tie_weights = False
+softcap = 15.0
+window_pattern = 'LLSSSLLL'
+init = 'nanochat'
+vocab_size = 65536

@@ -1,0 +1,39 @@
+# LT_ia: the first layer takes its attention queries from the last iteration's state.
+# paper: Fully Looped Transformer, github.com/FuRuF-11/FullyLoopedTransformer: 6 layers x 12 loops, 384 wide.
+# differs: GPT-2's tokens instead of Qwen's, AdamW instead of Muon with AdamW. Not trained yet, cost unknown.
+#   python data/fineweb_edu/prepare.py
+#   torchrun --standalone --nproc_per_node=8 train.py config/train_lt_ia.py
+
+out_dir = 'out-lt-ia'
+dataset = 'fineweb_edu'
+wandb_project = 'flt'
+wandb_run_name = 'lt_ia'
+
+# 16 sequences x 1024 tokens x 32 micro-batches = 524,288 tokens per step
+batch_size = 16
+block_size = 1024
+gradient_accumulation_steps = 32
+max_iters = 5000
+eval_interval = 250
+eval_iters = 40
+log_interval = 10
+warmup_iters = 0
+lr_schedule = 'linear'
+min_lr = 0.0
+
+n_prelude, n_block, n_coda, n_loop = 0, 6, 0, 12
+input_injection = 'query_first'
+state_init = 'none'
+n_embd = 384
+n_head = 3
+norm = 'rmsnorm_fixed'
+norm_eps = 1.1920929e-07  # the original leaves it to torch: float32's machine epsilon
+norm_emb = True
+norm_final = False  # the state is normed at the end of each iteration
+pos = 'rope'
+qk_norm = True
+mlp = 'relu2'
+tie_weights = False
+softcap = 15.0
+init = 'nanochat'
+vocab_size = 50304

@@ -1,0 +1,27 @@
+# Ouro 2.6B: 48 layers x 4 loops, 2,667,974,657 parameters.
+# paper: Ouro, arXiv:2510.25741, stage 1. differs: the last loop's loss instead of that of the learned exits;
+# residual projections start scaled down. Its vocabulary is smaller than GPT-2's. Not trained yet.
+#   python train.py config/train_ouro_2_6b.py --dataset=DATA
+
+out_dir = 'out-ouro-2-6b'
+batch_size = 1
+block_size = 4096
+gradient_accumulation_steps = 1024  # 4 million tokens per step
+eval_interval = 1000
+eval_iters = 40
+learning_rate = 3e-4
+warmup_iters = 2000
+decay_lr = False  # constant after the warm-up
+
+n_prelude, n_block, n_coda, n_loop = 0, 48, 0, 4
+input_injection = 'passthrough'
+n_embd = 2048
+n_head = 16
+n_hidden = 5632
+norm_place = 'branch'
+norm_final = False  # the state is normed at the end of each iteration
+pos = 'rope'
+mlp = 'swiglu'
+tie_weights = False
+exit_gate = True
+vocab_size = 49152

@@ -1,0 +1,84 @@
+"""Parameters and FLOPs against the published figures."""
+
+import io
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from configurator import ROOT, configure
+from count import flops, parameters, training_flops
+from model import GPT, GPTConfig
+from train import TrainConfig
+
+
+def build(*argv):
+    """The model of a config file and flags, without memory."""
+    c = configure((TrainConfig, GPTConfig), argv, out=io.StringIO())
+    with torch.device('meta'):
+        return GPT(c.build(GPTConfig))
+
+
+SIZES = [  # size, parameters, training FLOPs per token, effective parameters where published
+    (8, 92_816_896, '7.678034e+08', 132_163_072),
+    (10, 124_049_280, '1.081651e+09', None),
+    (12, 158_492_928, '1.444258e+09', 247_003_392),
+    (14, 196_147_840, '1.855623e+09', None),
+    (16, 237_014_016, '2.315747e+09', None),
+    (18, 281_091_456, '2.824630e+09', None),
+    (20, 328_380_160, '3.382272e+09', 574_201_600),
+]
+
+
+@pytest.mark.parametrize('size, total, training, effective', SIZES)
+def test_looped_nanochats_dial_counts_as_published(size, total, training, effective):
+    model = build('config/train_looped_nanochat.py', f'--size={size}')
+    counted = parameters(model)
+    assert counted['total'] == total == model.num_params() and f'{training_flops(model):.6e}' == training
+    assert effective in (None, counted['effective'])
+
+
+@pytest.mark.parametrize('name, total', [('1_4b', 1_434_652_673), ('2_6b', 2_667_974_657)])
+def test_ouro_counts_as_published(name, total):
+    model = build(f'config/train_ouro_{name}.py')
+    assert parameters(model)['total'] == total == model.num_params()
+
+
+def test_looplm_small_counts_as_published_and_its_final_norm():
+    assert parameters(build('config/train_ouro_small.py'))['total'] == 80_235_265 + 768
+
+
+@pytest.mark.parametrize('name', ['flt', 'flt_res', 'lt', 'lt_i', 'lt_ia'])
+def test_the_flt_family_differs_in_nothing_that_counts(name):
+    model = build(f'config/train_{name}.py')
+    assert parameters(model)['total'] == 2 * 50304 * 384 + 6 * 12 * 384**2
+    assert model.config.depth == 72
+    assert flops(model)['training'] == {kind: 3 * n for kind, n in flops(model)['forward'].items()}
+
+
+def test_the_size_dial_is_refused_beside_another_width():
+    assert (GPTConfig(size=9).n_embd, GPTConfig(size=9).n_head) == (640, 5)
+    with pytest.raises(ValueError, match='n_embd=512, expected no value with size=20, which makes it 1280'):
+        GPTConfig(size=20, n_embd=512)
+
+
+RECIPES = sorted(path.stem for path in (ROOT / 'config').glob('*.py'))
+
+
+@pytest.mark.parametrize('bptt_k', [None, 2])
+@pytest.mark.parametrize('name', RECIPES)
+def test_flops_of_every_recipe_equal_torchs_counter(name, bptt_k):
+    small = ['--n_loop=3', '--block_size=32', '--vocab_size=70', '--window_pattern=L']
+    small += ['--size=1'] if name == 'train_looped_nanochat' else ['--n_embd=24', '--n_head=2']
+    truncated = 'passthrough' not in (ROOT / 'config' / f'{name}.py').read_text()
+    model = build(f'config/{name}.py', *small, f'--bptt_k={bptt_k if truncated else None}')
+    with torch.device('meta'):
+        idx = torch.zeros(2, 32, dtype=torch.long)
+    with FlopCounterMode(display=False) as forward:
+        ce, gates = model.table(idx, idx)
+        loss = ce.mean() if gates is None else ce.mean() + gates.mean()
+    with FlopCounterMode(display=False) as backward:
+        loss.backward()
+    counted = forward.get_total_flops(), forward.get_total_flops() + backward.get_total_flops()
+    ours = [kinds['matmul'] + kinds['attention'] for kinds in flops(model).values()]
+    assert tuple(64 * n for n in ours) == counted
