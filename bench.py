@@ -23,7 +23,7 @@ from configurator import command, configure, peak_memory, setup
 from count import flops, parameters, training_flops
 from data.dataset import find_data, read_meta
 from model import GPT, GPTConfig, check
-from train import Objective, TrainConfig, make_optimizer, train_step
+from train import BASELINE, Objective, TrainConfig, make_optimizer, train_step
 
 
 @dataclass
@@ -95,27 +95,28 @@ def print_counts(config):
     with torch.device('meta'):
         model = GPT(config)
     for name, n in parameters(model).items():
-        print(f'{name + " parameters":22} {n:16,}')
+        print(f'{name + " parameters":24} {n:16,}')
     layers = f'{config.n_prelude} + {config.n_block} x {config.n_loop} + {config.n_coda}'
-    print(f'{"executed layers":22} {config.depth:16,} ({layers})')
+    print(f'{"executed layers":24} {config.depth:16,} ({layers})')
     for phase, kinds in flops(model).items():
         split = ', '.join(f'{kind} {n:.6e}' for kind, n in kinds.items())
-        print(f'{phase + " FLOPs per token":22} {sum(kinds.values()):16.6e} ({split})')
+        print(f'{phase + " FLOPs per token":24} {sum(kinds.values()):16.6e} ({split})')
 
 
 @command
 def main(argv):
     keys = (BenchConfig, TrainConfig, GPTConfig)
     c = configure(keys, argv)
-    if c.count_only:
-        return print_counts(c.build(GPTConfig))
     settings = [c, configure(keys, [*argv, *shlex.split(c.vs)], out=io.StringIO())] if c.vs else [c]
     for setting in settings:
         setting.build(BenchConfig)
         setting.build(TrainConfig)
+        setting.update(BASELINE[setting.baseline](setting))
         if 'vocab_size' not in setting.given:
             with contextlib.suppress(ValueError):  # not prepared: the default serves to measure
                 setting['vocab_size'] = read_meta(find_data(setting.dataset))['vocab_size']
+    if c.count_only:
+        return print_counts(c.build(GPTConfig))
     m = setup(c)
     check(m.world == 1, 'processes', m.world, '1')
     print(m.line)

@@ -63,6 +63,7 @@ class TrainConfig:
     dataset: str = 'pystdlib'  # a folder of data/, or a path with a slash
     gradient_accumulation_steps: int = 1  # micro-batches per step, over all processes together
     batch_size: int = 12  # sequences per micro-batch
+    baseline: str = ''  # what looping is worth: same_params (one loop), same_flops (as many plain layers)
     # optimizer (AdamW)
     learning_rate: float = 6e-4  # the highest
     max_iters: int = 600000  # steps
@@ -99,11 +100,21 @@ class TrainConfig:
         check(self.seed < 2**63, 'seed', self.seed, 'below 2**63')
         lowest = self.min_lr <= self.learning_rate or not self.decay_lr
         check(lowest, 'min_lr', self.min_lr, f'at most learning_rate={self.learning_rate}')
+        wanted = 'same_params, same_flops or nothing'
+        check(self.baseline in BASELINE, 'baseline', self.baseline, wanted)
         check(self.lr_schedule in SCHEDULE, 'lr_schedule', self.lr_schedule, f'one of {", ".join(SCHEDULE)}')
 
 
 # -----------------------------------------------------------------------------
-# schedule, objective, optimizer
+# baseline, schedule, objective, optimizer
+
+ONCE = dict(n_loop=1, bptt_k=None)
+PLAIN = dict(ONCE, input_injection='passthrough', state_init='prelude', state_std=None)
+BASELINE = {  # the model that a looped one is to be compared with, applied after all other keys
+    '': lambda c: {},
+    'same_params': lambda c: ONCE,
+    'same_flops': lambda c: dict(PLAIN, n_block=c.n_block * c.n_loop),
+}
 
 SCHEDULE = {  # share of the way from min_lr to learning_rate, `left` steps before the end of `warm` + `rest`
     'cosine': lambda left, warm, rest, c: 0.5 * (1 - math.cos(math.pi * left / rest)),
@@ -514,6 +525,7 @@ def main(argv):
     if resuming:
         c = resumed(c, checkpoint)
     settings = c.build(TrainConfig)
+    c.update(BASELINE[c.baseline](c))
     layers = c.n_prelude + c.n_block * c.n_loop + c.n_coda
     work = c.max_iters * c.gradient_accumulation_steps * c.batch_size * c.block_size * layers * c.n_embd
     m = setup(settings, work)

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import bench
 from configurator import ROOT, configure
 from count import flops, parameters, training_flops
 from model import GPT, GPTConfig
-from train import TrainConfig
+from train import TrainConfig, main
 
 
 def build(*argv):
@@ -82,3 +83,29 @@ def test_flops_of_every_recipe_equal_torchs_counter(name, bptt_k):
     counted = forward.get_total_flops(), forward.get_total_flops() + backward.get_total_flops()
     ours = [kinds['matmul'] + kinds['attention'] for kinds in flops(model).values()]
     assert tuple(64 * n for n in ours) == counted
+
+
+def counts(call, *flags):
+    """What bench.py prints of FLT, {name: number}."""
+    out = call(bench.main, 'config/train_flt.py', '--vocab_size=64', '--count_only=True', *flags)[1]
+    lines = out[out.index('embedding parameters') :].splitlines()
+    return {line[:24].strip(): float(line[24:41].replace(',', '')) for line in lines}
+
+
+def test_baselines_have_the_same_parameters_or_the_same_flops(call):
+    looped = counts(call)
+    plain = counts(call, '--baseline=same_params')
+    assert plain['total parameters'] == looped['total parameters'] and plain['executed layers'] == 6
+    deep = counts(call, '--baseline=same_flops')
+    assert deep['training FLOPs per token'] == looped['training FLOPs per token']
+    assert deep['executed layers'] == looped['executed layers'] == 72
+    assert deep['recur parameters'] == 12 * looped['recur parameters']
+
+
+@pytest.mark.parametrize('baseline, layers', [('same_params', 3), ('same_flops', 4)])
+def test_baselines_train_and_resume(call, flags, tmp_path, baseline, layers):
+    keys = [*flags, '--input_injection=inject_random', '--state_std=0.5', f'--baseline={baseline}']
+    status, out, _ = call(main, *keys, '--max_iters=2')
+    assert status == 0 and f'executed layers: {layers} ' in out
+    status, out, _ = call(main, '--init_from=resume', f'--out_dir={tmp_path}/out', '--max_iters=3')
+    assert status == 0 and f'executed layers: {layers} ' in out

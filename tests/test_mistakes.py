@@ -44,6 +44,7 @@ WRONG = [  # (flags of train.py after those of a tiny run, what must be told)
     (['--n_kv_head=3'], 'n_kv_head=3, expected a divisor of n_head=2'),
     (['--window_pattern=LX'], "window_pattern='LX', expected letters L and S"),
     (['--window_size=4'], 'window_size=4, expected None without an S'),
+    (['--baseline=plain'], "baseline='plain', expected same_params, same_flops or nothing"),
     (['--init=xavier'], 'expected one of gpt2, nanochat, huginn'),
     (['--mlp=swish'], 'expected one of gelu, gelu_tanh'),
     (['--pos=rope', '--n_embd=6'], 'rope rotates pairs, a head is 3 wide'),
