@@ -143,11 +143,8 @@ def normal(std):
     return functools.partial(nn.init.normal_, std=std)
 
 
-INIT = {
-    'gpt2': gpt2,
-    'nanochat': nanochat,
-    'huginn': huginn,
-}  # (C, executed layers) -> how each part's weights start
+# how the weights of each part start, by (C, executed layers)
+INIT = {'gpt2': gpt2, 'nanochat': nanochat, 'huginn': huginn}
 
 # -----------------------------------------------------------------------------
 # a block
@@ -165,6 +162,12 @@ def rotate(x, rope):
     cos, sin = rope
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+def band(pos, window):
+    """(T, T), True where a query at pos (T,) sees a key: itself and the window keys before it."""
+    back = pos[:, None] - pos
+    return (back >= 0) & (back <= window)
 
 
 def attend(q, k, v, mask, dropout):
@@ -386,7 +389,8 @@ class GPT(nn.Module):
         learned, rotated = POS[config.pos]
         C, V = config.n_embd, config.vocab_size
         self.rope_width = C // config.n_head if rotated else 0
-        self.window = config.window_size or config.block_size // 2
+        narrow = config.window_size or config.block_size // 2
+        self.window = narrow if 'S' in config.window_pattern else config.block_size
         windows = itertools.cycle(letter == 'S' for letter in config.window_pattern)  # a layer keeps its own
 
         def norm(exists):
@@ -452,9 +456,7 @@ class GPT(nn.Module):
         check(T <= c.block_size, 'length', T, f'at most block_size={c.block_size} tokens')
         pos = torch.arange(T, device=idx.device)
         rope = rotary(pos, self.rope_width, c.rope_base) if self.rope_width else None
-        far = T > self.window + 1  # else a window sees everything
-        back = pos[:, None] - pos  # (T, T), how far a key lies behind its query
-        context = rope, (back >= 0) & (back <= self.window) if far else None
+        context = rope, band(pos, self.window) if T > self.window + 1 else None  # else windows see everything
         x = c.emb_scale * self.transformer.wte(idx)
         if self.transformer.wpe is not None:
             x = x + self.transformer.wpe(pos)

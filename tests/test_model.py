@@ -417,3 +417,31 @@ def test_too_long_an_input_and_no_loops_are_refused():
         make()(torch.zeros(1, 17, dtype=torch.long))
     with pytest.raises(ValueError, match='n_loop=0'):
         make()(tokens()[0], n_loop=0)
+
+
+def test_a_gate_that_no_loss_teaches_is_left_out_of_the_optimizer():
+    model = make(exit_gate=True)
+    optimizer, _ = make_optimizer(model, TrainConfig())
+    held = {p for group in optimizer.param_groups for p in group['params']}
+    assert held == set(model.parameters()) - set(model.exit_gate.parameters())
+    assert not any(p.requires_grad for p in model.exit_gate.parameters())
+
+
+def test_the_other_initialisations_are_their_papers():
+    keys = dict(SIZES, n_embd=128, n_head=2, mlp='swiglu', tie_weights=False)
+    stds = {}
+    for init in ('nanochat', 'huginn'):
+        model = GPT(GPTConfig(**keys, init=init))
+        block, weights = model.transformer.recur[0], {}
+        weights.update(
+            q=block.attn.c_attn.weight, down=block.mlp.c_proj.weight, wte=model.transformer.wte.weight
+        )
+        weights['gate'], weights['up'] = block.mlp.c_fc.weight.chunk(2)
+        weights.update(head=model.lm_head.weight, inject=model.inject.weight)
+        stds[init] = {name: w.std().item() for name, w in weights.items()}
+    wide, std, depth = 128**-0.5, (2 / (5 * 128)) ** 0.5, 1 + 2 * 3 + 1
+    expected = dict(q=wide, down=0.0, wte=1.0, gate=wide, up=wide, head=0.001, inject=wide / 2**0.5)
+    assert stds['nanochat'] == pytest.approx(expected, rel=0.06)
+    low = std / (2 * depth) ** 0.5
+    expected = dict(q=std, down=low, wte=std, gate=std, up=low, head=std, inject=std)
+    assert stds['huginn'] == pytest.approx(expected, rel=0.06)
