@@ -21,7 +21,6 @@ Shapes: B sequences, T positions, C = n_embd, H heads, G = n_kv_head, D = C / H,
 import functools
 import itertools
 import math
-import pickle
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
@@ -29,7 +28,7 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint as recompute
+from torch.utils.checkpoint import checkpoint
 
 HEAD_CHUNK = 2**25  # logits alive at a time, 128 MiB in float32: more tokens are read out in chunks
 
@@ -117,34 +116,36 @@ INJECT = {
 # fmt: on
 
 
-def gpt2(C, depth):
-    """GPT-2's: residual projections scaled by the layers executed; the injection starts as u = e."""
-    rest, c_proj = normal(0.02), normal(0.02 / math.sqrt(2 * depth))
-    return dict(rest=rest, c_proj=c_proj, inject=nn.init.eye_)
-
-
-def nanochat(C, depth):
-    """nanochat's: residual projections 0, so that every block starts as the identity."""
-    edge = math.sqrt(3 / C)
-    inner = functools.partial(nn.init.uniform_, a=-edge, b=edge)
-    zero, one, tiny, rest = nn.init.zeros_, normal(1.0), normal(0.001), normal(0.02)
-    return dict(c_attn=inner, c_fc=inner, c_proj=zero, wte=one, lm_head=tiny, inject=nn.init.eye_, rest=rest)
-
-
-def huginn(C, depth):
-    """Huginn's: within 3 standard deviations; what adds to the residual, and swiglu's up, scaled down."""
-    std = math.sqrt(2 / (5 * C))
-    stds = std, std / math.sqrt(2 * depth)
-    rest, down = (functools.partial(nn.init.trunc_normal_, std=x, a=-3 * x, b=3 * x) for x in stds)
-    return dict(rest=rest, c_proj=down, up=down)
-
-
 def normal(std):
     return functools.partial(nn.init.normal_, std=std)
 
 
-# how the weights of each part start, by (C, executed layers)
-INIT = {'gpt2': gpt2, 'nanochat': nanochat, 'huginn': huginn}
+def uniform(std):
+    return functools.partial(nn.init.uniform_, a=-math.sqrt(3) * std, b=math.sqrt(3) * std)
+
+
+def truncated(std):
+    return functools.partial(nn.init.trunc_normal_, std=std, a=-3 * std, b=3 * std)
+
+
+def huginn(std, depth):
+    """Huginn's: what adds to the residual, and swiglu's up, scaled down by the executed layers."""
+    return dict(rest=truncated(std)) | dict.fromkeys(('c_proj', 'up'), truncated(std / math.sqrt(2 * depth)))
+
+
+# fmt: off
+INIT = {  # how the weights of each part start, by C and the executed layers; inject as [I 0] is u = e
+    'gpt2': lambda C, depth: dict(
+        rest=normal(0.02), c_proj=normal(0.02 / math.sqrt(2 * depth)), inject=nn.init.eye_),
+    'nanochat': lambda C, depth: dict(  # every block starts as the identity
+        rest=normal(0.02), c_attn=uniform(C**-0.5), c_fc=uniform(C**-0.5), c_proj=nn.init.zeros_,
+        wte=normal(1.0), lm_head=normal(0.001), inject=nn.init.eye_),
+    'huginn': lambda C, depth: huginn(math.sqrt(2 / (5 * C)), depth),
+}
+# fmt: on
+TABLES = dict(
+    input_injection=INJECT, state_init=STATE, norm=NORM, norm_place=PLACE, pos=POS, mlp=MLP, init=INIT
+)
 
 # -----------------------------------------------------------------------------
 # a block
@@ -215,9 +216,7 @@ class FeedForward(nn.Module):
         super().__init__()
         self.act, parts, width = MLP[config.mlp]
         hidden = config.n_hidden or width(config.n_embd)
-        self.c_fc = nn.Linear(
-            config.n_embd, parts * hidden, bias=config.bias
-        )  # of swiglu: rows of gate, of up
+        self.c_fc = nn.Linear(config.n_embd, parts * hidden, bias=config.bias)  # swiglu: rows of gate, of up
         self.c_proj = nn.Linear(hidden, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -235,19 +234,17 @@ class Block(nn.Module):
         super().__init__()
         pre, post, out = (NORM[config.norm] if there else nn.Identity for there in PLACE[config.norm_place])
         self.windowed, self.take = windowed, take and functools.partial(take, config=config)
-        self.ln_1, self.attn = pre(config), CausalSelfAttention(config)
-        self.ln_2, self.mlp = pre(config), FeedForward(config)
-        self.post_1, self.out_1, self.post_2, self.out_2 = (
-            post(config),
-            out(config),
-            post(config),
-            out(config),
+        self.ln_1, self.attn, self.post_1, self.out_1 = (
+            make(config) for make in (pre, CausalSelfAttention, post, out))  # fmt: skip
+        self.ln_2, self.mlp, self.post_2, self.out_2 = (
+            make(config) for make in (pre, FeedForward, post, out)
         )
 
     def forward(self, x, rope=None, mask=None, s=None):
         x, source = (x, None) if s is None else self.take(x, s)
-        x = self.out_1(x + self.post_1(self.attn(self.ln_1(x), rope, mask, source)))
-        return self.out_2(x + self.post_2(self.mlp(self.ln_2(x))))
+        y = self.attn(self.ln_1(x), rope, mask, source)
+        x = self.out_1(x + self.post_1(y.to(x.dtype)))  # under autocast y is in the low precision
+        return self.out_2(x + self.post_2(self.mlp(self.ln_2(x)).to(x.dtype)))
 
 
 # -----------------------------------------------------------------------------
@@ -291,45 +288,30 @@ class GPTConfig:
     emb_scale: float = 1.0  # the embedding times this
     exit_gate: bool = False  # a linear gate on the loop's state: the probability to stop after an iteration
     init: str = 'gpt2'  # gpt2, nanochat or huginn, see INIT
+    recompute: bool = False  # compute each iteration again in the backward pass: memory for time
 
     def __post_init__(self):
         """Raises ValueError for a value outside its table, and for one that would mean nothing."""
         if self.input_injection == 'inject_random':  # nanoLOOP's name
             self.input_injection, self.state_init = 'inject', 'random'
-        tables = dict(
-            input_injection=INJECT, state_init=STATE, norm=NORM, norm_place=PLACE, pos=POS, mlp=MLP, init=INIT
-        )
-        for key, table in tables.items():
+        for key, table in TABLES.items():
             check(getattr(self, key) in table, key, getattr(self, key), f'one of {", ".join(table)}')
         if self.size is not None:
             check_least(self, 1, 'size')
             width = math.ceil(self.size / 2) * 128
             for key, value in (('n_embd', width), ('n_head', width // 128)):
-                free = getattr(self, key) in (getattr(GPTConfig, key), value)
-                check(
-                    free, key, getattr(self, key), f'no value with size={self.size}, which makes it {value}'
+                free, wanted = (
+                    (getattr(GPTConfig, key), value),
+                    f'no value with size={self.size}, which makes it',
                 )
+                check(getattr(self, key) in free, key, getattr(self, key), f'{wanted} {value}')
                 setattr(self, key, value)
-        check_least(
-            self,
-            1,
-            'block_size',
-            'vocab_size',
-            'n_head',
-            'n_kv_head',
-            'n_embd',
-            'n_block',
-            'n_loop',
-            'bptt_k',
-        )
-        check_least(self, 1, 'n_hidden', 'window_size')
+        check_least(self, 1, 'block_size', 'vocab_size', 'n_head', 'n_kv_head', 'n_embd', 'n_block', 'n_loop')
+        check_least(self, 1, 'bptt_k', 'n_hidden', 'window_size')
         check_least(self, 0, 'n_prelude', 'n_coda')
-        D, G, states = (
-            self.n_embd / self.n_head,
-            self.n_kv_head or self.n_head,
-            INJECT[self.input_injection].states,
-        )
-        noisy, rotated, windowed = STATE[self.state_init][1], POS[self.pos][1], 'S' in self.window_pattern
+        D, G = self.n_embd / self.n_head, self.n_kv_head or self.n_head
+        states, noisy = INJECT[self.input_injection].states, STATE[self.state_init][1]
+        rotated, windowed = POS[self.pos][1], 'S' in self.window_pattern
         truncated = self.bptt_k is not None and self.bptt_k < self.n_loop
         # fmt: off
         for holds, key, wanted in (
@@ -380,42 +362,48 @@ def check_least(config, least, *keys):
 # -----------------------------------------------------------------------------
 # the model
 
+recompute = functools.partial(checkpoint, use_reentrant=False)  # keeps f's arguments, not what it computes
+
+
+def call(f, *args):
+    return f(*args)
+
 
 class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.config = config
-        injection = INJECT[config.input_injection]
-        learned, rotated = POS[config.pos]
-        C, V = config.n_embd, config.vocab_size
-        self.rope_width = C // config.n_head if rotated else 0
-        narrow = config.window_size or config.block_size // 2
-        self.window = narrow if 'S' in config.window_pattern else config.block_size
-        windows = itertools.cycle(letter == 'S' for letter in config.window_pattern)  # a layer keeps its own
+        self.config = c = config
+        injection, (learned, rotated) = INJECT[c.input_injection], POS[c.pos]
+        windows = itertools.cycle(letter == 'S' for letter in c.window_pattern)  # a layer keeps its own
 
         def norm(exists):
-            return NORM[config.norm](config) if exists else nn.Identity()
+            return NORM[c.norm](c) if exists else nn.Identity()
 
         def layers(*takes):
-            return nn.ModuleList(Block(config, next(windows), take) for take in takes)
+            return nn.ModuleList(Block(c, next(windows), take) for take in takes)
 
-        parts = dict(wte=nn.Embedding(V, C), wpe=nn.Embedding(config.block_size, C) if learned else None)
-        parts.update(norm_emb=norm(config.norm_emb), drop=nn.Dropout(config.dropout))
-        parts['prelude'] = layers(*[None] * config.n_prelude)
-        parts['recur'] = layers(injection.first, *[injection.others] * (config.n_block - 1))
-        parts['coda'] = layers(*[None] * config.n_coda)
-        self.transformer = nn.ModuleDict(dict(parts, ln_f=norm(config.norm_final)))
-        self.start, noisy = STATE[config.state_init]
+        parts = dict(wte=nn.Embedding(c.vocab_size, c.n_embd))
+        parts['wpe'] = nn.Embedding(c.block_size, c.n_embd) if learned else None
+        parts.update(norm_emb=norm(c.norm_emb), drop=nn.Dropout(c.dropout))
+        parts['prelude'] = layers(*[None] * c.n_prelude)
+        parts['recur'] = layers(injection.first, *[injection.others] * (c.n_block - 1))
+        self.transformer = nn.ModuleDict(
+            dict(parts, coda=layers(*[None] * c.n_coda), ln_f=norm(c.norm_final))
+        )
+        self.start, noisy = STATE[c.state_init]
         fixed = torch.Generator('cpu').manual_seed(0)
-        table = torch.randn(config.block_size, C, device='cpu', generator=fixed) if noisy else None
+        table = torch.randn(c.block_size, c.n_embd, device='cpu', generator=fixed) if noisy else None
         self.register_buffer('noise', table, persistent=False)
-        self.enter = injection.enter
-        self.inject = nn.Linear(2 * C, C, bias=config.bias) if injection.learned else None
-        self.norm_recur = norm(config.norm_loop)
-        self.exit_gate = nn.Linear(C, 1) if config.exit_gate else None
-        self.lm_head = nn.Linear(C, V, bias=False)
-        if config.tie_weights:
+        self.enter, self.hold = injection.enter, recompute if c.recompute else call
+        self.inject = nn.Linear(2 * c.n_embd, c.n_embd, bias=c.bias) if injection.learned else None
+        self.norm_recur = norm(c.norm_loop)
+        self.exit_gate = nn.Linear(c.n_embd, 1) if c.exit_gate else None
+        self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
+        if c.tie_weights:
             self.lm_head.weight = self.transformer.wte.weight
+        self.rope_width = c.n_embd // c.n_head if rotated else 0
+        narrow = c.window_size or c.block_size // 2
+        self.window = narrow if 'S' in c.window_pattern else c.block_size
         self.init_weights()
 
     @torch.no_grad()
@@ -444,6 +432,11 @@ class GPT(nn.Module):
             x = block(x, rope, band if block.windowed else None, s if block.take else None)
         return x
 
+    def iterate(self, e, s, context):
+        """The loop's next state, (B, T, C). s: the last one; None before the first, of state_init none."""
+        u = e if s is None else self.enter(self, e, s)
+        return self.norm_recur(self.run(self.transformer.recur, u, context, s))
+
     def states(self, idx, n_loop=None, rows=(-1,)):
         """The loop's state after the iterations in rows (-1 = last): R tensors (B, T, C), and run's context.
 
@@ -465,8 +458,7 @@ class GPT(nn.Module):
         first = n_loop - (c.bptt_k or n_loop)  # iterations before this one record no graph
         for i in range(n_loop):
             with torch.set_grad_enabled(torch.is_grad_enabled() and i >= first):
-                u = e if s is None else self.enter(self, e, s)
-                s = self.norm_recur(self.run(self.transformer.recur, u, context, s))
+                s = self.hold(self.iterate, e, s, context)
             if i in rows or i - n_loop in rows:
                 read[i] = s
         return [read[row % n_loop] for row in rows], context
@@ -485,29 +477,32 @@ class GPT(nn.Module):
         gate = self.exit_gate  # no matrix product: under autocast that would be in the low precision
         return torch.sigmoid((upcast(s) * upcast(gate.weight[0])).sum(-1) + upcast(gate.bias))
 
-    def cross_entropy(self, x, targets):
-        """-log p of targets (N,) given what the head reads, x (N, C): (N,), 0 where a target is -1."""
+    def nll(self, x, targets):
+        """-log p of targets (N,), -1 = ignored, given what the head reads, x (N, C): (N,)."""
         return F.cross_entropy(upcast(self.logits(x)), targets, ignore_index=-1, reduction='none')
+
+    def cross_entropy(self, s, targets, context):
+        """-log p of targets (B, T) read out of s (B, T, C): (B, T), 0 where a target is -1.
+
+        Never holds more than HEAD_CHUNK logits: a chunk of tokens is computed again in the backward pass.
+        """
+        x, y = self.readout(s, context).flatten(0, 1), targets.flatten()
+        n = max(1, HEAD_CHUNK // self.config.vocab_size)
+        chunks, hold = zip(x.split(n), y.split(n), strict=True), recompute if len(y) > n else call
+        return torch.cat([hold(self.nll, *chunk) for chunk in chunks]).view_as(targets)
 
     def table(self, idx, targets, n_loop=None, rows=(-1,)):
         """The loss table: the cross-entropy of every token, read out after each of the iterations in rows.
 
         idx, targets: (B, T), -1 = ignored. Returns ce (R, B, T), differentiable and 0 where ignored, and
-        the exit gate's probabilities (R, B, T) or None. Never holds more than HEAD_CHUNK logits: chunks are
-        computed again in the backward pass. Under autocast use cache_enabled=False, or their gradients are
-        summed in the low precision.
+        the exit gate's probabilities (R, B, T) or None. Of several rows each keeps its state alone: coda and
+        head are computed again in the backward pass. Under autocast use cache_enabled=False, or the gradients
+        of chunks and rows are summed in the low precision.
         """
         states, context = self.states(idx, n_loop, rows)
-        n, ce = max(1, HEAD_CHUNK // self.config.vocab_size), []
-        for s in states:
-            x, y = self.readout(s, context).flatten(0, 1), targets.flatten()
-            if len(y) <= n:
-                ce.append(self.cross_entropy(x, y))
-            else:
-                chunks = zip(x.split(n), y.split(n), strict=True)
-                ce.append(torch.cat([recompute(self.cross_entropy, *c, use_reentrant=False) for c in chunks]))
-        gates = torch.stack([self.halt(s) for s in states]) if self.exit_gate else None
-        return torch.stack(ce).view(len(rows), *targets.shape), gates
+        hold = recompute if len(rows) > 1 else call
+        ce = torch.stack([hold(self.cross_entropy, s, targets, context) for s in states])
+        return ce, torch.stack([self.halt(s) for s in states]) if self.exit_gate else None
 
     def forward(self, idx, targets=None, n_loop=None):
         """(logits, loss) as in nanoGPT, of the last iteration. idx, targets: (B, T), -1 = ignored.
@@ -522,17 +517,12 @@ class GPT(nn.Module):
         logits = self.logits(x)
         return logits, F.cross_entropy(upcast(logits).flatten(0, 1), targets.flatten(), ignore_index=-1)
 
-    def stream(self, idx, max_new_tokens, **options):
-        """Yields the next token of every row of idx (B, T), as (B,); see generate.py."""
-        from generate import stream
-
-        return stream(self, idx, max_new_tokens, **options)
-
     def generate(self, idx, max_new_tokens, **options):
         """idx (B, T) continued by max_new_tokens tokens; options: as of generate.py's stream."""
-        return torch.cat(
-            (idx, *(token[:, None] for token in self.stream(idx, max_new_tokens, **options))), dim=1
-        )
+        from generate import stream
+
+        tokens = stream(self, idx, max_new_tokens, **options)
+        return torch.cat((idx, *(token[:, None] for token in tokens)), dim=1)
 
     def num_params(self):
         """Parameters, shared ones once, position embeddings (which nanoGPT leaves out) included."""
@@ -543,37 +533,20 @@ class GPT(nn.Module):
 # checkpoints
 
 # what a run may change while the weights keep their meaning
-FREE = ('dropout', 'bptt_k', 'n_loop', 'state_init', 'state_std', 'rope_base', 'block_size')
-
-
-def read_checkpoint(path):
-    """The dict of a checkpoint, on the CPU, mapped. Runs no code. Raises ValueError if it is broken."""
-    try:
-        checkpoint = torch.load(path, map_location='cpu', mmap=True, weights_only=True)
-    except FileNotFoundError:
-        raise Mistake(f'there is no checkpoint {path}') from None
-    except pickle.UnpicklingError:
-        raise Mistake(f'the checkpoint {path} is broken, or more than tensors and plain values') from None
-    except (RuntimeError, OSError, EOFError) as error:  # torch gives any of them for a file that was cut
-        reason = getattr(error, 'strerror', None) or 'it was cut, or is no checkpoint'
-        raise Mistake(f'the checkpoint {path} cannot be read: {reason}') from None
-    whole = isinstance(checkpoint, dict) and {'model', 'model_args'} <= set(checkpoint)
-    check(whole, 'checkpoint', str(path), 'a file with model and model_args')
-    return checkpoint
+FREE = 'dropout bptt_k n_loop state_init state_std rope_base block_size recompute'.split()
 
 
 def load_checkpoint(path, device='cpu', **changes):
     """(GPT, checkpoint) from a file of this train.py, of nanoGPT, or of the original nanoLOOP.
 
-    path: may be read_checkpoint's dict. changes: GPTConfig values to use instead of the file's. Raises
-    ValueError if it is broken, does not fit, or the changes give the weights another meaning.
+    path: may be the dict that such a file holds. changes: GPTConfig values to use instead of the file's; a
+    smaller block_size keeps the first positions. Raises ValueError if it is broken, does not fit, or the
+    changes give the weights another meaning.
     """
-    checkpoint = path if isinstance(path, dict) else read_checkpoint(path)
-    args, weights = checkpoint['model_args'], checkpoint['model']
-    if 'norm' not in args:
-        from pretrained import translate  # another program's: this file reads its own alone
+    from pretrained import read_checkpoint, translate
 
-        args, weights = translate(args, weights)
+    checkpoint = path if isinstance(path, dict) else read_checkpoint(path)
+    args, weights = translate(checkpoint['model_args'], checkpoint['model'])
     try:
         config = GPTConfig(**args)
     except TypeError as error:
@@ -582,6 +555,10 @@ def load_checkpoint(path, device='cpu', **changes):
     for key, value in asdict(changed).items():
         theirs = getattr(config, key)
         check(value == theirs or key in FREE, key, value, f'{theirs!r} as in the checkpoint')
+    if (wpe := weights.get('transformer.wpe.weight')) is not None:
+        wanted = f'at most {len(wpe)}: the checkpoint has no more positions'
+        check(changed.block_size <= len(wpe), 'block_size', changed.block_size, wanted)
+        weights = dict(weights, **{'transformer.wpe.weight': wpe[: changed.block_size]})
     model = GPT(changed)
     try:
         model.load_state_dict(weights)

@@ -1,14 +1,52 @@
 """
-Weights of others: the checkpoints of nanoGPT and of the original nanoLOOP.
+Weights from files: checkpoints of this program, of nanoGPT and of the original nanoLOOP, GPT-2's through
+transformers, Ouro's safetensors. Each becomes a checkpoint: a dict with model_args, GPTConfig's values, and
+model, GPT's state dict.
 """
+
+import json
+import pickle
+from pathlib import Path
 
 import torch
 
+from model import GPTConfig, Mistake, check
+
 EPS = torch.finfo(torch.float32).eps  # of torch's RMSNorm where none is given
+GPT2 = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
+CUT = ('n_prelude', 'n_block', 'n_coda', 'n_loop', 'input_injection')  # given: GPT-2 becomes a looped model
+OURO = {  # GPT's names in a block, and Ouro's, stacked by rows
+    'attn.c_attn': ('self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'),
+    'attn.c_proj': ('self_attn.o_proj',),
+    'mlp.c_fc': ('mlp.gate_proj', 'mlp.up_proj'),
+    'mlp.c_proj': ('mlp.down_proj',),
+    'ln_1': ('input_layernorm',),
+    'post_1': ('input_layernorm_2',),
+    'ln_2': ('post_attention_layernorm',),
+    'post_2': ('post_attention_layernorm_2',),
+}
+
+
+def read_checkpoint(path):
+    """The dict of a checkpoint, on the CPU, mapped. Runs no code. Raises ValueError if it is broken."""
+    try:
+        checkpoint = torch.load(path, map_location='cpu', mmap=True, weights_only=True)
+    except FileNotFoundError:
+        raise Mistake(f'there is no checkpoint {path}') from None
+    except pickle.UnpicklingError:
+        raise Mistake(f'the checkpoint {path} is broken, or more than tensors and plain values') from None
+    except (RuntimeError, OSError, EOFError) as error:  # torch gives any of them for a file that was cut
+        reason = getattr(error, 'strerror', None) or 'it was cut, or is no checkpoint'
+        raise Mistake(f'the checkpoint {path} cannot be read: {reason}') from None
+    whole = isinstance(checkpoint, dict) and {'model', 'model_args'} <= set(checkpoint)
+    check(whole, 'checkpoint', str(path), 'a file with model and model_args')
+    return checkpoint
 
 
 def translate(args, weights):
-    """(model_args, model) of a checkpoint of nanoGPT or nanoLOOP: GPTConfig's values, GPT's state dict."""
+    """A checkpoint's (model_args, model) as values of GPTConfig and weights of GPT, even nanoGPT's."""
+    if 'norm' in args:
+        return args, weights
     weights = {name.removeprefix('_orig_mod.').removeprefix('module.'): w for name, w in weights.items()}
     if 'n_layer' not in args:  # nanoLOOP
         return dict(args, norm='rmsnorm', norm_eps=EPS), weights
@@ -17,3 +55,96 @@ def translate(args, weights):
     masks = '.attn.bias'  # in old files
     weights = {name.replace('.h.', '.recur.'): w for name, w in weights.items() if not name.endswith(masks)}
     return dict(args, norm='layernorm', norm_loop=False), weights
+
+
+def find_pretrained(name, given):
+    """The checkpoint of others' weights that name stands for, None if it is none of these.
+
+    name: of GPT2, a folder of GPT-2 as transformers saves it, or ouro:FOLDER, of Ouro's safetensors. given:
+    {key: value} of GPTConfig, see read_gpt2. Raises ValueError if it cannot be loaded.
+    """
+    if name.startswith('ouro:'):
+        return read_ouro(Path(name.removeprefix('ouro:')))
+    return read_gpt2(name, given) if name in GPT2 or (Path(name) / 'config.json').exists() else None
+
+
+def read_gpt2(name, given):
+    """GPT-2 as a plain model or, if a key of CUT is given, cut into prelude, block and coda.
+
+    A cut one has GPTConfig's values for the other keys of CUT, and n_block takes the layers that are left.
+    With inject, which starts as u = e, n_loop 1 is GPT-2 still.
+    """
+    try:
+        from transformers import GPT2LMHeadModel
+    except ImportError:
+        raise Mistake(f'init_from={name!r} needs transformers: pip install transformers') from None
+    try:
+        theirs = GPT2LMHeadModel.from_pretrained(name, attn_implementation='eager')
+    except (OSError, ValueError) as error:
+        raise Mistake(f'init_from={name!r} cannot be loaded: {str(error).splitlines()[0]}') from None
+    c, model = theirs.config, {}
+    activations = {'gelu_new': 'gelu_tanh', 'gelu': 'gelu'}
+    known = c.model_type == 'gpt2' and c.activation_function in activations
+    check(known and not c.scale_attn_by_inverse_layer_idx, 'init_from', name, 'a GPT-2')
+    if cut := {key: given[key] for key in CUT if key in given}:
+        sizes = {key: cut.get(key, getattr(GPTConfig, key)) for key in CUT}
+        rest = c.n_layer - sizes['n_prelude'] - sizes['n_coda']
+        sizes['n_block'] = cut.get('n_block', rest)
+        wanted = f'{rest}: it has {c.n_layer} layers, of which n_prelude={sizes["n_prelude"]}'
+        check(
+            sizes['n_block'] == rest >= 1, 'n_block', sizes['n_block'], f'{wanted}, n_coda={sizes["n_coda"]}'
+        )
+    else:
+        sizes = dict(zip(CUT, (0, c.n_layer, 0, 1, 'passthrough'), strict=True))
+    parts = dict(prelude=sizes['n_prelude'], recur=sizes['n_block'], coda=sizes['n_coda'])
+    places = [f'{part}.{i}' for part, n in parts.items() for i in range(n)]
+    for key, w in theirs.state_dict().items():
+        if key.startswith('transformer.h.'):
+            i, rest = key.removeprefix('transformer.h.').split('.', 1)
+            key = f'transformer.{places[int(i)]}.{rest}'
+            if rest.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight')):
+                w = w.t()  # of a Conv1D
+        model[key] = w
+    if sizes['input_injection'] == 'inject':
+        model['inject.weight'] = torch.eye(c.n_embd, 2 * c.n_embd)
+        model['inject.bias'] = torch.zeros(c.n_embd)
+    args = dict(sizes, n_head=c.n_head, n_embd=c.n_embd, n_hidden=c.n_inner, block_size=c.n_positions)
+    args.update(vocab_size=c.vocab_size, bias=True, tie_weights=c.tie_word_embeddings, norm='layernorm')
+    args.update(norm_eps=c.layer_norm_epsilon, norm_loop=False, mlp=activations[c.activation_function])
+    tokenizer = dict(kind='tiktoken', name='gpt2') if c.vocab_size == 50257 else None
+    return dict(model=model, model_args=args, tokenizer=tokenizer, config={}, iter_num=0)
+
+
+def read_ouro(folder):
+    """Ouro, from the config.json and the safetensors in folder; they know no tokenizer."""
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError:
+        raise Mistake(f'init_from=ouro:{folder} needs safetensors: pip install safetensors') from None
+    files = sorted(folder.glob('*.safetensors'))
+    wanted = 'a folder with config.json and *.safetensors'
+    check(files and (folder / 'config.json').exists(), 'init_from', f'ouro:{folder}', wanted)
+    try:
+        c = json.loads((folder / 'config.json').read_text())
+        weights = {name: w for file in files for name, w in load_file(file).items()}
+        model = {'lm_head.weight': weights['lm_head.weight']}
+        model['transformer.wte.weight'] = weights['model.embed_tokens.weight']
+        model['norm_recur.weight'] = weights['model.norm.weight']
+        for name in ('weight', 'bias'):
+            model[f'exit_gate.{name}'] = weights[f'model.early_exit_gate.{name}']
+        for i in range(c['num_hidden_layers']):
+            for ours, theirs in OURO.items():
+                rows = [weights[f'model.layers.{i}.{name}.weight'] for name in theirs]
+                model[f'transformer.recur.{i}.{ours}.weight'] = torch.cat(rows)
+        args = dict(n_prelude=0, n_block=c['num_hidden_layers'], n_coda=0, n_loop=c['total_ut_steps'])
+        args.update(n_embd=c['hidden_size'], n_head=c['num_attention_heads'], mlp='swiglu')
+        args.update(n_kv_head=c['num_key_value_heads'], n_hidden=c['intermediate_size'], pos='rope')
+        args.update(rope_base=float(c['rope_theta']), norm_eps=c['rms_norm_eps'], vocab_size=c['vocab_size'])
+        args.update(block_size=c['max_position_embeddings'], input_injection='passthrough')
+    except KeyError as error:
+        raise Mistake(f'init_from=ouro:{folder}: there is no {error} in it, it is no Ouro') from None
+    except (ValueError, SafetensorError) as error:
+        raise Mistake(f'init_from=ouro:{folder} cannot be read: {str(error).splitlines()[0]}') from None
+    args.update(norm='rmsnorm', norm_place='branch', norm_final=False, tie_weights=False, exit_gate=True)
+    return dict(model=model, model_args=args, tokenizer=None, config={}, iter_num=0)

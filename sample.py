@@ -16,12 +16,17 @@ import torch
 
 from configurator import autocast, choose_device, choose_dtype, command, configure
 from data.dataset import find_data, make_tokenizer, read_meta, read_text
+from generate import stream
 from model import check, load_checkpoint
+from pretrained import GPT2, find_pretrained
 
 
 @dataclass
 class SampleConfig:
     out_dir: str = 'out'  # the run to sample from: its best.pt, else its ckpt.pt; or the path of a checkpoint
+    init_from: str = (
+        'resume'  # resume: out_dir; or others' weights: gpt2, gpt2-medium, ..., a folder of GPT-2
+    )
     start: str = ''  # the text to go on with; FILE:path reads a file; nothing = a new line or document
     num_samples: int = 1  # drawn together in one batch
     max_new_tokens: int = 500  # per sample
@@ -47,12 +52,16 @@ class SampleConfig:
         check(self.seed >= 0, 'seed', self.seed, 'at least 0')
 
 
-def find_model(out_dir, device):
-    """(model, checkpoint, path) of a run's folder, its best checkpoint that loads, or of a checkpoint."""
-    path = Path(out_dir)
+def find_model(c, device):
+    """(model, checkpoint, path) of a run's folder, its best checkpoint that loads, a checkpoint, or GPT-2."""
+    if c.init_from != 'resume':
+        pretrained = find_pretrained(c.init_from, {})
+        check(pretrained, 'init_from', c.init_from, f'resume, {", ".join(GPT2)}, or a folder of GPT-2')
+        return *load_checkpoint(pretrained, device), c.init_from
+    path = Path(c.out_dir)
     paths = [path / name for name in ('best.pt', 'ckpt.pt', 'prev.pt')] if path.is_dir() else [path]
     paths = [path for path in paths if path.exists()]
-    check(paths, 'out_dir', out_dir, 'the folder of a run with a checkpoint, or the path of one')
+    check(paths, 'out_dir', c.out_dir, 'the folder of a run with a checkpoint, or the path of one')
     for path in paths[:-1]:
         try:
             return *load_checkpoint(path, device), path
@@ -104,7 +113,7 @@ def main(argv):
     c.build(SampleConfig)
     device, _ = choose_device(c.device)
     dtype, _ = choose_dtype(c.dtype, device.type)
-    model, checkpoint, path = find_model(c.out_dir, device)
+    model, checkpoint, path = find_model(c, device)
     model.eval()
     n_loop = c.n_loop or model.config.n_loop
     trained = checkpoint.get('loops_trained', [model.config.n_loop])
@@ -126,7 +135,7 @@ def main(argv):
             texts, parts = [Text(tokenizer, c.stop) for _ in range(size)], [[start] for _ in range(size)]
             if c.stream:
                 print(start, end='', flush=True)
-            for i, tokens in enumerate(model.stream(idx, c.max_new_tokens, **options)):
+            for i, tokens in enumerate(stream(model, idx, c.max_new_tokens, **options)):
                 for text, part, token in zip(texts, parts, tokens.tolist(), strict=True):
                     part.append(text.add(token, last=i == c.max_new_tokens - 1))
                 if c.stream:

@@ -23,7 +23,8 @@ import torch
 import torch.distributed as dist
 
 from configurator import RANK, ROOT, tell
-from model import Mistake, check, read_checkpoint
+from model import Mistake, check
+from pretrained import find_pretrained, read_checkpoint
 
 # -----------------------------------------------------------------------------
 # checkpoints
@@ -67,13 +68,18 @@ def save_checkpoint(out_dir, checkpoint, log, best):
         raise OSError(f'the checkpoint cannot be saved: {reason}; the last good one: {kept}') from None
 
 
-def find_checkpoint(init_from, out_dir):
-    """The checkpoint init_from names, None for scratch. Raises ValueError if there is none that loads."""
+def find_checkpoint(init_from, out_dir, given=()):
+    """The checkpoint init_from names, None for scratch. Raises ValueError if there is none that loads.
+
+    given: {key: value} of GPTConfig, which decide how GPT-2's weights are used.
+    """
     if init_from == 'scratch':
         return None
+    if pretrained := find_pretrained(init_from, given):
+        return pretrained
     named = init_from not in ('resume', 'auto')
     if named and not Path(init_from).is_dir():
-        wanted = "scratch, resume, auto, or the path of a checkpoint or of a run's folder"
+        wanted = "scratch, resume, auto, the path of a checkpoint or of a run's folder, gpt2, ouro:FOLDER"
         check(Path(init_from).exists(), 'init_from', init_from, wanted)
         return read_checkpoint(init_from)
     folder = Path(init_from if named else out_dir)

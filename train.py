@@ -30,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from configurator import LOCAL_RANK, ROOT, command, configure, peak_memory, setup, tell
 from count import training_flops
 from data.dataset import Split, find_data, make_tokenizer, read_meta
+from generate import stream
 from model import GPT, GPTConfig, check, check_least, load_checkpoint
 from storage import (
     Log,
@@ -54,7 +55,7 @@ class TrainConfig:
     eval_iters: int = 200  # batches per evaluated split, evenly spread; 0 = all of val, and as many of train
     eval_only: bool = False  # evaluate and leave
     always_save_checkpoint: bool = True  # accepted for nanoGPT's sake: ckpt.pt is always the last
-    init_from: str = 'scratch'  # scratch, resume, auto (resume if there is something) or a path: weights only
+    init_from: str = 'scratch'  # scratch, resume, auto (either), or weights: a path, gpt2[-xl], ouro:FOLDER
     sample_tokens: int = 200  # tokens of the sample printed at the end; 0 = none
     wandb_log: bool = False  # log to Weights & Biases as well
     wandb_project: str = 'nanoloop'  # of wandb_log
@@ -498,7 +499,7 @@ class Run:
         generator, ids = torch.Generator(self.m.device).manual_seed(self.c.seed), []
         self.model.eval()
         with torch.compiler.set_stance('force_eager'), self.m.autocast():
-            for token in self.model.stream(idx, self.c.sample_tokens, temperature=0.8, generator=generator):
+            for token in stream(self.model, idx, self.c.sample_tokens, temperature=0.8, generator=generator):
                 ids.append(int(token))
                 if signals.number:
                     break
@@ -520,7 +521,7 @@ def resumed(c, checkpoint):
 def main(argv):
     began = time.time()
     c = configure((TrainConfig, GPTConfig), argv)
-    checkpoint = find_checkpoint(c.init_from, c.out_dir)
+    checkpoint = find_checkpoint(c.init_from, c.out_dir, {key: c[key] for key in c.given})
     resuming = checkpoint is not None and c.init_from in ('resume', 'auto')
     if resuming:
         c = resumed(c, checkpoint)

@@ -156,8 +156,21 @@ def test_a_checkpoint_refuses_what_changes_its_meaning(tmp_path):
         load_checkpoint(tmp_path / 'list.pt')
     with pytest.raises(ValueError, match='vocab_size=24, expected 23'):
         load_checkpoint(tmp_path / 'a.pt', vocab_size=24)
-    with pytest.raises(ValueError, match='does not fit.*wpe'):
+    with pytest.raises(
+        ValueError, match='block_size=32, expected at most 16: the checkpoint has no more pos'
+    ):
         load_checkpoint(tmp_path / 'a.pt', block_size=32)
+    with pytest.raises(ValueError, match='does not fit: Missing key.*ln_f'):
+        weights = {name: w for name, w in model.state_dict().items() if 'ln_f' not in name}
+        load_checkpoint(dict(model=weights, model_args=vars(model.config)))
+
+
+def test_a_shorter_context_keeps_the_first_positions():
+    model = make(double=True)
+    saved = dict(model=model.state_dict(), model_args=vars(model.config))
+    shorter, _ = load_checkpoint(saved, block_size=8)
+    idx = tokens()[0][:, :8]
+    assert torch.allclose(shorter.double().eval()(idx, idx)[0], model(idx, idx)[0], atol=1e-10)
 
 
 def test_a_checkpoint_never_runs_code(tmp_path):
@@ -200,9 +213,10 @@ def test_bptt_under_autocast_keeps_the_gradient_of_shared_weights():
 
 @pytest.mark.parametrize('injection, state', PAIRS)
 def test_the_stream_stays_in_float32_under_autocast(injection, state):
-    model, kinds = make(input_injection=injection, state_init=state), []
-    for block in model.blocks():
-        block.register_forward_pre_hook(lambda _, args: kinds.append(args[0].dtype))
+    model, kinds = make(input_injection=injection, state_init=state, norm_place='branch'), []
+    norms = (module for module in model.modules() if isinstance(module, torch.nn.RMSNorm))
+    for module in (*model.blocks(), *norms):
+        module.register_forward_pre_hook(lambda _, args: kinds.append(args[0].dtype))
     with torch.autocast('cpu', torch.bfloat16):
         model(*tokens())
     assert set(kinds) == {torch.float32}

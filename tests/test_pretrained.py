@@ -1,0 +1,212 @@
+"""Others' weights: GPT-2's through transformers, plain or cut into a looped model, and Ouro's safetensors."""
+
+import json
+import sys
+
+import pytest
+import torch
+from helpers import load, randomize, rms, softmax_attention, turn
+
+import sample
+import train
+from model import load_checkpoint
+from pretrained import find_pretrained
+
+IDX = torch.randint(40, (2, 16), generator=torch.Generator().manual_seed(0))
+OURO = dict(
+    hidden_size=16,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=24,
+    vocab_size=40,
+    total_ut_steps=3,
+    rms_norm_eps=1e-6,
+    rope_theta=1e6,
+    max_position_embeddings=64,
+)
+
+
+@pytest.fixture(scope='module')
+def gpt2(tmp_path_factory):
+    """(transformers' GPT-2 of 6 layers with random weights, its folder)."""
+    transformers = pytest.importorskip('transformers')
+    sizes = dict(vocab_size=40, n_positions=16, n_embd=12, n_layer=6, n_head=2, n_inner=20)
+    theirs = randomize(transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))).eval()
+    folder = tmp_path_factory.mktemp('gpt2')
+    theirs.save_pretrained(folder)
+    return theirs, str(folder)
+
+
+def taken(folder, **given):
+    return load_checkpoint(find_pretrained(folder, given), **given)[0].eval()
+
+
+CUTS = [
+    {},
+    dict(n_prelude=2, n_block=2, n_coda=2, n_loop=1),
+    dict(n_prelude=1, n_coda=0, n_loop=1),
+    dict(n_block=2, n_loop=1),
+    dict(n_loop=1, input_injection='passthrough', n_prelude=0, n_coda=3),
+]
+
+
+@pytest.mark.parametrize('given', CUTS, ids=str)
+def test_one_loop_is_gpt2_however_it_is_cut(gpt2, given):
+    theirs, folder = gpt2
+    model = taken(folder, **given)
+    expected = theirs(IDX).logits
+    assert torch.allclose(model(IDX, IDX)[0], expected, atol=1e-5)
+    double = theirs.double()(IDX).logits
+    theirs.float()
+    assert torch.allclose(model.double()(IDX, IDX)[0], double, atol=1e-10)
+    assert all(getattr(model.config, key) == value for key, value in given.items())
+
+
+def test_a_cut_gpt2_starts_as_the_identity_and_learns_to_use_its_state(gpt2):
+    model = taken(gpt2[1], n_prelude=2, n_block=2, n_coda=2)
+    assert model.config.n_loop == 4 and torch.equal(model(IDX, IDX)[0], model(IDX, IDX, n_loop=1)[0])
+    model(IDX, IDX)[1].backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+    with torch.no_grad():
+        for p in model.parameters():
+            p -= 0.05 * p.grad
+    assert not torch.allclose(model(IDX, IDX)[0], model(IDX, IDX, n_loop=1)[0], atol=1e-3)
+
+
+def test_a_cut_gpt2_trains(gpt2, tiny_data, call, tmp_path):
+    run = f'--dataset={tiny_data} --out_dir={tmp_path} --device=cpu --compile=False --batch_size=4'.split()
+    run += '--learning_rate=1e-2 --warmup_iters=0 --eval_iters=2 --eval_interval=20 --sample_tokens=0'.split()
+    cut = [f'--init_from={gpt2[1]}', '--n_prelude=2', '--n_block=2', '--n_coda=2', '--n_loop=4']
+    status, out, err = call(train.main, *run, *cut, '--max_iters=20')
+    assert status == 0, err
+    losses = [float(line.split()[3].strip(',')) for line in out.splitlines() if line.startswith('iter ')]
+    assert len(losses) == 20 and sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    args = load(tmp_path / 'ckpt.pt')['model_args']
+    assert (args['n_prelude'], args['n_block'], args['n_coda'], args['n_loop'], args['norm_loop']) == (
+        2,
+        2,
+        2,
+        4,
+        False,
+    )
+    assert call(train.main, f'--out_dir={tmp_path}', '--init_from=resume', '--max_iters=22')[0] == 0
+
+
+def test_gpt2_is_sampled_from_without_training(gpt2, call, monkeypatch):
+    theirs, folder = gpt2
+    monkeypatch.setattr(sample, 'find_tokenizer', lambda checkpoint: Plain())
+    options = [f'--init_from={folder}', '--device=cpu', '--dtype=float32', '--temperature=0', '--start=abc']
+    status, out, err = call(sample.main, *options, '--max_new_tokens=5')
+    ids = theirs.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=5, do_sample=False, pad_token_id=0)[0]
+    assert status == 0 and out == Plain().decode_bytes(ids.tolist()).decode() + '\n---------------\n', err
+
+
+class Plain:
+    start = 0
+
+    def encode(self, text):
+        return [ord(x) - 96 for x in text]
+
+    def decode_bytes(self, ids):
+        return ''.join(chr(96 + i) for i in ids).encode()
+
+
+@pytest.fixture
+def ouro(tmp_path):
+    """(the weights of a small random Ouro, its folder, in two files as the large ones come)."""
+    safetensors = pytest.importorskip('safetensors.torch')
+    c, generator = OURO, torch.Generator().manual_seed(0)
+    C, F, kv = c['hidden_size'], c['intermediate_size'], 8
+    shapes = {'model.embed_tokens': (40, C), 'lm_head': (40, C), 'model.norm': (C,)}
+    for i in range(3):
+        p = f'model.layers.{i}.'
+        shapes |= {p + f'self_attn.{x}_proj': (n, C) for x, n in zip('qkvo', (C, kv, kv, C), strict=True)}
+        shapes |= {p + 'mlp.gate_proj': (F, C), p + 'mlp.up_proj': (F, C), p + 'mlp.down_proj': (C, F)}
+        for name in ('input_layernorm', 'post_attention_layernorm'):
+            shapes |= {p + name: (C,), p + name + '_2': (C,)}
+    shapes['model.early_exit_gate'] = (1, C)
+    w = {f'{name}.weight': torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    w['model.early_exit_gate.bias'] = torch.tensor([0.3])
+    w = {name: 0.2 * x if x.dim() > 1 else 1 + 0.1 * x for name, x in w.items()}
+    names = sorted(w)
+    for k in range(2):
+        part = {name: w[name] for name in names[k::2]}
+        safetensors.save_file(part, tmp_path / f'model-0000{k + 1}-of-00002.safetensors')
+    (tmp_path / 'config.json').write_text(json.dumps(OURO | dict(model_type='ouro')))
+    return w, tmp_path
+
+
+def ouro_by_hand(w, idx):
+    """Ouro's equations with Ouro's names: logits after the last iteration, and every iteration's gate."""
+
+    def norm(x, name):
+        return rms(x, 1e-6) * w[name + '.weight']
+
+    def linear(x, name):
+        return x @ w[name + '.weight'].T
+
+    h, gates = w['model.embed_tokens.weight'][idx], []
+    for _ in range(3):
+        for i in range(3):
+            p = f'model.layers.{i}.'
+            x = norm(h, p + 'input_layernorm')
+            q, k, v = (linear(x, p + f'self_attn.{name}_proj') for name in 'qkv')
+            heads = []
+            for n in range(4):
+                mine, shared = slice(4 * n, 4 * n + 4), slice(4 * (n // 2), 4 * (n // 2) + 4)
+                rotated = turn(q[..., mine], 1e6), turn(k[..., shared], 1e6)
+                heads.append(softmax_attention(*rotated, v[..., shared]))
+            y = linear(torch.cat(heads, dim=-1), p + 'self_attn.o_proj')
+            h = h + norm(y, p + 'input_layernorm_2')
+            x = norm(h, p + 'post_attention_layernorm')
+            gate, up = linear(x, p + 'mlp.gate_proj'), linear(x, p + 'mlp.up_proj')
+            y = linear(gate * gate.sigmoid() * up, p + 'mlp.down_proj')
+            h = h + norm(y, p + 'post_attention_layernorm_2')
+        h = norm(h, 'model.norm')
+        gates.append((linear(h, 'model.early_exit_gate')[..., 0] + w['model.early_exit_gate.bias']).sigmoid())
+    return linear(h, 'lm_head'), torch.stack(gates)
+
+
+def test_ouros_safetensors_are_ouro(ouro):
+    weights, folder = ouro
+    model = taken(f'ouro:{folder}', block_size=16)
+    logits, gates = ouro_by_hand({name: w.double() for name, w in weights.items()}, IDX)
+    assert torch.allclose(model.double()(IDX, IDX)[0], logits, atol=1e-10)
+    assert torch.allclose(model.table(IDX, IDX, rows=(0, 1, 2))[1], gates, atol=1e-10)
+    assert model.config.block_size == 16 and model.config.n_loop == 3
+
+
+def test_weights_that_cannot_be_had_are_told(call, gpt2, ouro, tiny_data, tmp_path, monkeypatch):
+    def told(*argv):
+        status, _, err = call(train.main, f'--dataset={tiny_data}', f'--out_dir={tmp_path}/out', *argv)
+        assert status == 2 and 'Traceback' not in err and not (tmp_path / 'out').exists(), err
+        return err.splitlines()[-1]  # transformers shows its progress before it
+
+    folder, (_, theirs) = gpt2[1], ouro
+    assert 'n_block=3, expected 2: it has 6 layers, of which n_prelude=2, n_coda=2' in told(
+        f'--init_from={folder}', '--n_block=3'
+    )
+    assert "norm='rmsnorm', expected 'layernorm'" in told(f'--init_from={folder}', '--norm=rmsnorm')
+    assert 'expected a folder with config.json' in told('--init_from=ouro:nowhere')
+    (theirs / 'model-00002-of-00002.safetensors').unlink()
+    assert 'it is no Ouro' in told(f'--init_from=ouro:{theirs}')
+    (theirs / 'model-00001-of-00002.safetensors').write_bytes(b'cut')
+    assert 'cannot be read' in told(f'--init_from=ouro:{theirs}')
+    assert 'cannot be loaded' in told(f'--init_from={theirs}')
+    status, _, err = call(sample.main, '--init_from=gpt3', '--device=cpu')
+    assert status == 2 and 'expected resume, gpt2' in err
+    monkeypatch.setitem(sys.modules, 'transformers', None)
+    monkeypatch.setitem(sys.modules, 'safetensors', None)
+    assert 'needs transformers: pip install transformers' in told(f'--init_from={folder}')
+    assert 'needs safetensors: pip install safetensors' in told(f'--init_from=ouro:{theirs}')
+
+
+def test_the_tokens_must_be_gpt2s(gpt2, call, tiny_data, tmp_path, monkeypatch):
+    real = train.find_checkpoint
+    named = lambda *args: dict(real(*args), tokenizer=dict(kind='tiktoken', name='gpt2'))  # noqa: E731
+    monkeypatch.setattr(train, 'find_checkpoint', named)
+    status, _, err = call(
+        train.main, f'--init_from={gpt2[1]}', f'--dataset={tiny_data}', f'--out_dir={tmp_path}/a'
+    )
+    assert status == 2 and 'expected one in the tokens of the checkpoint: 40 of kind tiktoken' in err
