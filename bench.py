@@ -20,10 +20,12 @@ from dataclasses import dataclass
 import torch
 
 from configurator import command, configure, peak_memory, setup
-from count import flops, parameters, training_flops
+from count import flops, parameters
 from data.dataset import find_data, read_meta
 from model import GPT, GPTConfig, check
-from train import BASELINE, Objective, TrainConfig, make_optimizer, train_step
+from objective import OBJECTIVE, Objective, check_loops, loops_at
+from optimizer import make_optimizers
+from train import BASELINE, TrainConfig, flops_of, train_step
 
 
 @dataclass
@@ -50,27 +52,31 @@ class Side:
         if m.compile:
             for block in self.model.blocks():
                 block.compile()
-        self.objective = Objective(self.model)
-        self.optimizer, _ = make_optimizer(self.model, c)
+        check_loops(c, self.model.config)
+        self.objective = Objective(self.model, c)
+        self.optimizers, _ = make_optimizers(self.model, c)
         self.scaler = torch.amp.GradScaler(m.kind, enabled=m.dtype == torch.float16)
         tokens = torch.randint(c.vocab_size, (c.batch_size, c.block_size + 1))
         self.batches = itertools.repeat((tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), c.seed))
         self.tokens = c.gradient_accumulation_steps * c.batch_size * c.block_size
+        self.step, self.flops = 0, 0.0
         self.first = self.run(1)
         self.run(c.warmup)
-        self.memory = peak_memory(m)
+        self.memory, self.flops = peak_memory(m), 0.0
 
     def run(self, steps):
         """Seconds per step; every step ends with the host waiting for the device."""
         start = time.perf_counter()
         for _ in range(steps):
-            train_step(self.objective, self.optimizer, self.scaler, self.batches, self.c, self.m)
+            n_loop = loops_at(self.step, self.c)
+            train_step(self.objective, self.optimizers, self.scaler, self.batches, n_loop, self.c, self.m)
+            self.step, self.flops = self.step + 1, self.flops + flops_of(self.model, self.c, n_loop)
         return (time.perf_counter() - start) / steps
 
     def report(self, peak):
         step = statistics.median(self.seconds)
         spread = f'{1000 * min(self.seconds):.2f} to {1000 * max(self.seconds):.2f}'
-        flops = training_flops(self.model) * self.tokens
+        flops = self.flops * self.tokens / (len(self.seconds) * self.c.steps)
         mfu = f'{flops / step / peak:.2%}' if peak else 'n/a'
         print(
             f'{self.name}: {1000 * step:.2f} ms per step (median of {len(self.seconds)} x {self.c.steps}, '
@@ -90,15 +96,17 @@ def matmul_rate(m, size=2048):
     return 2 * size**3 / min(seconds)
 
 
-def print_counts(config):
+def print_counts(c):
     """Parameters by section and FLOPs per token by kind, of a model that takes no memory."""
+    config = c.build(GPTConfig)
+    check_loops(c, config)
     with torch.device('meta'):
         model = GPT(config)
     for name, n in parameters(model).items():
         print(f'{name + " parameters":24} {n:16,}')
     layers = f'{config.n_prelude} + {config.n_block} x {config.n_loop} + {config.n_coda}'
     print(f'{"executed layers":24} {config.depth:16,} ({layers})')
-    for phase, kinds in flops(model).items():
+    for phase, kinds in flops(model, rows=len(OBJECTIVE[c.objective].rows(config.n_loop))).items():
         split = ', '.join(f'{kind} {n:.6e}' for kind, n in kinds.items())
         print(f'{phase + " FLOPs per token":24} {sum(kinds.values()):16.6e} ({split})')
 
@@ -116,7 +124,7 @@ def main(argv):
             with contextlib.suppress(ValueError):  # not prepared: the default serves to measure
                 setting['vocab_size'] = read_meta(find_data(setting.dataset))['vocab_size']
     if c.count_only:
-        return print_counts(c.build(GPTConfig))
+        return print_counts(c)
     m = setup(c)
     check(m.world == 1, 'processes', m.world, '1')
     print(m.line)

@@ -63,8 +63,3 @@ def flops(model, n_loop=None, rows=1):
         takers = sum(block.take is not None and block.take.func is query for block in model.transformer.recur)
         backward['matmul'] -= 2 * takers * c.n_embd**2
     return dict(forward=forward, training={kind: forward[kind] + backward[kind] for kind in forward})
-
-
-def training_flops(model):
-    """FLOPs per trained token."""
-    return sum(flops(model)['training'].values())

@@ -432,6 +432,11 @@ class GPT(nn.Module):
             x = block(x, rope, band if block.windowed else None, s if block.take else None)
         return x
 
+    def context(self, pos):
+        """What the blocks know of the positions pos (T,): rotary tables and the windows' mask, or None."""
+        rope = rotary(pos, self.rope_width, self.config.rope_base) if self.rope_width else None
+        return rope, band(pos, self.window) if len(pos) > self.window + 1 else None  # else all is in sight
+
     def iterate(self, e, s, context):
         """The loop's next state, (B, T, C). s: the last one; None before the first, of state_init none."""
         u = e if s is None else self.enter(self, e, s)
@@ -448,8 +453,7 @@ class GPT(nn.Module):
         check(all(-n_loop <= row < n_loop for row in rows), 'rows', rows, f'iterations of n_loop={n_loop}')
         check(T <= c.block_size, 'length', T, f'at most block_size={c.block_size} tokens')
         pos = torch.arange(T, device=idx.device)
-        rope = rotary(pos, self.rope_width, c.rope_base) if self.rope_width else None
-        context = rope, band(pos, self.window) if T > self.window + 1 else None  # else windows see everything
+        context = self.context(pos)
         x = c.emb_scale * self.transformer.wte(idx)
         if self.transformer.wpe is not None:
             x = x + self.transformer.wpe(pos)

@@ -175,13 +175,17 @@ def git_commit():
 # signals, and what ranks agree on
 
 
-def largest_of_ranks(m, value):
+def largest_of_ranks(m, value, op=dist.ReduceOp.MAX):
     """The largest of all ranks' integers, agreed on between CPUs: no device is waited for."""
     if m.cpu_group is None:
         return value
     value = torch.tensor([value])
-    dist.all_reduce(value, op=dist.ReduceOp.MAX, group=m.cpu_group)
+    dist.all_reduce(value, op=op, group=m.cpu_group)
     return int(value)
+
+
+def sum_of_ranks(m, value):
+    return largest_of_ranks(m, value, dist.ReduceOp.SUM)
 
 
 def on_first_rank(m, work):

@@ -9,6 +9,7 @@ is the run that was not, any number of processes trains on the same batches, and
 """
 
 import contextlib
+import functools
 import itertools
 import math
 import os
@@ -28,10 +29,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from configurator import LOCAL_RANK, ROOT, command, configure, peak_memory, setup, tell
-from count import training_flops
+from count import flops
 from data.dataset import Split, find_data, make_tokenizer, read_meta
+from diagnose import diagnose, norms_of_weights
 from generate import stream
 from model import GPT, GPTConfig, check, check_least, load_checkpoint
+from objective import OBJECTIVE, SAMPLING, Objective, check_loops, loops_at
+from optimizer import OPTIMIZER, SCHEDULE, lr_at, make_optimizers, set_rates
 from storage import (
     Log,
     Signals,
@@ -43,6 +47,7 @@ from storage import (
     open_out_dir,
     save_checkpoint,
     set_broken_aside,
+    sum_of_ranks,
 )
 
 
@@ -54,6 +59,7 @@ class TrainConfig:
     log_interval: int = 1  # steps between lines
     eval_iters: int = 200  # batches per evaluated split, evenly spread; 0 = all of val, and as many of train
     eval_only: bool = False  # evaluate and leave
+    diagnose: int = 0  # steps between looks at states and gradients, see diagnose.py; 0 = none
     always_save_checkpoint: bool = True  # accepted for nanoGPT's sake: ckpt.pt is always the last
     init_from: str = 'scratch'  # scratch, resume, auto (either), or weights: a path, gpt2[-xl], ouro:FOLDER
     sample_tokens: int = 200  # tokens of the sample printed at the end; 0 = none
@@ -65,12 +71,28 @@ class TrainConfig:
     gradient_accumulation_steps: int = 1  # micro-batches per step, over all processes together
     batch_size: int = 12  # sequences per micro-batch
     baseline: str = ''  # what looping is worth: same_params (one loop), same_flops (as many plain layers)
-    # optimizer (AdamW)
+    # objective
+    objective: str = (
+        'end'  # loops that learn: end the last, step all, few the last third, exit and gate as Ouro
+    )
+    beta: float = 0.1  # of objective exit: the weight of the exits' entropy
+    gate_ahead: bool = False  # of objective gate: the gate of a loop learns whether the next one improves
+    loop_sampling: str = 'fixed'  # loops of a step: n_loop, uniform 1 to 2 n_loop - 1, poisson median n_loop
+    loop_max: int | None = None  # the most that sampling draws; poisson, whose mean is n_loop + 1, needs it
+    loop_warmup: int = 0  # steps over which n_loop grows from 1
+    max_flops: float | None = None  # end when training has cost so many FLOPs; None = at max_iters
+    # optimizer
+    optimizer: str = 'adamw'  # or muon: it takes the matrices of blocks and injection, AdamW the rest
     learning_rate: float = 6e-4  # the highest
+    matrix_lr: float | None = None  # of the matrices in blocks and of the injection; None = learning_rate
+    embedding_lr: float | None = None  # None = learning_rate
+    head_lr: float | None = None  # of an untied head; None = learning_rate
+    lr_width: int | None = None  # AdamW's rates are for this n_embd: times sqrt(lr_width / n_embd)
     max_iters: int = 600000  # steps
-    weight_decay: float = 0.1  # of matrices; not of the injection, which starts as the identity
-    beta1: float = 0.9  # of the mean of gradients
-    beta2: float = 0.95  # of the mean of their squares
+    weight_decay: float = 0.1  # of matrices, beside Muon of its alone; never of the injection
+    beta1: float = 0.9  # of AdamW's mean of gradients
+    beta2: float = 0.95  # of their squares' mean
+    adam_eps: float = 1e-8  # added to the root of the latter
     grad_clip: float = 1.0  # largest norm of the gradient; 0 = any
     max_bad_steps: int = 3  # so many steps in a row without a finite gradient end the run
     patience: int = 0  # stop after so many evaluations without a new best loss; 0 = never
@@ -93,9 +115,11 @@ class TrainConfig:
     def __post_init__(self):
         """Raises ValueError for a value outside its range."""
         check_least(self, 1, 'eval_interval', 'log_interval', 'gradient_accumulation_steps', 'batch_size')
-        check_least(self, 1, 'max_bad_steps', 'peak_flops')
+        check_least(self, 1, 'max_bad_steps', 'peak_flops', 'loop_max', 'max_flops', 'lr_width')
         check_least(self, 0, 'eval_iters', 'sample_tokens', 'max_iters', 'warmup_iters', 'lr_decay_iters')
         check_least(self, 0, 'weight_decay', 'grad_clip', 'patience', 'seed', 'learning_rate', 'min_lr')
+        check_least(self, 0, 'matrix_lr', 'embedding_lr', 'head_lr', 'beta', 'loop_warmup', 'diagnose')
+        check_least(self, 0, 'adam_eps')
         for key in ('beta1', 'beta2', 'warmdown_frac'):
             check(0 <= getattr(self, key) < 1, key, getattr(self, key), 'at least 0 and below 1')
         check(self.seed < 2**63, 'seed', self.seed, 'below 2**63')
@@ -103,63 +127,19 @@ class TrainConfig:
         check(lowest, 'min_lr', self.min_lr, f'at most learning_rate={self.learning_rate}')
         wanted = 'same_params, same_flops or nothing'
         check(self.baseline in BASELINE, 'baseline', self.baseline, wanted)
-        check(self.lr_schedule in SCHEDULE, 'lr_schedule', self.lr_schedule, f'one of {", ".join(SCHEDULE)}')
+        tables = dict(lr_schedule=SCHEDULE, objective=OBJECTIVE, loop_sampling=SAMPLING, optimizer=OPTIMIZER)
+        for key, table in tables.items():
+            check(getattr(self, key) in table, key, getattr(self, key), f'one of {", ".join(table)}')
 
 
-# -----------------------------------------------------------------------------
-# baseline, schedule, objective, optimizer
-
-ONCE = dict(n_loop=1, bptt_k=None)
+# what a looped model is to be compared with, applied after all other keys
+ONCE = dict(n_loop=1, bptt_k=None, objective='end', loop_sampling='fixed', loop_max=None, loop_warmup=0)
 PLAIN = dict(ONCE, input_injection='passthrough', state_init='prelude', state_std=None)
-BASELINE = {  # the model that a looped one is to be compared with, applied after all other keys
+BASELINE = {
     '': lambda c: {},
     'same_params': lambda c: ONCE,
     'same_flops': lambda c: dict(PLAIN, n_block=c.n_block * c.n_loop),
 }
-
-SCHEDULE = {  # share of the way from min_lr to learning_rate, `left` steps before the end of `warm` + `rest`
-    'cosine': lambda left, warm, rest, c: 0.5 * (1 - math.cos(math.pi * left / rest)),
-    'linear': lambda left, warm, rest, c: min(1.0, left / max(1e-9, c.warmdown_frac * (warm + rest))),
-}
-
-
-def lr_at(step, c):
-    """The learning rate of a step; the first step is 0."""
-    if step < c.warmup_iters:
-        return c.learning_rate * (step + 1) / (c.warmup_iters + 1)
-    if not c.decay_lr:
-        return c.learning_rate
-    end = c.max_iters if c.lr_decay_iters is None else c.lr_decay_iters
-    rest = max(1, end - c.warmup_iters)
-    share = SCHEDULE[c.lr_schedule](min(rest, max(0, end - step)), c.warmup_iters, rest, c)
-    return c.min_lr + share * (c.learning_rate - c.min_lr)
-
-
-class Objective(nn.Module):
-    """The loss of a batch, a weighting of the model's loss table: the last iteration's mean over targets."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, idx, targets):
-        ce, _ = self.model.table(idx, targets, rows=(-1,))
-        return ce.sum() / (targets != -1).sum().clamp(min=1)
-
-
-def make_optimizer(model, c):
-    """AdamW in two groups: matrices decay; norms, biases and injection do not. Returns it and both groups."""
-    decay, other = {}, {}
-    for name, p in model.named_parameters():
-        if name.startswith('exit_gate.'):
-            # this loss teaches it nothing, and DDP waits for every gradient that is asked for
-            p.requires_grad_(False)
-            continue
-        (decay if p.dim() >= 2 and not name.startswith('inject.') else other)[name] = p
-    groups = [dict(params=[*decay.values()], weight_decay=c.weight_decay), dict(params=[*other.values()])]
-    options = dict(lr=c.learning_rate, betas=(c.beta1, c.beta2), weight_decay=0.0, fused=True)
-    return torch.optim.AdamW(groups, **options), (decay, other)
-
 
 # -----------------------------------------------------------------------------
 # batches and steps
@@ -187,36 +167,52 @@ def draw_ahead(split, c, m, step):
             yield batch
 
 
-def train_step(objective, optimizer, scaler, batches, c, m, stopped=lambda: False):
+def train_step(objective, optimizers, scaler, batches, n_loop, c, m, stopped=lambda: False, look=None):
     """One optimizer step: this rank's micro-batches, clipping of the reduced gradient, update.
 
-    batches yields draw's triples. Returns this rank's mean loss and the gradient's norm before clipping, as
-    floats; there is no update if the norm is not finite. None if stopped() between micro-batches.
+    batches yields draw's triples. Every target that counts weighs the same, whatever its micro-batch. look:
+    called with a micro-batch before its pass, and without one when the gradient is clipped. Returns this
+    rank's part of the loss, the gradient's norm before clipping and what else the objective logs, as floats;
+    there is no update if the norm is not finite. None if stopped() between micro-batches.
     """
-    micros = c.gradient_accumulation_steps // m.world
-    total = torch.zeros((), device=m.device)
+    micros, cuda = c.gradient_accumulation_steps // m.world, m.kind == 'cuda'
+    sums, targets_seen = {}, 0
     for micro in range(micros):
         if micro and stopped():
             return None
         *pair, seed = next(batches)
-        if m.kind == 'cuda':
-            pair = [x.pin_memory() for x in pair]
-        idx, targets = (x.to(m.device, non_blocking=m.kind == 'cuda') for x in pair)
+        targets_seen += int((pair[1] != -1).sum())
+        idx, targets = (
+            x.pin_memory().to(m.device, non_blocking=True) if cuda else x.to(m.device) for x in pair
+        )
+        if look and micro == 0:
+            torch.manual_seed(seed)
+            look(idx, targets)
         objective.require_backward_grad_sync = micro == micros - 1  # DDP reduces the gradient once per step
         torch.manual_seed(seed)
         with m.autocast():
-            loss = objective(idx, targets) / micros
-        scaler.scale(loss).backward()
-        total += loss.detach()
-    scaler.unscale_(optimizer)
-    params = [p for group in optimizer.param_groups for p in group['params']]
+            loss, more = objective(idx, targets, n_loop)
+        scaler.scale(loss / micros).backward()
+        for name, x in dict(more, loss=loss.detach()).items():
+            sums[name] = sums.get(name, 0.0) + x / micros
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
+    params = [p for optimizer in optimizers for group in optimizer.param_groups for p in group['params']]
+    masked = targets.numel() * micros * m.world / max(1, sum_of_ranks(m, targets_seen))
+    if masked != 1:
+        torch._foreach_mul_([p.grad for p in params if p.grad is not None], masked)
     norm = nn.utils.clip_grad_norm_(params, c.grad_clip or math.inf)
-    loss, norm = torch.stack((total, norm)).tolist()  # the one place where the host waits for the device
-    if math.isfinite(norm) or scaler.is_enabled():  # the scaler leaves out the update by itself
-        scaler.step(optimizer)
-        scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    return loss, norm
+    # the one place where the host waits for the device
+    *values, norm = torch.stack([*sums.values(), norm]).tolist()
+    if look:
+        look()
+    for optimizer in optimizers:
+        if math.isfinite(norm):
+            scaler.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
+    scaler.update()  # of a disabled scaler: nothing
+    more = {name: value * masked for name, value in zip(sums, values, strict=True)}
+    return more.pop('loss'), norm, more
 
 
 @torch.no_grad()
@@ -283,6 +279,12 @@ def build_model(c, meta, checkpoint):
     return model
 
 
+def flops_of(model, c, n_loop):
+    """FLOPs per token of a training step with n_loop loops."""
+    aim = OBJECTIVE[c.objective]
+    return sum(flops(model, n_loop, len(aim.rows(n_loop)))['forward' if aim.frozen else 'training'].values())
+
+
 class Run:
     """A run: its model, data, optimizer, step (updates made) and best validation loss.
 
@@ -297,6 +299,8 @@ class Run:
         folder, self.meta = prepare_data(c, m)
         self.model = build_model(c, self.meta, checkpoint).to(m.device)
         c.update(asdict(self.model.config))
+        self.tokens = c.gradient_accumulation_steps * c.batch_size * c.block_size  # of a step
+        check_loops(c, self.model.config)
         self.splits = {s: Split(folder, self.meta, s, c.block_size, c.vocab_size) for s in ('train', 'val')}
         if m.compile:
             for block in self.model.blocks():
@@ -309,6 +313,10 @@ class Run:
         self.saved = self.step if resuming else None
         alike = -largest_of_ranks(m, -self.step) == largest_of_ranks(m, self.step)
         check(alike, 'out_dir', c.out_dir, 'a folder that all machines share')
+        self.flops = functools.cache(lambda n_loop: flops_of(self.model, c, n_loop))  # of a token
+        self.spent = self.state.get('flops', 0.0)
+        self.loops = set(self.state.get('loops_trained', ()))
+        self.end = c.max_iters if c.max_flops is None else self.last_step()
         self.bad = 0  # steps in a row without an update
         self.lock = self.log = None
         self.first = self.step
@@ -327,13 +335,11 @@ class Run:
         """Opens out_dir, makes the optimizer and prints what will be trained."""
         c, m, state = self.c, self.m, self.state
         on_first_rank(m, self.open)
-        self.optimizer, groups = make_optimizer(self.model, c)
+        self.objective = self.plain = Objective(self.model, c)
+        self.optimizers, lines = make_optimizers(self.model, c)
         self.scaler = torch.amp.GradScaler(m.kind, enabled=m.dtype == torch.float16)
         if state:
-            old_groups = state['optimizer']['param_groups']
-            for then, now in zip(old_groups, self.optimizer.param_groups, strict=True):
-                then.update(now | dict(params=then['params']))  # as the keys say now
-            self.optimizer.load_state_dict(state['optimizer'])
+            self.load_optimizers(state['optimizer'])
             if state['scaler'] and self.scaler.is_enabled():
                 self.scaler.load_state_dict(state['scaler'])
             for now, then, what in (
@@ -346,20 +352,39 @@ class Run:
             self.say(f'resuming at step {self.step}')
         self.git = git_commit()
         self.state = None  # lets go of its memory
-        self.objective = Objective(self.model)
         if m.world > 1:
             self.objective = DistributedDataParallel(self.objective)
             self.objective.broadcast_buffers = False  # the noise table is the same everywhere
-        self.tokens = c.gradient_accumulation_steps * c.batch_size * c.block_size
-        self.flops = training_flops(self.model)
         micros = f'{c.gradient_accumulation_steps} x {c.batch_size} x {c.block_size}'
         layers = f'{self.model.config.depth} ({c.n_prelude} + {c.n_block} x {c.n_loop} + {c.n_coda})'
         self.say(f'tokens per iteration will be: {self.tokens:,} ({micros}, over {m.world} process(es))')
         self.say(f'number of parameters: {self.model.num_params() / 1e6:.2f}M')
-        self.say(f'executed layers: {layers}, training FLOPs per token: {self.flops:.4g}')
-        for kind, group in zip(('decayed', 'non-decayed'), groups, strict=True):
-            size = sum(p.numel() for p in group.values())
-            self.say(f'num {kind} parameter tensors: {len(group)}, with {size:,} parameters')
+        self.say(f'executed layers: {layers}, training FLOPs per token: {self.flops(c.n_loop):.4g}')
+        for line in lines:
+            self.say(line)
+        if self.end < c.max_iters:
+            self.say(f'max_flops={c.max_flops:.4g} are spent after {self.end:,} steps')
+
+    def load_optimizers(self, states):
+        """Takes over the optimizers' states; rates and the like are as the keys say now."""
+        states, held = states if isinstance(states, list) else [states], self.optimizers
+        sizes = [[len(group['params']) for group in state['param_groups']] for state in states]
+        alike = sizes == [[len(group['params']) for group in o.param_groups] for o in held]
+        wanted = 'the optimizer and the objective of the checkpoint; init_from=PATH takes its weights alone'
+        check(alike, 'optimizer', self.c.optimizer, wanted)
+        for optimizer, state in zip(held, states, strict=True):
+            for then, now in zip(state['param_groups'], optimizer.param_groups, strict=True):
+                then.update(now | dict(params=then['params']))
+            optimizer.load_state_dict(state)
+
+    def last_step(self):
+        """The number of steps after which max_flops are spent, no more than max_iters."""
+        c, spent = self.c, 0.0
+        for step in range(c.max_iters):
+            if spent >= c.max_flops:
+                return step
+            spent += self.flops(loops_at(step, c)) * self.tokens
+        return c.max_iters
 
     def open(self):
         """Locks out_dir, moves what must not be overwritten out of the way, and opens the log."""
@@ -379,9 +404,10 @@ class Run:
         kept = 'none' if self.saved is None else f'step {self.saved}'
         wanted = f'a lower one, the weights are not finite; the last good checkpoint: {kept}'
         check(finite, 'learning_rate', self.c.learning_rate, wanted)
+        states = [optimizer.state_dict() for optimizer in self.optimizers]
         checkpoint = dict(
             model=self.model.state_dict(),
-            optimizer=self.optimizer.state_dict(),
+            optimizer=states if len(states) > 1 else states[0],
             scaler=self.scaler.state_dict(),
             model_args=asdict(self.model.config),
             iter_num=self.step,
@@ -392,7 +418,8 @@ class Run:
             rng=dict(seed=self.c.seed),  # all there is: randomness is a function of it and the place
             machine=self.machine(),
             tokenizer=self.meta['tokenizer'],
-            loops_trained=[self.c.n_loop],
+            loops_trained=sorted(self.loops) or [self.c.n_loop],
+            flops=self.spent,
             git=self.git,
             format_version=1,
         )
@@ -426,9 +453,9 @@ class Run:
         c, whole = self.c, False
         self.start()
         batches = draw_ahead(self.splits['train'], c, self.m, self.step)
-        clock, since = time.time(), self.step
+        clock, since, spent = time.time(), self.step, self.spent
         while not self.stopped():
-            due = self.step % c.eval_interval == 0 or self.step >= c.max_iters
+            due = self.step % c.eval_interval == 0 or self.step >= self.end
             if due and self.step > self.evaluated:
                 try:
                     if not self.evaluate():
@@ -437,22 +464,27 @@ class Run:
                     if self.m.world > 1 or not self.stopped():
                         raise
                     continue  # a signal has reached the compiler, too
-                clock, since = time.time(), self.step
-            whole = self.step >= c.max_iters or 0 < c.patience <= self.stale
+                clock, since, spent = time.time(), self.step, self.spent
+            whole = self.step >= self.end or 0 < c.patience <= self.stale
             if whole:
                 break
-            lr = lr_at(self.step, c)
-            for group in self.optimizer.param_groups:
-                group['lr'] = lr
-            result = train_step(self.objective, self.optimizer, self.scaler, batches, c, self.m, self.stopped)
+            lr, n_loop = lr_at(self.step, c, self.end), loops_at(self.step, c)
+            set_rates(self.optimizers, self.step, lr)
+            looks = c.diagnose and self.step % c.diagnose == 0 and self.m.rank == 0
+            look = functools.partial(self.look, n_loop) if looks else None
+            held = self.objective, self.optimizers, self.scaler
+            result = train_step(*held, batches, n_loop, c, self.m, self.stopped, look)
             if result is None:
                 continue
-            self.judge(*result)
+            loss, norm, more = result
+            self.judge(loss, norm)
             self.step += 1
+            self.spent += self.flops(n_loop) * self.tokens
+            self.loops.add(n_loop)
             if (self.step - 1) % c.log_interval == 0:
-                seconds = (time.time() - clock) / (self.step - since)
-                clock, since = time.time(), self.step
-                self.log_step(*result, lr, seconds)
+                cost = (time.time() - clock) / (self.step - since), (self.spent - spent) / (self.step - since)
+                clock, since, spent = time.time(), self.step, self.spent
+                self.log_step(loss, norm, more, lr, n_loop, *cost)
         if self.saved != self.step:
             self.save()
         return whole
@@ -470,23 +502,41 @@ class Run:
         wanted += f'try a lower one; the last good checkpoint: {kept}'
         check(self.bad < self.c.max_bad_steps, 'learning_rate', self.c.learning_rate, wanted)
 
-    def log_step(self, loss, norm, lr, seconds):
-        """Logs the step that was made last; seconds: per step since the last line."""
-        c, m, step = self.c, self.m, self.step - 1
+    def look(self, n_loop, *batch):
+        """train_step's look: at a micro-batch, then at the gradient; logs what was found."""
+        if batch:
+            self.found = diagnose(self.plain, *batch, n_loop, self.m.autocast)
+            return
+        self.found |= norms_of_weights(self.model)
+        last = f'/loop_{n_loop - 1:02d}'
+        names = [f'hidden_norm{last}', f'change{last}', f'cosine{last}', 'kl/loop_00']
+        text = ', '.join(f'{name} {self.found[name]:.4g}' for name in names if name in self.found)
+        self.log.write(f'look {self.step}: {text}', {'iter': self.step, **self.found})
+
+    def log_step(self, loss, norm, more, lr, n_loop, seconds, flops):
+        """Logs the step that was made last; seconds and FLOPs: per step since the last line."""
+        m, step = self.m, self.step - 1
         if m.cpu_group:
-            losses = torch.tensor(loss, dtype=torch.float64)
+            losses = torch.tensor([loss, *more.values()], dtype=torch.float64)
             dist.all_reduce(losses, group=m.cpu_group)
-            loss = losses.item() / m.world
+            loss, *rest = (losses / m.world).tolist()
+            more = dict(zip(more, rest, strict=True))
         if m.rank > 0:
             return
         rate, ms = self.tokens / seconds, 1000 * seconds
-        mfu = self.flops * rate / (m.peak * m.world) if m.peak else None
-        left = timedelta(seconds=min(10**9, round(seconds * (c.max_iters - self.step))))
+        mfu = flops / seconds / (m.peak * m.world) if m.peak else None
+        left = timedelta(seconds=min(10**9, round(seconds * (self.end - self.step))))
         eta = left if step > self.first else '?'  # the first step compiles
         text = f'iter {step}: loss {loss:.4f}, time {ms:.2f}ms, mfu {f"{mfu:.2%}" if mfu else "n/a"}'
-        text += f', grad {norm:.2f}, lr {lr:.1e}, tok/s {rate:,.0f}, loops {c.n_loop}, eta {eta}'
+        text += f', grad {norm:.2f}, lr {lr:.1e}, tok/s {rate:,.0f}, loops {n_loop}, eta {eta}'
         record = {'iter': step, 'train/loss': loss, 'train/grad_norm': norm, 'lr': lr, 'mfu': mfu}
-        self.log.write(text, record | {'train/ms': ms, 'train/tok_per_sec': rate, 'train/loops': c.n_loop})
+        record |= {
+            'train/ms': ms,
+            'train/tok_per_sec': rate,
+            'train/loops': n_loop,
+            'train/flops': self.spent,
+        }
+        self.log.write(text, record | {f'train/{name}': value for name, value in more.items()})
 
     def show(self, signals):
         """Prints a short sample, until a signal comes."""

@@ -1,7 +1,7 @@
 # In the style of Huginn: 2 + 4x32 + 2 layers from a random state, gradient through the last 8 iterations.
 # paper: arXiv:2502.05171. differs from the released model: 768 wide instead of 5280, GPT-2's tokens,
 # no biases on q and k, a norm of its own at the end of an iteration and before the head where it has one for
-# both, 32 loops in every step instead of a sampled number. Not trained yet.
+# both, AdamW as torch has it. Not trained yet.
 # cost: 5.1e19 FLOPs, calculated: 4.5 hours on 8 H100 at 40 % of their bfloat16 peak.
 #   python data/fineweb_edu/prepare.py
 #   torchrun --standalone --nproc_per_node=8 train.py config/train_huginn_style.py
@@ -21,6 +21,8 @@ decay_lr = False  # constant after the warm-up
 
 n_prelude, n_block, n_coda, n_loop = 2, 4, 2, 32
 bptt_k = 8
+loop_sampling = 'poisson'  # 33 loops on average
+loop_max = 128
 input_injection = 'inject'
 state_init = 'random'
 state_std = 0.6325  # sqrt(2 / 5)

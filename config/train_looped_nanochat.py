@@ -1,6 +1,7 @@
 # Looped nanochat: 2 + 4x4 + 2 layers, wide as its `size` dial says: 20 is 328M parameters, 574M effective.
-# source: github.com/LoopedLMs/looped_nanochat. differs: GPT-2's tokens instead of its own 65,536, AdamW in
-# place of Muon with AdamW, four loops in every step instead of a sampled number. Not trained yet.
+# source: github.com/LoopedLMs/looped_nanochat. differs: GPT-2's tokens instead of its own 65,536; torch's
+# Muon, without variance reduction and cautious or falling decay, takes q, k and v of a layer together; one draw
+# of loops for a whole step. Not trained yet.
 # cost: 1.4e19 FLOPs at size 20, calculated: 1.2 hours on 8 H100 at 40 % of their bfloat16 peak.
 #   python data/fineweb_edu/prepare.py
 #   torchrun --standalone --nproc_per_node=8 train.py config/train_looped_nanochat.py --size=12
@@ -21,6 +22,17 @@ warmup_iters = 0
 lr_schedule = 'linear'
 warmdown_frac = 0.4
 min_lr = 0.0
+grad_clip = 0.0
+optimizer = 'muon'
+matrix_lr = 0.02
+embedding_lr = 0.3
+head_lr = 0.004
+learning_rate = 0.005  # of the norms
+lr_width = 768  # the width that AdamW's rates are for
+beta1, beta2, adam_eps = 0.8, 0.95, 1e-10
+weight_decay = 0.086  # 0.2 times the effective parameters of size 12 / those of size 20
+loop_sampling = 'poisson'
+loop_max = 16
 
 size = 20
 n_prelude, n_block, n_coda, n_loop = 2, 4, 2, 4

@@ -1,6 +1,6 @@
 # LT_i: the input is added to the state before every iteration.
 # paper: Fully Looped Transformer, github.com/FuRuF-11/FullyLoopedTransformer: 6 layers x 12 loops, 384 wide.
-# differs: GPT-2's tokens instead of Qwen's, AdamW instead of Muon with AdamW. Not trained yet.
+# differs: GPT-2's tokens instead of Qwen's; Muon takes q, k and v of a layer together. Not trained yet.
 # cost: 3.2e18 FLOPs, calculated: 20 minutes on 8 H100 at 40 % of their bfloat16 peak.
 #   python data/fineweb_edu/prepare.py
 #   torchrun --standalone --nproc_per_node=8 train.py config/train_lt_i.py
@@ -21,6 +21,13 @@ log_interval = 10
 warmup_iters = 0
 lr_schedule = 'linear'
 min_lr = 0.0
+optimizer = 'muon'
+matrix_lr = 0.02
+embedding_lr = 0.2
+learning_rate = 0.004  # of the head
+lr_width = 768  # the width that AdamW's rates are for
+beta1, beta2, adam_eps = 0.8, 0.95, 1e-10
+weight_decay = 0.0
 
 n_prelude, n_block, n_coda, n_loop = 0, 6, 0, 12
 input_injection = 'add'

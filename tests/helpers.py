@@ -87,8 +87,11 @@ ACT = {
 }
 
 
-def by_hand(weights, c, idx, n_loop=None, cut=None):
-    """Logits (B, T, V) of a state dict, the equations written out. cut: detach the state before that loop."""
+def by_hand(weights, c, idx, n_loop=None, cut=None, until='logits'):
+    """Logits (B, T, V) of a state dict, the equations written out, or until='state' the loop's last state.
+
+    cut: detach the state before that loop.
+    """
     eps = c.norm_eps or (1e-5 if c.norm == 'layernorm' else 1e-6)
     small = c.norm_eps or 1e-6
 
@@ -164,6 +167,8 @@ def by_hand(weights, c, idx, n_loop=None, cut=None):
         for j in range(c.n_block):
             u = block(u, f'transformer.recur.{j}.', s, takes[j])
         s = norm(u, 'norm_recur', c.norm_loop)
+    if until == 'state':
+        return s
     for i in range(c.n_coda):
         s = block(s, f'transformer.coda.{i}.')
     logits = norm(s, 'transformer.ln_f', c.norm_final) @ weights['lm_head.weight'].T

@@ -11,7 +11,9 @@ import model as model_file
 from count import flops
 from generate import choose
 from model import GPT, INIT, INJECT, MLP, NORM, PLACE, POS, GPTConfig, load_checkpoint
-from train import Objective, TrainConfig, make_optimizer
+from objective import Objective
+from optimizer import make_optimizers
+from train import TrainConfig
 
 SIZES = dict(block_size=16, vocab_size=23, n_head=2, n_embd=12, n_prelude=1, n_block=2, n_coda=1, n_loop=3)
 PAIRS = [(injection, state) for injection in INJECT for state in INJECT[injection].states]
@@ -63,9 +65,10 @@ def test_every_accepted_combination_works(injection, state, place):
                 p.fill_(math.nan)
         model.init_weights()
         assert all(p.isfinite().all() for p in model.parameters())
-        optimizer, _ = make_optimizer(model, TrainConfig())
-        held = [p for group in optimizer.param_groups for p in group['params']]
-        assert sorted(map(id, held)) == sorted(map(id, model.parameters()))
+        for optimizer in ('adamw', 'muon'):
+            optimizers, _ = make_optimizers(model, TrainConfig(optimizer=optimizer))
+            held = [p for o in optimizers for group in o.param_groups for p in group['params']]
+            assert sorted(map(id, held)) == sorted(map(id, model.parameters()))
         randomize(model).eval()
         seen = []
         keep = lambda _, __, x, seen=seen: seen.append(x.retain_grad() or x)  # noqa: E731
@@ -75,7 +78,7 @@ def test_every_accepted_combination_works(injection, state, place):
         per_position = seen[0].grad[0].abs().sum(-1)
         assert (per_position[:10] > 0).all() and (per_position[10:] == 0).all(), keys
         hook.remove()
-        Objective(model)(*tokens()).backward()
+        Objective(model, TrainConfig())(*tokens(), n_loop=3)[0].backward()
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters()), keys
 
 
@@ -431,14 +434,6 @@ def test_too_long_an_input_and_no_loops_are_refused():
         make()(torch.zeros(1, 17, dtype=torch.long))
     with pytest.raises(ValueError, match='n_loop=0'):
         make()(tokens()[0], n_loop=0)
-
-
-def test_a_gate_that_no_loss_teaches_is_left_out_of_the_optimizer():
-    model = make(exit_gate=True)
-    optimizer, _ = make_optimizer(model, TrainConfig())
-    held = {p for group in optimizer.param_groups for p in group['params']}
-    assert held == set(model.parameters()) - set(model.exit_gate.parameters())
-    assert not any(p.requires_grad for p in model.exit_gate.parameters())
 
 
 def test_the_other_initialisations_are_their_papers():

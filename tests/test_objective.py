@@ -1,0 +1,296 @@
+"""Objectives against their formulas written out, the memory tricks against none, and the loops of a step."""
+
+import math
+import types
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from helpers import by_hand, load, randomize, read_log
+from test_recipes import RECIPES, build
+
+import model as model_file
+from model import GPT, GPTConfig
+from objective import OBJECTIVE, SAMPLING, Objective, exit_distribution, loops_at
+from optimizer import lr_at, make_optimizers, momentum_at, set_rates
+from train import TrainConfig, flops_of, main, train_step
+
+SIZES = dict(block_size=12, vocab_size=23, n_head=2, n_embd=12, n_prelude=1, n_block=2, n_coda=1, n_loop=4)
+M = types.SimpleNamespace(rank=0, world=1, device='cpu', kind='cpu', cpu_group=None, autocast=nullcontext)
+
+
+def make(objective, **keys):
+    """(objective, its model) in double precision with random weights."""
+    model = randomize(GPT(GPTConfig(**SIZES | dict(exit_gate=True)))).double()
+    return Objective(model, TrainConfig(objective=objective, **keys)), model
+
+
+def batch(seed=0, B=3, T=12):
+    ids = torch.randint(23, (B, T + 1), generator=torch.Generator().manual_seed(seed))
+    targets = ids[:, 1:].clone()
+    targets[0, 2:7] = targets[1, 11] = -1
+    return ids[:, :-1].clone(), targets
+
+
+def rows_by_hand(model, idx, targets, n_loop):
+    """(weights, cross-entropies and gates of every loop): lists of (B, T), differentiable in the weights."""
+    w = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    w['lm_head.weight'] = w['transformer.wte.weight']
+    ce, gates = [], []
+    for n in range(1, n_loop + 1):
+        p = by_hand(w, model.config, idx, n_loop=n).log_softmax(-1)
+        ce.append(-p.gather(-1, targets.clamp(min=0)[..., None])[..., 0])
+        s = by_hand(w, model.config, idx, n_loop=n, until='state')
+        gates.append((s @ w['exit_gate.weight'][0] + w['exit_gate.bias']).sigmoid())
+    return w, ce, gates
+
+
+def exit_by_hand(ce, gates, beta):
+    left, p = 1.0, []
+    for g in gates[:-1]:
+        p.append(left * g)
+        left = left * (1 - g)
+    p.append(left)
+    return sum(a * b for a, b in zip(p, ce, strict=True)) + beta * sum(a * a.log() for a in p)
+
+
+def gate_by_hand(ce, gates, ahead):
+    loss = 0.0
+    for r in range(1, len(ce)):
+        improvement = (ce[r - 1] - ce[r]).detach().clamp(min=0)
+        label = 1 / (1 + torch.exp(-50 * (improvement - 0.005)))
+        go_on = 1 - gates[r - 1 if ahead else r]
+        loss = loss - label * go_on.log() - (1 - label) * (1 - go_on).log()
+    return loss / len(ce)
+
+
+FORMULAS = {
+    'end': lambda ce, gates: ce[-1],
+    'step': lambda ce, gates: sum(ce) / len(ce),
+    'few': lambda ce, gates: sum(ce[2 * len(ce) // 3 :]) / math.ceil(len(ce) / 3),
+    'exit': lambda ce, gates: exit_by_hand(ce, gates, 0.07),
+    'gate': lambda ce, gates: gate_by_hand(ce, gates, False),
+    'gate_ahead': lambda ce, gates: gate_by_hand(ce, gates, True),
+}
+
+
+@pytest.mark.parametrize('n_loop', [2, 3, 4])
+@pytest.mark.parametrize('name', FORMULAS)
+def test_objectives_and_their_gradients_are_their_formulas(name, n_loop):
+    ahead = name == 'gate_ahead'
+    objective, model = make('gate' if ahead else name, beta=0.07, gate_ahead=ahead)
+    idx, targets = batch()
+    loss, more = objective(idx, targets, n_loop)
+    w, ce, gates = rows_by_hand(model, idx, targets, n_loop)
+    counted = targets != -1
+    expected = (FORMULAS[name](ce, gates) * counted).sum() / targets.numel()
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-10)
+    loss.backward()
+    expected.backward()
+    frozen = objective.aim.frozen
+    for key, p in model.named_parameters():
+        gate = key.startswith('exit_gate')
+        if (frozen and not gate) or (gate and not objective.aim.gated):
+            assert p.grad is None and not p.requires_grad, key
+        else:
+            assert p.grad.abs().sum() > 0 and torch.allclose(p.grad, w[key].grad, atol=1e-10), key
+    for row in objective.aim.rows(n_loop) if len(objective.aim.rows(n_loop)) > 1 else ():
+        expected = (ce[row] * counted).sum() / targets.numel()
+        assert more[f'loss/loop_{row:02d}'].item() == pytest.approx(expected.item(), abs=1e-10)
+
+
+def test_rows_of_the_objectives():
+    rows = {name: [aim.rows(n) for n in (1, 2, 3, 4, 6, 9, 12)] for name, aim in OBJECTIVE.items()}
+    assert rows['few'] == [(0,), (1,), (2,), (2, 3), (4, 5), (6, 7, 8), (8, 9, 10, 11)]  # FLT's
+    assert rows['end'][3] == (3,) and rows['step'][3] == rows['exit'][3] == rows['gate'][3] == (0, 1, 2, 3)
+
+
+def test_end_is_the_last_row_of_step():
+    idx, targets = batch()
+    end, (_, steps) = make('end')[0](idx, targets, 4)[0], make('step')[0](idx, targets, 4)
+    assert end.item() == pytest.approx(steps['loss/loop_03'].item(), abs=1e-12)
+
+
+def test_exits_of_a_constant_gate():
+    p = exit_distribution(torch.full((4, 2, 3), 0.5))
+    assert torch.equal(p, torch.tensor([0.5, 0.25, 0.125, 0.125])[:, None, None].expand(4, 2, 3))
+    objective, model = make('exit')
+    torch.nn.init.zeros_(model.exit_gate.weight), torch.nn.init.zeros_(model.exit_gate.bias)
+    idx, targets = torch.zeros(1, 12, dtype=torch.long), torch.zeros(1, 12, dtype=torch.long)
+    _, more = objective(idx, targets, 4)
+    assert more['exit_loop'].item() == pytest.approx(0.5 + 2 * 0.25 + 3 * 0.125 + 4 * 0.125)
+    assert more['entropy'].item() == pytest.approx(1.75 * math.log(2))
+
+
+@pytest.mark.parametrize('name', OBJECTIVE)
+def test_gates_that_are_certain_give_finite_gradients(name):
+    objective, model = make(name)
+    for value in (80.0, -80.0):
+        torch.nn.init.constant_(model.exit_gate.bias, value)
+        objective(*batch(), 4)[0].backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize('name', OBJECTIVE)
+def test_masked_tokens_change_nothing_however_the_batch_is_cut(name):
+    """The step of four uneven micro-batches is that of the mean over all targets that count."""
+    idx, targets = batch(B=4)
+    targets[3] = -1
+    for micros in (1, 2, 4):
+        objective, model = make(name)
+        loss, _ = objective(idx, targets, 4)
+        mean = loss * targets.numel() / (targets != -1).sum()
+        learners = [p for p in model.parameters() if p.requires_grad]
+        expected = torch.autograd.grad(mean, learners)
+        before = [p.detach().clone() for p in learners]
+        batches = zip(idx.chunk(micros), targets.chunk(micros), range(micros), strict=True)
+        c = types.SimpleNamespace(gradient_accumulation_steps=micros, grad_clip=0)
+        scaler, sgd = torch.amp.GradScaler('cpu', enabled=False), torch.optim.SGD(learners, lr=1.0)
+        told, _, _ = train_step(objective, [sgd], scaler, batches, 4, c, M)
+        assert told == pytest.approx(mean.item(), abs=1e-10)
+        for old, p, g in zip(before, learners, expected, strict=True):
+            assert torch.allclose(old - p, g, atol=1e-10)
+    assert objective(idx, torch.full_like(targets, -1), 4)[0].item() == 0
+
+
+@pytest.mark.parametrize('name', RECIPES)
+def test_chunks_and_recomputation_change_no_gradient(name, monkeypatch):
+    small = ['--size=1'] if name == 'looped_nanochat' else ['--n_embd=24', '--n_head=2', '--n_block=2']
+    ids = torch.randint(23, (2, 17), generator=torch.Generator().manual_seed(0))
+    results = {}
+    for way in ('plain', 'held', 'recomputed'):
+        model = build(name, *small, f'--recompute={way == "recomputed"}', '--bptt_k=None')[0].float().train()
+        with torch.no_grad():
+            for p in model.parameters():  # a gain of a half at any width: rounding must not be magnified
+                p *= (6 / model.config.n_embd) ** 0.5 if p.dim() > 1 else 1
+        with monkeypatch.context() as patch:
+            if way == 'plain':
+                patch.setattr(model_file, 'recompute', model_file.call)
+            else:
+                patch.setattr(model_file, 'HEAD_CHUNK', 23 * 5)
+            torch.manual_seed(0)  # of the noise
+            ce, gates = model.table(ids[:, :-1], ids[:, 1:], 5, range(5))
+            weigh = torch.linspace(0.5, 1.5, ce.numel()).view_as(ce) / ce.numel()
+            ((ce * weigh).sum() + (0 if gates is None else (gates * weigh).sum())).backward()
+        results[way] = [p.grad for p in model.parameters()]
+    for way in ('held', 'recomputed'):
+        for a, b in zip(results[way], results['plain'], strict=True):
+            assert (a - b).norm() <= 1e-6 * b.norm(), way
+
+
+# -----------------------------------------------------------------------------
+# loops
+
+
+def draws(n, **keys):
+    c = types.SimpleNamespace(objective='end', seed=1, loop_warmup=0, loop_max=None, **keys)
+    return np.array([loops_at(step, c) for step in range(n)])
+
+
+@pytest.mark.parametrize('mean, median, off', [(4, 4, 0.05), (32, 29, 0.3)])
+def test_poisson_draws_huginns_numbers(mean, median, off):
+    n = draws(100_000, n_loop=mean, loop_sampling='poisson')
+    assert n.mean() == pytest.approx(mean + 1, abs=off) and np.median(n) == median and n.min() == 1
+    if mean == 4:
+        assert np.minimum(n, 16).mean() == pytest.approx(4.99, abs=off)
+        assert (n <= 4).mean() == pytest.approx(0.51, abs=0.01)
+
+
+def test_uniform_draws_every_number_around_n_loop():
+    n = draws(5000, n_loop=3, loop_sampling='uniform')
+    assert sorted(set(n)) == [1, 2, 3, 4, 5] and n.mean() == pytest.approx(3, abs=0.1)
+
+
+@pytest.mark.parametrize('sampling', SAMPLING)
+def test_draws_are_functions_of_seed_and_step_within_their_limits(sampling):
+    keys = dict(n_loop=5, loop_sampling=sampling, loop_max=7, loop_warmup=10)
+    c = types.SimpleNamespace(objective='exit', seed=3, **keys)
+    n = [loops_at(step, c) for step in range(300)]
+    assert n == [loops_at(step, c) for step in range(300)] and max(n) <= 7 and min(n) == 2
+    if sampling != 'fixed':
+        c.seed = 4
+        assert n != [loops_at(step, c) for step in range(300)] and max(n) == 7
+
+
+def test_loops_grow_as_published():
+    c = types.SimpleNamespace(objective='end', seed=0, n_loop=6, loop_sampling='fixed', loop_max=None)
+    c.loop_warmup = 100
+    grown = [loops_at(step, c) for step in range(120)]
+    assert grown == [
+        max(1, math.ceil(6 * (1 - math.sqrt(1 - t / 100)))) if t < 100 else 6 for t in range(120)
+    ]
+    assert grown[0] == 1 and grown[99] == 6 and grown == sorted(grown)
+    c.loop_sampling = 'poisson'
+    sampled = [np.mean([loops_at(t, types.SimpleNamespace(**vars(c) | dict(seed=s))) for s in range(300)])
+               for t in (10, 60, 110)]  # fmt: skip
+    assert sampled == pytest.approx([2, 4, 7], abs=0.6)  # targets 1, 3, 6, and one more
+
+
+def test_a_run_ends_when_its_flops_are_spent(call, flags, tmp_path):
+    sampled = [*flags, '--loop_sampling=uniform', '--loop_warmup=5', '--lr_schedule=linear', '--min_lr=0']
+    call(main, *sampled, '--max_iters=12')
+    whole = [line for line in read_log(tmp_path / 'out') if 'lr' in line]
+    limit = whole[7]['train/flops'] - 1  # reached by step 7, the eighth
+    c = types.SimpleNamespace(**load(tmp_path / 'out' / 'ckpt.pt')['config'])
+    model = GPT(GPTConfig(**load(tmp_path / 'out' / 'ckpt.pt')['model_args']))
+    spent = np.cumsum([flops_of(model, c, loops_at(t, c)) * 4 * 8 for t in range(12)])
+    assert [line['train/flops'] for line in whole] == pytest.approx(spent.tolist())
+    assert len({line['train/loops'] for line in whole}) > 1
+    status, out, _ = call(main, *sampled, f'--max_flops={limit:.0f}', f'--out_dir={tmp_path}/short')
+    assert status == 0 and 'are spent after 8 steps' in out
+    saved = load(tmp_path / 'short' / 'ckpt.pt')
+    assert saved['iter_num'] == 8 and saved['loops_trained'] == sorted({loops_at(t, c) for t in range(8)})
+    short = [line for line in read_log(tmp_path / 'short') if 'lr' in line]
+    assert short[-1]['lr'] < 0.7 * max(line['lr'] for line in short)  # the schedule knows the end
+
+
+# -----------------------------------------------------------------------------
+# optimizers
+
+
+def test_muon_takes_the_matrices_of_blocks_and_injection():
+    model = GPT(GPTConfig(**SIZES, tie_weights=False, bias=True))
+    c = TrainConfig(optimizer='muon', matrix_lr=0.02, head_lr=0.004, embedding_lr=0.3, weight_decay=0.2,
+                    learning_rate=0.01, lr_width=48)  # fmt: skip
+    (muon, adamw), _ = make_optimizers(model, c)
+    named = {id(p): name for name, p in model.named_parameters()}
+    blocks, inject = ([named[id(p)] for p in group['params']] for group in muon.param_groups)
+    assert inject == ['inject.weight'] and len(blocks) == 4 * 4 and all('.c_' in name for name in blocks)
+    assert [group['weight_decay'] for group in muon.param_groups] == [0.2, 0.0]
+    assert all(group['weight_decay'] == 0 for group in adamw.param_groups)
+    set_rates([muon, adamw], 150, lr_at(10**6, c))  # at the end: min_lr, a 1/100 of learning_rate... of all
+    share = c.min_lr / c.learning_rate
+    assert all(group['lr'] == pytest.approx(0.02 * share) for group in muon.param_groups)
+    rates = {named[id(group['params'][0])].split('.')[-2]: group['lr'] for group in adamw.param_groups}
+    assert rates == pytest.approx(
+        {'wte': 0.6 * share, 'lm_head': 0.008 * share, rates_key(rates): 0.02 * share}
+    )
+    assert all(group['momentum'] == momentum_at(150) == pytest.approx(0.9) for group in muon.param_groups)
+    assert momentum_at(0) == 0.85 and momentum_at(300) == momentum_at(9999) == pytest.approx(0.95)
+
+
+def rates_key(rates):
+    """The name of the group that is neither embedding nor head."""
+    return next(name for name in rates if name not in ('wte', 'lm_head'))
+
+
+def test_a_gate_learns_only_where_the_objective_teaches_it():
+    for name, aim in OBJECTIVE.items():
+        _, model = make(name)
+        optimizers, _ = make_optimizers(model, TrainConfig(objective=name))
+        held = {p for o in optimizers for group in o.param_groups for p in group['params']}
+        gate = set(model.exit_gate.parameters())
+        rest = set(model.parameters()) - gate
+        assert held == (gate if aim.gated else set()) | (set() if aim.frozen else rest), name
+
+
+def test_resuming_with_another_optimizer_is_refused(call, flags):
+    call(main, *flags, '--max_iters=2')
+    status, _, err = call(main, *flags, '--init_from=resume', '--optimizer=muon', '--max_iters=4')
+    assert (
+        status == 2 and "optimizer='muon', expected the optimizer and the objective of the checkpoint" in err
+    )
+    status, out, _ = call(main, *flags, '--init_from=resume', '--learning_rate=0.1', '--matrix_lr=0.05',
+                          '--weight_decay=0.0', '--max_iters=4')  # fmt: skip
+    assert status == 0 and 'changed: matrix_lr was None, is 0.05' in out
