@@ -9,7 +9,6 @@ Utilisation counts every executed layer, the loop's backward pass only for the l
 taken against the device's dense peak, on a CPU against its own matrix products, measured here.
 """
 
-import contextlib
 import io
 import itertools
 import shlex
@@ -121,10 +120,16 @@ def main(argv):
         setting.build(TrainConfig)
         setting.update(BASELINE[setting.baseline](setting))
         if 'vocab_size' not in setting.given:
-            with contextlib.suppress(ValueError):  # not prepared: the default serves to measure
+            try:
                 setting['vocab_size'] = read_meta(find_data(setting.dataset))['vocab_size']
+            except ValueError:
+                print(f'vocab_size: {setting.vocab_size}, as the data set {setting.dataset} is not prepared')
     if c.count_only:
-        return print_counts(c)
+        for setting, name in zip(settings, ('this', c.vs), strict=False):
+            if c.vs:
+                print(f'{name}:')
+            print_counts(setting)
+        return
     m = setup(c)
     check(m.world == 1, 'processes', m.world, '1')
     print(m.line)

@@ -81,7 +81,9 @@ def find_file(name):
     for path in (Path(name), ROOT / name):
         if path.is_file():
             return path
-    raise Mistake(f'there is no config file {name} (flags look like --key=value)')
+    meant = next((path for path in (f'{name}.py', f'config/{name}.py') if (ROOT / path).is_file()), None)
+    hint = f'did you mean {meant}?' if meant else 'flags look like --key=value'
+    raise Mistake(f'there is no config file {name} ({hint})')
 
 
 class Assigned(dict):
@@ -169,7 +171,10 @@ def command(main):
         except BrokenPipeError:  # python sample.py | head
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             sys.exit(128 + signal.SIGPIPE)
-        except (OSError, torch.OutOfMemoryError) as error:
+        except (OSError, RuntimeError) as error:  # a CPU out of memory has no class of its own
+            memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+            if isinstance(error, RuntimeError) and not memory:
+                raise
             failure, status, told = error, 1, True
         if told:
             script = Path(inspect.getfile(main)).name

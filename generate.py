@@ -27,7 +27,7 @@ def choose(logits, temperature, top_k, top_p, generator):
     """One token per row of logits (B, V), as (B,); see stream."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits / temperature
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # nothing overflows
     if top_k is not None:
         least = logits.topk(min(top_k, logits.size(-1))).values[:, [-1]]
         logits = logits.masked_fill(logits < least, -math.inf)

@@ -55,7 +55,7 @@ def noise(model, e):
     """N(0, state_std^2): in training from the default generator, else from one fixed table read by position,
     so that evaluation repeats and a row does not depend on its batch."""
     c = model.config
-    x = torch.randn_like(e) if model.training else model.noise[: e.size(1)].to(e.dtype).expand_as(e)
+    x = torch.randn_like(e) if model.training else model.noise[: e.size(1)].expand_as(e)
     return (c.n_embd**-0.5 if c.state_std is None else c.state_std) * x
 
 
@@ -65,8 +65,10 @@ class Injection(NamedTuple):
     enter: Callable  # (model, e, s) -> u, the input of the first block
     states: list  # of state_init that make sense
     learned: bool = False  # enter uses the matrix model.inject
-    first: Callable | None = None  # (x, s, config) -> (x, source of queries) in the first block
+    feed: Callable = lambda model, s: s  # what the blocks get of s, which take
+    first: Callable | None = None  # (x, what they get, config) -> (x, source of queries) in the first block
     others: Callable | None = None  # the same in the other blocks
+    alone: bool = False  # e enters through s_0 alone: truncated, it would get no gradient
 
 
 def concat(model, e, s):
@@ -75,7 +77,11 @@ def concat(model, e, s):
 
 
 def query(x, s, config):
-    return x, unit(s, config)
+    return x, s
+
+
+def normed(model, s):
+    return s if s is None else unit(s, model.config)
 
 
 def residual(x, s, config):
@@ -93,24 +99,25 @@ PLACE = {  # which of pre, post and out in x = out(x + post(f(pre(x)))) are norm
     'around': (True, False, True), 'post': (False, False, True),
 }
 POS = {'learned': (True, False), 'rope': (False, True), 'none': (False, False)}  # wpe added; q, k rotated
-MLP = {  # the activation, the parts of c_fc it takes, the hidden width by C
+ACT = {  # the MLP's activation, the parts of c_fc it takes, the hidden width by C
     'gelu': (F.gelu, 1, lambda C: 4 * C),
     'gelu_tanh': (functools.partial(F.gelu, approximate='tanh'), 1, lambda C: 4 * C),  # of GPT-2's weights
     'relu2': (lambda x: F.relu(x).square(), 1, lambda C: 4 * C),
     'swiglu': (swiglu, 2, lambda C: math.ceil(C / 24) * 64),  # 8/3 C, in 64s
 }
-STATE = {  # s_0, and whether it reads the table of noise
-    'prelude': (lambda model, e: e, False),
-    'random': (noise, True),
-    'zero': (lambda model, e: torch.zeros_like(e), False),
-    'none': (lambda model, e: None, False),  # the first iteration runs plainly on e
+STATE = {  # s_0
+    'prelude': lambda model, e: e,
+    'random': noise,
+    'zero': lambda model, e: torch.zeros_like(e),
+    'none': lambda model, e: None,  # the first iteration runs plainly on e
 }
 INJECT = {
-    'passthrough': Injection(lambda model, e, s: s, ['prelude']),
+    'passthrough': Injection(lambda model, e, s: s, ['prelude'], alone=True),
     'inject': Injection(concat, ['prelude', 'random', 'zero'], learned=True),
     'add': Injection(lambda model, e, s: unit(e + s, model.config), ['prelude', 'random', 'zero', 'none']),
-    'query_first': Injection(lambda model, e, s: e, ['none', 'prelude', 'random'], first=query),
-    'query_all': Injection(lambda model, e, s: e, ['none', 'prelude', 'random'], first=query, others=query),
+    'query_first': Injection(lambda model, e, s: e, ['none', 'prelude', 'random'], feed=normed, first=query),
+    'query_all': Injection(
+        lambda model, e, s: e, ['none', 'prelude', 'random'], feed=normed, first=query, others=query),
     'residual_all': Injection(lambda model, e, s: e, [*STATE], first=residual, others=residual),
 }
 # fmt: on
@@ -144,7 +151,7 @@ INIT = {  # how the weights of each part start, by C and the executed layers; in
 }
 # fmt: on
 TABLES = dict(
-    input_injection=INJECT, state_init=STATE, norm=NORM, norm_place=PLACE, pos=POS, mlp=MLP, init=INIT
+    input_injection=INJECT, state_init=STATE, norm=NORM, norm_place=PLACE, pos=POS, mlp=ACT, init=INIT
 )
 
 # -----------------------------------------------------------------------------
@@ -177,7 +184,8 @@ def attend(q, k, v, mask, dropout):
     if q.device.type == 'cpu' and q.size(-2) <= 256:
         # the low precisions' backward takes up to 5 times float32's
         with torch.autocast('cpu', enabled=False):
-            return F.scaled_dot_product_attention(upcast(q), upcast(k), upcast(v), mask, **options)
+            y = F.scaled_dot_product_attention(upcast(q), upcast(k), upcast(v), mask, **options)
+        return y.to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, mask, **options)
 
 
@@ -211,10 +219,10 @@ class CausalSelfAttention(nn.Module):
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
 
-class FeedForward(nn.Module):
+class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.act, parts, width = MLP[config.mlp]
+        self.act, parts, width = ACT[config.mlp]
         hidden = config.n_hidden or width(config.n_embd)
         self.c_fc = nn.Linear(config.n_embd, parts * hidden, bias=config.bias)  # swiglu: rows of gate, of up
         self.c_proj = nn.Linear(hidden, config.n_embd, bias=config.bias)
@@ -234,10 +242,13 @@ class Block(nn.Module):
         super().__init__()
         pre, post, out = (NORM[config.norm] if there else nn.Identity for there in PLACE[config.norm_place])
         self.windowed, self.take = windowed, take and functools.partial(take, config=config)
-        self.ln_1, self.attn, self.post_1, self.out_1 = (
-            make(config) for make in (pre, CausalSelfAttention, post, out))  # fmt: skip
-        self.ln_2, self.mlp, self.post_2, self.out_2 = (
-            make(config) for make in (pre, FeedForward, post, out)
+        self.ln_1, self.attn = pre(config), CausalSelfAttention(config)
+        self.ln_2, self.mlp = pre(config), MLP(config)
+        self.post_1, self.out_1, self.post_2, self.out_2 = (
+            post(config),
+            out(config),
+            post(config),
+            out(config),
         )
 
     def forward(self, x, rope=None, mask=None, s=None):
@@ -259,7 +270,7 @@ class GPTConfig:
     n_head: int = 12  # attention heads
     n_kv_head: int | None = None  # heads of keys and values, a divisor of n_head; None = n_head
     n_embd: int = 768  # width
-    size: int | None = None  # looped nanochat's dial: n_embd = 64 size in 128s, n_head = n_embd / 128
+    size: int | None = None  # looped nanochat's dial: n_embd = 64 size rounded up to 128s, heads of 128
     dropout: float = 0.0  # 0 for pretraining, 0.1 and more for small data
     bias: bool = False  # biases in Linear and LayerNorm, as in GPT-2
     n_prelude: int = 2  # layers before the loop
@@ -267,7 +278,9 @@ class GPTConfig:
     n_coda: int = 2  # layers after the loop
     n_loop: int = 4  # iterations of the loop
     bptt_k: int | None = None  # only the last bptt_k iterations carry gradient; None = all
-    input_injection: str = 'inject'  # how the loop's state comes back: an entry of INJECT
+    input_injection: str = (
+        'inject'  # passthrough, inject, add, query_first, query_all, residual_all; see README
+    )
     state_init: str = 'prelude'  # the loop starts from: prelude s = e, random N(0, state_std^2), zero, none
     state_std: float | None = None  # of state_init random; None = n_embd^-0.5
     norm: str = 'rmsnorm'  # layernorm, rmsnorm, or rmsnorm_fixed, which has no weight
@@ -287,31 +300,32 @@ class GPTConfig:
     softcap: float | None = None  # logits = softcap tanh(logits / softcap)
     emb_scale: float = 1.0  # the embedding times this
     exit_gate: bool = False  # a linear gate on the loop's state: the probability to stop after an iteration
-    init: str = 'gpt2'  # gpt2, nanochat or huginn, see INIT
+    init: str = 'gpt2'  # how weights start: as GPT-2's, nanochat's or huginn's
     recompute: bool = False  # compute each iteration again in the backward pass: memory for time
 
     def __post_init__(self):
         """Raises ValueError for a value outside its table, and for one that would mean nothing."""
         if self.input_injection == 'inject_random':  # nanoLOOP's name
+            check(self.state_init in ('prelude', 'random'), 'state_init', self.state_init, 'random')
             self.input_injection, self.state_init = 'inject', 'random'
         for key, table in TABLES.items():
             check(getattr(self, key) in table, key, getattr(self, key), f'one of {", ".join(table)}')
         if self.size is not None:
             check_least(self, 1, 'size')
-            width = math.ceil(self.size / 2) * 128
-            for key, value in (('n_embd', width), ('n_head', width // 128)):
-                free, wanted = (
-                    (getattr(GPTConfig, key), value),
-                    f'no value with size={self.size}, which makes it',
-                )
-                check(getattr(self, key) in free, key, getattr(self, key), f'{wanted} {value}')
+            heads = math.ceil(self.size / 2)
+            for key, value in dict(n_embd=128 * heads, n_head=heads).items():
+                mine, wanted = getattr(self, key), f'no value with size={self.size}, which makes it {value}'
+                check(mine in (getattr(GPTConfig, key), value), key, mine, wanted)
                 setattr(self, key, value)
         check_least(self, 1, 'block_size', 'vocab_size', 'n_head', 'n_kv_head', 'n_embd', 'n_block', 'n_loop')
         check_least(self, 1, 'bptt_k', 'n_hidden', 'window_size')
         check_least(self, 0, 'n_prelude', 'n_coda')
         D, G = self.n_embd / self.n_head, self.n_kv_head or self.n_head
-        states, noisy = INJECT[self.input_injection].states, STATE[self.state_init][1]
-        rotated, windowed = POS[self.pos][1], 'S' in self.window_pattern
+        injection, rotated, windowed = (
+            INJECT[self.input_injection],
+            POS[self.pos][1],
+            'S' in self.window_pattern,
+        )
         truncated = self.bptt_k is not None and self.bptt_k < self.n_loop
         # fmt: off
         for holds, key, wanted in (
@@ -322,12 +336,19 @@ class GPTConfig:
             (not rotated or D % 2 == 0, 'pos', f'learned or none: rope rotates pairs, a head is {D:g} wide'),
             (0 < self.rope_base < math.inf, 'rope_base', 'above 0'),
             (rotated or self.rope_base == GPTConfig.rope_base, 'rope_base', f'none with pos={self.pos!r}'),
-            (self.state_init in states, 'state_init', f'{" or ".join(states)} with {self.input_injection}'),
+            (self.state_init in injection.states, 'state_init',
+             f'{" or ".join(injection.states)} with {self.input_injection}'),
             (self.state_std is None or 0 < self.state_std < math.inf, 'state_std', 'above 0, or None'),
-            (self.state_std is None or noisy, 'state_std', f'None with state_init={self.state_init!r}'),
-            (self.input_injection != 'passthrough' or not truncated, 'bptt_k',
+            (self.state_std is None or self.state_init == 'random', 'state_std',
+             f'None with state_init={self.state_init!r}'),
+            (not (injection.alone and truncated), 'bptt_k',
              f'None or at least n_loop={self.n_loop}: with passthrough the prelude would get no gradient'),
-            (set('L' + self.window_pattern) <= {'L', 'S'}, 'window_pattern', 'letters L and S'),
+            (self.window_pattern and not {*self.window_pattern} - {*'LS'}, 'window_pattern',
+             'letters L and S'),
+            ((self.window_size or 1) <= self.block_size, 'window_size',
+             f'at most block_size={self.block_size}'),
+            (self.init != 'nanochat' or not self.tie_weights, 'init',
+             'another with tie_weights: the embedding of nanochat is 1,000 times as large as its head'),
             (self.window_size is None or windowed, 'window_size', 'None without an S in window_pattern'),
             (self.softcap is None or 0 < self.softcap < math.inf, 'softcap', 'above 0, or None'),
             (0 < self.emb_scale < math.inf, 'emb_scale', 'above 0'),
@@ -353,10 +374,11 @@ def check(holds, key, got, wanted):
 
 
 def check_least(config, least, *keys):
-    """Raises ValueError for keys below least, or infinite; None passes."""
+    """Raises ValueError for keys below least, infinite, or None where that is not the default."""
     for key in keys:
         value = getattr(config, key)
-        check(value is None or least <= value < math.inf, key, value, f'at least {least}')
+        fits = getattr(type(config), key) is None if value is None else least <= value < math.inf
+        check(fits, key, value, f'at least {least}')
 
 
 # -----------------------------------------------------------------------------
@@ -382,19 +404,21 @@ class GPT(nn.Module):
         def layers(*takes):
             return nn.ModuleList(Block(c, next(windows), take) for take in takes)
 
-        parts = dict(wte=nn.Embedding(c.vocab_size, c.n_embd))
-        parts['wpe'] = nn.Embedding(c.block_size, c.n_embd) if learned else None
-        parts.update(norm_emb=norm(c.norm_emb), drop=nn.Dropout(c.dropout))
-        parts['prelude'] = layers(*[None] * c.n_prelude)
-        parts['recur'] = layers(injection.first, *[injection.others] * (c.n_block - 1))
-        self.transformer = nn.ModuleDict(
-            dict(parts, coda=layers(*[None] * c.n_coda), ln_f=norm(c.norm_final))
-        )
-        self.start, noisy = STATE[c.state_init]
-        fixed = torch.Generator('cpu').manual_seed(0)
-        table = torch.randn(c.block_size, c.n_embd, device='cpu', generator=fixed) if noisy else None
+        # fmt: off
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(c.vocab_size, c.n_embd),
+            wpe=nn.Embedding(c.block_size, c.n_embd) if learned else None,
+            norm_emb=norm(c.norm_emb), drop=nn.Dropout(c.dropout),
+            prelude=layers(*[None] * c.n_prelude),
+            recur=layers(injection.first, *[injection.others] * (c.n_block - 1)),
+            coda=layers(*[None] * c.n_coda), ln_f=norm(c.norm_final),
+        ))
+        # fmt: on
+        self.injection, self.start = injection, STATE[c.state_init]
+        fixed = dict(device='cpu', generator=torch.Generator('cpu').manual_seed(0))
+        table = torch.randn(c.block_size, c.n_embd, **fixed) if c.state_init == 'random' else None
         self.register_buffer('noise', table, persistent=False)
-        self.enter, self.hold = injection.enter, recompute if c.recompute else call
+        self.hold = recompute if c.recompute else call
         self.inject = nn.Linear(2 * c.n_embd, c.n_embd, bias=c.bias) if injection.learned else None
         self.norm_recur = norm(c.norm_loop)
         self.exit_gate = nn.Linear(c.n_embd, 1) if c.exit_gate else None
@@ -402,8 +426,7 @@ class GPT(nn.Module):
         if c.tie_weights:
             self.lm_head.weight = self.transformer.wte.weight
         self.rope_width = c.n_embd // c.n_head if rotated else 0
-        narrow = c.window_size or c.block_size // 2
-        self.window = narrow if 'S' in c.window_pattern else c.block_size
+        self.window = c.window_size or c.block_size // 2
         self.init_weights()
 
     @torch.no_grad()
@@ -418,15 +441,15 @@ class GPT(nn.Module):
                 nn.init.ones_(p)
             else:
                 rules.get(part, rules['rest'])(p)
-            if part == 'c_fc' and 'up' in rules and MLP[self.config.mlp][1] == 2:
-                rules['up'](p.chunk(2)[1])
+                if part == 'c_fc' and 'up' in rules and ACT[self.config.mlp][1] == 2:
+                    rules['up'](p.chunk(2)[1])
 
     def blocks(self):
         """Every block once, in the order of first use."""
         return (*self.transformer.prelude, *self.transformer.recur, *self.transformer.coda)
 
     def run(self, blocks, x, context, s=None):
-        """x (B, T, C) through blocks; s, the loop's state, goes to those that take of it."""
+        """x (B, T, C) through blocks; s, what they get of the loop's state, goes to those that take it."""
         rope, band = context
         for block in blocks:
             x = block(x, rope, band if block.windowed else None, s if block.take else None)
@@ -435,12 +458,13 @@ class GPT(nn.Module):
     def context(self, pos):
         """What the blocks know of the positions pos (T,): rotary tables and the windows' mask, or None."""
         rope = rotary(pos, self.rope_width, self.config.rope_base) if self.rope_width else None
-        return rope, band(pos, self.window) if len(pos) > self.window + 1 else None  # else all is in sight
+        narrow = len(pos) > self.window + 1 and any(block.windowed for block in self.blocks())
+        return rope, band(pos, self.window) if narrow else None
 
     def iterate(self, e, s, context):
         """The loop's next state, (B, T, C). s: the last one; None before the first, of state_init none."""
-        u = e if s is None else self.enter(self, e, s)
-        return self.norm_recur(self.run(self.transformer.recur, u, context, s))
+        u, fed = e if s is None else self.injection.enter(self, e, s), self.injection.feed(self, s)
+        return self.norm_recur(self.run(self.transformer.recur, u, context, fed))
 
     def states(self, idx, n_loop=None, rows=(-1,)):
         """The loop's state after the iterations in rows (-1 = last): R tensors (B, T, C), and run's context.
@@ -459,10 +483,13 @@ class GPT(nn.Module):
             x = x + self.transformer.wpe(pos)
         e = self.run(self.transformer.prelude, self.transformer.drop(self.transformer.norm_emb(x)), context)
         s, read = self.start(self, e), {}
-        first = n_loop - (c.bptt_k or n_loop)  # iterations before this one record no graph
+        first = max(0, n_loop - (c.bptt_k or n_loop))  # iterations before this one record no graph
+        reached = not (self.training and self.injection.alone and first)
+        check(reached, 'n_loop', n_loop, f'at most bptt_k={c.bptt_k}: the prelude would get no gradient')
         for i in range(n_loop):
             with torch.set_grad_enabled(torch.is_grad_enabled() and i >= first):
-                s = self.hold(self.iterate, e, s, context)
+                hold = self.hold if torch.is_grad_enabled() else call
+                s = hold(self.iterate, e, s, context)
             if i in rows or i - n_loop in rows:
                 read[i] = s
         return [read[row % n_loop] for row in rows], context
@@ -479,7 +506,7 @@ class GPT(nn.Module):
     def halt(self, s):
         """The gate's probability (B, T) to stop after the iteration that left s (B, T, C)."""
         gate = self.exit_gate  # no matrix product: under autocast that would be in the low precision
-        return torch.sigmoid((upcast(s) * upcast(gate.weight[0])).sum(-1) + upcast(gate.bias))
+        return torch.sigmoid((upcast(s) * gate.weight[0]).sum(-1) + gate.bias)
 
     def nll(self, x, targets):
         """-log p of targets (N,), -1 = ignored, given what the head reads, x (N, C): (N,)."""
@@ -521,14 +548,14 @@ class GPT(nn.Module):
         logits = self.logits(x)
         return logits, F.cross_entropy(upcast(logits).flatten(0, 1), targets.flatten(), ignore_index=-1)
 
-    def generate(self, idx, max_new_tokens, **options):
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, **options):
         """idx (B, T) continued by max_new_tokens tokens; options: as of generate.py's stream."""
         from generate import stream
 
-        tokens = stream(self, idx, max_new_tokens, **options)
+        tokens = stream(self, idx, max_new_tokens, temperature, top_k, **options)
         return torch.cat((idx, *(token[:, None] for token in tokens)), dim=1)
 
-    def num_params(self):
+    def get_num_params(self):
         """Parameters, shared ones once, position embeddings (which nanoGPT leaves out) included."""
         return sum(p.numel() for p in self.parameters())
 
@@ -555,6 +582,8 @@ def load_checkpoint(path, device='cpu', **changes):
         config = GPTConfig(**args)
     except TypeError as error:
         raise Mistake(f'the checkpoint is of another program: {error}') from None
+    if config.window_size is None and 'S' in config.window_pattern:
+        config.window_size = config.block_size // 2  # of theirs, not of a block_size given now
     changed = GPTConfig(**dict(asdict(config), **changes))
     for key, value in asdict(changed).items():
         theirs = getattr(config, key)

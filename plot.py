@@ -51,7 +51,9 @@ def draw_row(axes, records, name, colors):
     axes[0].legend()
     axes[0].set(title=f'{name}: loss, nats')
     keys = {key for record in records for key in record}
-    block = max((int(key[16:18]) for key in keys if key.startswith('grad_norm/block_') and '/loop' in key), default=0)
+    block = max(
+        (int(key[16:18]) for key in keys if key.startswith('grad_norm/block_') and '/loop' in key), default=0
+    )
     loops = [k for k in range(1000) if f'hidden_norm/loop_{k:02d}' in keys]
     for axis, (title, pattern, log) in zip(axes[1:], PANELS, strict=True):
         for k in loops:
@@ -77,7 +79,12 @@ def main(argv):
     logs = [read_log(folder) for folder in folders]
     columns = 1 + len(PANELS)
     figure, rows = pyplot.subplots(
-        len(logs), columns, figsize=(4 * columns, 3.4 * len(logs)), squeeze=False, sharey='col', layout='constrained'
+        len(logs),
+        columns,
+        figsize=(4 * columns, 3.4 * len(logs)),
+        squeeze=False,
+        sharey='col',
+        layout='constrained',
     )
     for axes, records, folder in zip(rows, logs, folders, strict=True):
         draw_row(axes, records, Path(folder).name, pyplot.get_cmap('viridis'))

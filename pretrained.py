@@ -38,7 +38,9 @@ def read_checkpoint(path):
     except (RuntimeError, OSError, EOFError) as error:  # torch gives any of them for a file that was cut
         reason = getattr(error, 'strerror', None) or 'it was cut, or is no checkpoint'
         raise Mistake(f'the checkpoint {path} cannot be read: {reason}') from None
-    whole = isinstance(checkpoint, dict) and {'model', 'model_args'} <= set(checkpoint)
+    whole = isinstance(checkpoint, dict) and all(
+        isinstance(checkpoint.get(k), dict) for k in ('model', 'model_args')
+    )
     check(whole, 'checkpoint', str(path), 'a file with model and model_args')
     return checkpoint
 
@@ -48,8 +50,9 @@ def translate(args, weights):
     if 'norm' in args:
         return args, weights
     weights = {name.removeprefix('_orig_mod.').removeprefix('module.'): w for name, w in weights.items()}
-    if 'n_layer' not in args:  # nanoLOOP
-        return dict(args, norm='rmsnorm', norm_eps=EPS), weights
+    if 'n_layer' not in args:  # nanoLOOP, which truncates even where the prelude then gets no gradient
+        kept = None if args.get('input_injection') == 'passthrough' else args.get('bptt_k')
+        return dict(args, norm='rmsnorm', norm_eps=EPS, bptt_k=kept), weights
     args = dict(args, n_prelude=0, n_block=args['n_layer'], n_coda=0, n_loop=1, input_injection='passthrough')
     del args['n_layer']
     masks = '.attn.bias'  # in old files
@@ -79,13 +82,16 @@ def read_gpt2(name, given):
     except ImportError:
         raise Mistake(f'init_from={name!r} needs transformers: pip install transformers') from None
     try:
-        theirs = GPT2LMHeadModel.from_pretrained(name, attn_implementation='eager')
-    except (OSError, ValueError) as error:
+        theirs, info = GPT2LMHeadModel.from_pretrained(name, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError) as error:
         raise Mistake(f'init_from={name!r} cannot be loaded: {str(error).splitlines()[0]}') from None
     c, model = theirs.config, {}
-    activations = {'gelu_new': 'gelu_tanh', 'gelu': 'gelu'}
-    known = c.model_type == 'gpt2' and c.activation_function in activations
-    check(known and not c.scale_attn_by_inverse_layer_idx, 'init_from', name, 'a GPT-2')
+    missing = ', '.join(sorted(info['missing_keys']))
+    check(not missing, 'init_from', name, f'all of GPT-2\'s weights, there is no {missing}')
+    activations = {'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu': 'gelu'}
+    plain = c.scale_attn_weights and not c.scale_attn_by_inverse_layer_idx
+    wanted = f'attention scaled as in GPT-2, and an activation of {", ".join(activations)}'
+    check(plain and c.activation_function in activations, 'init_from', name, wanted)
     if cut := {key: given[key] for key in CUT if key in given}:
         sizes = {key: cut.get(key, getattr(GPTConfig, key)) for key in CUT}
         rest = c.n_layer - sizes['n_prelude'] - sizes['n_coda']
@@ -105,7 +111,7 @@ def read_gpt2(name, given):
             if rest.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight')):
                 w = w.t()  # of a Conv1D
         model[key] = w
-    if sizes['input_injection'] == 'inject':
+    if sizes['input_injection'] in ('inject', 'inject_random'):
         model['inject.weight'] = torch.eye(c.n_embd, 2 * c.n_embd)
         model['inject.bias'] = torch.zeros(c.n_embd)
     args = dict(sizes, n_head=c.n_head, n_embd=c.n_embd, n_hidden=c.n_inner, block_size=c.n_positions)
@@ -128,15 +134,19 @@ def read_ouro(folder):
     try:
         c = json.loads((folder / 'config.json').read_text())
         weights = {name: w for file in files for name, w in load_file(file).items()}
-        model = {'lm_head.weight': weights['lm_head.weight']}
-        model['transformer.wte.weight'] = weights['model.embed_tokens.weight']
-        model['norm_recur.weight'] = weights['model.norm.weight']
+        model = {'lm_head.weight': weights.pop('lm_head.weight')}
+        model['transformer.wte.weight'] = weights.pop('model.embed_tokens.weight')
+        model['norm_recur.weight'] = weights.pop('model.norm.weight')
         for name in ('weight', 'bias'):
-            model[f'exit_gate.{name}'] = weights[f'model.early_exit_gate.{name}']
+            model[f'exit_gate.{name}'] = weights.pop(f'model.early_exit_gate.{name}')
         for i in range(c['num_hidden_layers']):
             for ours, theirs in OURO.items():
-                rows = [weights[f'model.layers.{i}.{name}.weight'] for name in theirs]
+                rows = [weights.pop(f'model.layers.{i}.{name}.weight') for name in theirs]
                 model[f'transformer.recur.{i}.{ours}.weight'] = torch.cat(rows)
+        other = [*weights, *(key for key in ('rope_scaling', 'tie_word_embeddings') if c.get(key))]
+        check(
+            not other, 'init_from', f'ouro:{folder}', f'an Ouro, which has no {", ".join(sorted(other)[:3])}'
+        )
         args = dict(n_prelude=0, n_block=c['num_hidden_layers'], n_coda=0, n_loop=c['total_ut_steps'])
         args.update(n_embd=c['hidden_size'], n_head=c['num_attention_heads'], mlp='swiglu')
         args.update(n_kv_head=c['num_key_value_heads'], n_hidden=c['intermediate_size'], pos='rope')
@@ -144,7 +154,9 @@ def read_ouro(folder):
         args.update(block_size=c['max_position_embeddings'], input_injection='passthrough')
     except KeyError as error:
         raise Mistake(f'init_from=ouro:{folder}: there is no {error} in it, it is no Ouro') from None
-    except (ValueError, SafetensorError) as error:
+    except Mistake:
+        raise
+    except (ValueError, TypeError, RuntimeError, AttributeError, SafetensorError) as error:
         raise Mistake(f'init_from=ouro:{folder} cannot be read: {str(error).splitlines()[0]}') from None
     args.update(norm='rmsnorm', norm_place='branch', norm_final=False, tie_weights=False, exit_gate=True)
     return dict(model=model, model_args=args, tokenizer=None, config={}, iter_num=0)

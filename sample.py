@@ -24,9 +24,7 @@ from pretrained import GPT2, find_pretrained
 @dataclass
 class SampleConfig:
     out_dir: str = 'out'  # the run to sample from: its best.pt, else its ckpt.pt; or the path of a checkpoint
-    init_from: str = (
-        'resume'  # resume: out_dir; or others' weights: gpt2, gpt2-medium, ..., a folder of GPT-2
-    )
+    init_from: str = 'resume'  # resume: from out_dir; or gpt2, gpt2-medium, ..., a folder of GPT-2
     start: str = ''  # the text to go on with; FILE:path reads a file; nothing = a new line or document
     num_samples: int = 1  # drawn together in one batch
     max_new_tokens: int = 500  # per sample
@@ -55,7 +53,8 @@ class SampleConfig:
 def find_model(c, device):
     """(model, checkpoint, path) of a run's folder, its best checkpoint that loads, a checkpoint, or GPT-2."""
     if c.init_from != 'resume':
-        pretrained = find_pretrained(c.init_from, {})
+        here = not c.init_from.startswith('ouro:')  # whose tokenizer is not
+        pretrained = find_pretrained(c.init_from, {}) if here else None
         check(pretrained, 'init_from', c.init_from, f'resume, {", ".join(GPT2)}, or a folder of GPT-2')
         return *load_checkpoint(pretrained, device), c.init_from
     path = Path(c.out_dir)
@@ -79,7 +78,7 @@ def find_tokenizer(checkpoint):
         folder = find_data(dataset)
         prepared = dataset and any((folder / name).exists() for name in ('meta.json', 'meta.pkl'))
         wanted = 'a checkpoint with a tokenizer, or with its data set in data/'
-        check(prepared or vocab >= 50257, 'out_dir', dataset, wanted)
+        check(prepared or vocab in (50257, 50304), 'out_dir', dataset, wanted)
         plain = read_meta(folder)['tokenizer'] if prepared else dict(kind='tiktoken', name='gpt2')
     return make_tokenizer(plain)
 

@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from configurator import RANK, ROOT, tell
 from model import Mistake, check
-from pretrained import find_pretrained, read_checkpoint
+from pretrained import GPT2, find_pretrained, read_checkpoint
 
 # -----------------------------------------------------------------------------
 # checkpoints
@@ -79,7 +79,10 @@ def find_checkpoint(init_from, out_dir, given=()):
         return pretrained
     named = init_from not in ('resume', 'auto')
     if named and not Path(init_from).is_dir():
-        wanted = "scratch, resume, auto, the path of a checkpoint or of a run's folder, gpt2, ouro:FOLDER"
+        wanted = (
+            "scratch, resume, auto, the path (this one is none) of a checkpoint, of a run's folder or of "
+        )
+        wanted += f'a GPT-2 that transformers saved, {", ".join(GPT2)}, ouro:FOLDER'
         check(Path(init_from).exists(), 'init_from', init_from, wanted)
         return read_checkpoint(init_from)
     folder = Path(init_from if named else out_dir)

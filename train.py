@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from configurator import LOCAL_RANK, ROOT, command, configure, peak_memory, setup, tell
+from configurator import LOCAL_RANK, RANK, ROOT, command, configure, peak_memory, setup, tell
 from count import flops
 from data.dataset import Split, find_data, make_tokenizer, read_meta
 from diagnose import diagnose, norms_of_weights
@@ -132,13 +132,21 @@ class TrainConfig:
             check(getattr(self, key) in table, key, getattr(self, key), f'one of {", ".join(table)}')
 
 
+def unrolled(c):
+    """The windows of a looped model's layers in the order of their execution."""
+    layers = c.n_prelude + c.n_block + c.n_coda
+    letters = ''.join(itertools.islice(itertools.cycle(c.window_pattern), layers))
+    head, loop = letters[: c.n_prelude], letters[c.n_prelude : c.n_prelude + c.n_block]
+    return head + loop * c.n_loop + letters[c.n_prelude + c.n_block :]
+
+
 # what a looped model is to be compared with, applied after all other keys
 ONCE = dict(n_loop=1, bptt_k=None, objective='end', loop_sampling='fixed', loop_max=None, loop_warmup=0)
 PLAIN = dict(ONCE, input_injection='passthrough', state_init='prelude', state_std=None)
 BASELINE = {
     '': lambda c: {},
     'same_params': lambda c: ONCE,
-    'same_flops': lambda c: dict(PLAIN, n_block=c.n_block * c.n_loop),
+    'same_flops': lambda c: dict(PLAIN, n_block=c.n_block * c.n_loop, window_pattern=unrolled(c)),
 }
 
 # -----------------------------------------------------------------------------
@@ -349,7 +357,8 @@ class Run:
                 for key in sorted(now.keys() & then.keys() - {'init_from', 'out_dir'}):
                     if now[key] != then[key]:
                         self.say(f'{what}: {key} was {then[key]}, is {now[key]}')
-            self.say(f'resuming at step {self.step}')
+            done = ', which is the last: a larger max_iters goes on' if self.step >= self.end else ''
+            self.say(f'resuming at step {self.step}{done}')
         self.git = git_commit()
         self.state = None  # lets go of its memory
         if m.world > 1:
@@ -358,7 +367,9 @@ class Run:
         micros = f'{c.gradient_accumulation_steps} x {c.batch_size} x {c.block_size}'
         layers = f'{self.model.config.depth} ({c.n_prelude} + {c.n_block} x {c.n_loop} + {c.n_coda})'
         self.say(f'tokens per iteration will be: {self.tokens:,} ({micros}, over {m.world} process(es))')
-        self.say(f'number of parameters: {self.model.num_params() / 1e6:.2f}M')
+        self.say(f'number of parameters: {self.model.get_num_params() / 1e6:.2f}M')
+        if c.vocab_size > 2 * self.meta['vocab_size']:
+            self.say(f'vocab_size={c.vocab_size} is far above the {self.meta["vocab_size"]} of the data')
         self.say(f'executed layers: {layers}, training FLOPs per token: {self.flops(c.n_loop):.4g}')
         for line in lines:
             self.say(line)
@@ -576,7 +587,12 @@ def main(argv):
     if resuming:
         c = resumed(c, checkpoint)
     settings = c.build(TrainConfig)
-    c.update(BASELINE[c.baseline](c))
+    fresh = checkpoint is None or resuming
+    check(fresh or not c.baseline, 'baseline', c.baseline, f'none with the weights of {c.init_from}')
+    for key, value in BASELINE[c.baseline](c).items():
+        if c[key] != value and RANK == 0:
+            tell(f'baseline {c.baseline}: {key} = {value!r}')
+        c[key] = value
     layers = c.n_prelude + c.n_block * c.n_loop + c.n_coda
     work = c.max_iters * c.gradient_accumulation_steps * c.batch_size * c.block_size * layers * c.n_embd
     m = setup(settings, work)

@@ -1,5 +1,7 @@
-# An overlay: Ouro's stage 1b, 3 trillion tokens with 4 loops: 8 gave spikes. paper: arXiv:2510.25741, table 1.
-#   torchrun --nproc_per_node=8 train.py config/train_ouro_1_4b.py config/ouro_stage1b.py --init_from=out-ouro-1a --dataset=DATA
+# An overlay: Ouro's stage 1b, 3 trillion tokens with 4 loops, as 8 gave spikes.
+# paper: arXiv:2510.25741, table 1.
+#   torchrun --nproc_per_node=8 train.py config/train_ouro_1_4b.py config/ouro_stage1b.py \
+#       --init_from=out-ouro-1a --dataset=DATA
 
 out_dir = 'out-ouro-1b'
 objective, beta = 'exit', 0.05

@@ -1,5 +1,7 @@
-# An overlay: Ouro's stage 2, annealing over 1.4 trillion tokens at 16,384 each. paper: arXiv:2510.25741, table 1.
-#   torchrun --nproc_per_node=8 train.py config/train_ouro_1_4b.py config/ouro_stage2.py --init_from=out-ouro-1b --dataset=DATA
+# An overlay: Ouro's stage 2, annealing over 1.4 trillion tokens, 16,384 in a sequence.
+# paper: arXiv:2510.25741, table 1.
+#   torchrun --nproc_per_node=8 train.py config/train_ouro_1_4b.py config/ouro_stage2.py \
+#       --init_from=out-ouro-1b --dataset=DATA
 
 out_dir = 'out-ouro-2'
 objective, beta = 'exit', 0.05

@@ -1,6 +1,7 @@
 # FLT: every layer takes its attention queries from the last iteration's state.
 # paper: Fully Looped Transformer, github.com/FuRuF-11/FullyLoopedTransformer: 6 layers x 12 loops, 384 wide.
-# differs: GPT-2's tokens instead of Qwen's; Muon takes q, k and v of a layer together. Not trained yet.
+# differs: GPT-2's tokens instead of Qwen's, with the steps of Qwen's larger embedding (20 tokens a
+# parameter would be 1,880); Muon takes q, k and v of a layer together. Not trained yet.
 # cost: 3.2e18 FLOPs, calculated: 20 minutes on 8 H100 at 40 % of their bfloat16 peak.
 #   python data/fineweb_edu/prepare.py
 #   torchrun --standalone --nproc_per_node=8 train.py config/train_flt.py

@@ -1,10 +1,10 @@
 # Looped nanochat: 2 + 4x4 + 2 layers, wide as its `size` dial says: 20 is 328M parameters, 574M effective.
 # source: github.com/LoopedLMs/looped_nanochat. differs: GPT-2's tokens instead of its own 65,536; torch's
-# Muon, without variance reduction and cautious or falling decay, takes q, k and v of a layer together; one draw
-# of loops for a whole step. Not trained yet.
-# cost: 1.4e19 FLOPs at size 20, calculated: 1.2 hours on 8 H100 at 40 % of their bfloat16 peak.
+# Muon, without variance reduction and with plain decay, takes q, k and v of a layer together; one draw of
+# loops for a whole step. Steps, decay and cost are size 20's (size 12's: 3298 and 0.2). Not trained yet.
+# cost: 1.4e19 FLOPs, calculated: 1.2 hours on 8 H100 at 40 % of their bfloat16 peak.
 #   python data/fineweb_edu/prepare.py
-#   torchrun --standalone --nproc_per_node=8 train.py config/train_looped_nanochat.py --size=12
+#   torchrun --standalone --nproc_per_node=8 train.py config/train_looped_nanochat.py
 
 out_dir = 'out-looped-nanochat'
 dataset = 'fineweb_edu'

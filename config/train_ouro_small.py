@@ -1,5 +1,6 @@
 # LoopLM small: 6 layers x 4 loops, 80M parameters; its state is not normed and grows with each loop.
-# source: github.com/rkstgr/LoopLM. differs: residual projections start scaled down. Its vocabulary is smaller than GPT-2's. Not trained yet.
+# source: github.com/rkstgr/LoopLM. differs: residual projections start scaled down.
+# Its vocabulary is smaller than GPT-2's. Not trained yet.
 # cost: 6.7e19 FLOPs, calculated: 6 hours on 8 H100 at 40 % of their bfloat16 peak.
 #   python train.py config/train_ouro_small.py --dataset=DATA
 

@@ -366,6 +366,8 @@ def read_meta(folder):
     """meta.json of a data set, or what replaces it in nanoGPT folders. Raises ValueError with what to run."""
     folder = Path(folder)
     script = folder / 'prepare.py'
+    if folder.is_file():
+        raise Mistake(f'dataset={str(folder)!r} is a file, run: python data/text/prepare.py --input {folder}')
     if not folder.is_dir():
         known = {path.parent.name for name in ('prepare.py', 'meta.json') for path in ROOT.glob(f'*/{name}')}
         known = ', '.join(sorted(known))
@@ -380,7 +382,11 @@ def read_meta(folder):
             raise Mistake(f'{folder}/meta.json has no {", ".join(sorted(missing))}: prepare the data again')
         return complete(folder, meta)
     if not (folder / 'train.bin').exists():
-        how = f'python {os.path.relpath(script)}' if script.exists() else 'a prepare.py like those in data/'
+        how = (
+            f'python {os.path.relpath(script)}'
+            if script.exists()
+            else 'python data/text/prepare.py --input TEXT'
+        )
         raise Mistake(f'the data set {folder.name} is not prepared, run: {how}')
     return nanogpt_meta(folder)
 

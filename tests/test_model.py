@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import model as model_file
 from count import flops
 from generate import choose
-from model import GPT, INIT, INJECT, MLP, NORM, PLACE, POS, GPTConfig, load_checkpoint
+from model import ACT, GPT, INIT, INJECT, NORM, PLACE, POS, GPTConfig, load_checkpoint
 from objective import Objective
 from optimizer import make_optimizers
 from train import TrainConfig
@@ -32,7 +32,7 @@ def tokens(B=3, T=16, seed=0):
 
 def pick(i):
     """Entries of the tables with fewer neighbours, so that every pair of entries meets somewhere."""
-    norm, pos, mlp = (list(table) for table in (NORM, POS, MLP))
+    norm, pos, mlp = (list(table) for table in (NORM, POS, ACT))
     return dict(norm=norm[i % 3], pos=pos[i // 3 % 3], mlp=mlp[i % 4])
 
 
@@ -55,11 +55,13 @@ def test_logits_equal_the_equations_written_out(injection, state, place):
 @pytest.mark.parametrize('injection, state', PAIRS)
 def test_every_accepted_combination_works(injection, state, place):
     """Every parameter is initialised, optimised and gets a gradient, and no position sees a later one."""
-    for i, (pos, mlp) in enumerate(itertools.product(POS, MLP)):
+    for i, (pos, mlp) in enumerate(itertools.product(POS, ACT)):
         keys = dict(
             input_injection=injection, state_init=state, norm_place=place, pos=pos, mlp=mlp, bias=True
         )
-        model = GPT(GPTConfig(**SIZES | keys | dict(norm=list(NORM)[i % 3], init=list(INIT)[i % 3])))
+        init = list(INIT)[i % 3]
+        keys.update(norm=list(NORM)[i % 3], init=init, tie_weights=init != 'nanochat')
+        model = GPT(GPTConfig(**SIZES | keys))
         with torch.no_grad():
             for p in model.parameters():
                 p.fill_(math.nan)
@@ -230,7 +232,7 @@ def test_initialisation_is_scaled_by_the_executed_depth_and_injects_the_input():
     std = model.transformer.recur[0].mlp.c_proj.weight.std().item()
     assert std == pytest.approx(0.02 / math.sqrt(2 * (1 + 2 * 30 + 1)), rel=0.05)
     e, s = torch.randn(2, 1, 3, 128)
-    assert torch.equal(model.enter(model, e, s), e)
+    assert torch.equal(model.injection.enter(model, e, s), e)
     for p in (model.transformer.wte.weight, model.transformer.recur[1].attn.c_attn.weight):
         assert p.std().item() == pytest.approx(0.02, rel=0.1)
 

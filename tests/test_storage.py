@@ -184,8 +184,8 @@ def test_given_keys_reach_the_optimizer_of_a_resumed_run(call, flags, tmp_path):
     changed = ['--weight_decay=0.5', '--beta2=0.9', '--max_iters=13']
     assert call(main, f'--out_dir={tmp_path}/out', '--init_from=resume', *changed)[0] == 0
     groups = load(tmp_path / 'out' / 'ckpt.pt')['optimizer']['param_groups']
-    assert [group['weight_decay'] for group in groups] == [0.5, 0.0]
-    assert [tuple(group['betas']) for group in groups] == [(0.9, 0.9)] * 2
+    assert [group['weight_decay'] for group in groups] == [0.5, 0.0, 0.5, 0.0]  # not of injection and norms
+    assert [tuple(group['betas']) for group in groups] == [(0.9, 0.9)] * 4
 
 
 @pytest.mark.parametrize('before, after', [('bfloat16', 'float16'), ('float16', 'float32')])

@@ -459,7 +459,10 @@ def torchrun(*argv):
     return subprocess.Popen([*command, *argv], env=env, cwd=ROOT, **pipe)
 
 
-@pytest.mark.parametrize('more', [[], ['--loop_sampling=poisson', '--loop_max=5', '--diagnose=7']], ids=len)
+SAMPLED = ['--loop_sampling=poisson', '--loop_max=5', '--diagnose=7', '--learning_rate=1e-3']
+
+
+@pytest.mark.parametrize('more', [[], SAMPLED], ids=['fixed', 'sampled'])
 def test_two_processes_train_as_one(call, flags, tmp_path, more):
     options = [*flags, '--gradient_accumulation_steps=4', '--max_iters=20', '--dropout=0.1', '--eval_iters=0']
     options += more

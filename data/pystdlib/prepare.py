@@ -20,7 +20,9 @@ LEFT_OUT = set('site-packages dist-packages test tests idle_test idlelib lib2to3
 
 
 @command
-def main(argv=()):
+def main(argv):
+    if argv:
+        raise Mistake(f'unknown argument {argv[0]!r}, this script takes none')
     library = Path(sysconfig.get_path('stdlib'))
     paths = sorted(p for p in library.rglob('*.py') if not LEFT_OUT & set(p.relative_to(library).parts))
     if not paths:
