@@ -1,4 +1,5 @@
 import io
+import re
 import types
 from dataclasses import fields
 
@@ -9,6 +10,7 @@ import configurator
 from bench import BenchConfig
 from configurator import ROOT, configure
 from model import GPTConfig
+from objective import check_loops
 from sample import SampleConfig
 from train import TrainConfig
 
@@ -113,11 +115,12 @@ def test_no_two_dataclasses_share_a_key():
 
 @pytest.mark.parametrize('path', sorted((ROOT / 'config').glob('*.py')), ids=lambda path: path.stem)
 def test_every_config_file_is_valid_and_says_how_to_run_it(path):
-    c = read(str(path))
-    c.build(TrainConfig)
-    c.build(GPTConfig)
     command = next(line for line in path.read_text().splitlines() if 'train.py config/' in line)
-    assert f' config/{path.name}' in command
+    files = re.findall(r'config/\w+\.py', command)
+    assert files[-1] == f'config/{path.name}'
+    c = read(*files)
+    c.build(TrainConfig)
+    check_loops(c, c.build(GPTConfig))
 
 
 # -----------------------------------------------------------------------------
