@@ -1,7 +1,9 @@
 """
-Trains every recipe of config/ for some steps, small, on pystdlib, and prints the table of their losses.
+Trains every recipe of config/ for some steps, small, on pystdlib, and prints a table of their losses: of the
+first step, at the end, and there after every loop.
 
-    python runs/recipes.py [--key=value ...]     about 3 minutes on 2 CPU cores; the keys are train.py's
+    python runs/recipes.py [--key=value ...]     train.py's keys; about 3 minutes on 2 CPU cores for 200 steps
+    python runs/recipes.py --objectives=end,step,few,exit,gate --max_iters=300      each recipe with each of these
 """
 
 import contextlib
@@ -12,31 +14,59 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import torch
+
 import train
-from configurator import ROOT
+from configurator import ROOT, command
+from data.dataset import Split, find_data, read_meta
+from model import load_checkpoint
 
 SMALL = (
     '--dataset=pystdlib --vocab_size=256 --block_size=64 --batch_size=8 --gradient_accumulation_steps=1 '
-    '--n_loop=4 --max_iters=200 --eval_interval=200 --eval_iters=20 --log_interval=1 --sample_tokens=0 '
-    '--learning_rate=3e-3 --min_lr=0 --warmup_iters=20 --wandb_log=False'
+    '--n_loop=4 --loop_sampling=fixed --loop_max=None --bptt_k=None --max_iters=200 --eval_interval=100000 '
+    '--eval_iters=20 --log_interval=1 --sample_tokens=0 --warmup_iters=20 --lr_schedule=linear --min_lr=0 '
+    '--learning_rate=3e-3 --compile=False --wandb_log=False'
 ).split()
 WIDTH = ['--n_embd=64', '--n_head=2', '--n_hidden=176', '--n_block=3']
+OBJECTIVES = {name: [f'--objective={name}'] for name in ('end', 'step', 'few')}
+OBJECTIVES |= {name: [f'--objective={name}', '--exit_gate=True'] for name in ('exit', 'gate')}
 
 
+@torch.no_grad()
+def losses_by_loop(path):
+    """Validation losses of a checkpoint after each of its loops."""
+    model, _ = load_checkpoint(path)
+    c, folder = model.config, find_data('pystdlib')
+    split = Split(folder, read_meta(folder), 'val', c.block_size, c.vocab_size)
+    x, y = (torch.from_numpy(a) for a in split.stack(split.fixed(160), 160))
+    return model.eval().table(x, y, rows=range(c.n_loop))[0].mean(dim=(1, 2)).tolist()
+
+
+def row(path, argv):
+    """(parameters, first loss, validation loss, losses by loop) of a recipe, trained."""
+    width = ['--size=1'] if '\nsize = ' in path.read_text() else WIDTH
+    with tempfile.TemporaryDirectory() as out_dir, contextlib.redirect_stdout(io.StringIO()) as said:
+        train.main([str(path), *SMALL, *width, *argv, f'--out_dir={out_dir}'])
+        log = [json.loads(line) for line in (Path(out_dir) / 'log.jsonl').read_text().splitlines()]
+        by_loop = losses_by_loop(Path(out_dir) / 'ckpt.pt')
+    size = said.getvalue().split('number of parameters: ')[1].split()[0]
+    return size, log[0]['train/loss'], log[-1]['val/loss'], by_loop
+
+
+@command
 def main(argv):
-    print(f'{"recipe":24} {"parameters":>10} {"first loss":>10} {"val loss":>10}')
-    lowered = True
+    if {'-h', '--help'} & set(argv):
+        return print(__doc__)
+    chosen = next((arg for arg in argv if arg.startswith('--objectives=')), '--objectives=')
+    argv = [arg for arg in argv if arg != chosen]
+    names = [name for name in chosen.split('=')[1].split(',') if name]
+    print(f'{"recipe":34} {"objective":9} {"parameters":>10} {"first":>7} {"val":>7}  after each loop')
     for path in sorted((ROOT / 'config').glob('train_*.py')):
-        width = ['--size=1'] if 'size = ' in path.read_text().replace('_size = ', '') else WIDTH
-        with tempfile.TemporaryDirectory() as out_dir, contextlib.redirect_stdout(io.StringIO()) as said:
-            train.main([str(path), *SMALL, *width, *argv, f'--out_dir={out_dir}'])
-            log = [json.loads(line) for line in (Path(out_dir) / 'log.jsonl').read_text().splitlines()]
-        size = said.getvalue().split('number of parameters: ')[1].split()[0]
-        first, last = log[0]['train/loss'], log[-1]['val/loss']
-        print(f'{path.stem:24} {size:>10} {first:10.4f} {last:10.4f}', flush=True)
-        lowered &= last < first
-    sys.exit(0 if lowered else 1)
+        for name in names or ['']:
+            size, first, last, by_loop = row(path, [*OBJECTIVES.get(name, ()), *argv])
+            loops = ' '.join(f'{loss:.3f}' for loss in by_loop)
+            print(f'{path.stem:34} {name or "its own":9} {size:>10} {first:7.4f} {last:7.4f}  {loops}', flush=True)
 
 
 if __name__ == '__main__':
-    main(sys.argv[1:])
+    main()
