@@ -3,7 +3,7 @@ Trains every recipe of config/ for some steps, small, on pystdlib, and prints a 
 first step, at the end, and there after every loop.
 
     python runs/recipes.py [--key=value ...]     train.py's keys; about 3 minutes on 2 CPU cores for 200 steps
-    python runs/recipes.py --objectives=end,step,few,exit,gate --max_iters=300      each recipe with each of these
+    python runs/recipes.py --objectives=end,step,few,exit,gate --max_iters=300      each with each of these
 """
 
 import contextlib
@@ -65,7 +65,10 @@ def main(argv):
         for name in names or ['']:
             size, first, last, by_loop = row(path, [*OBJECTIVES.get(name, ()), *argv])
             loops = ' '.join(f'{loss:.3f}' for loss in by_loop)
-            print(f'{path.stem:34} {name or "its own":9} {size:>10} {first:7.4f} {last:7.4f}  {loops}', flush=True)
+            print(
+                f'{path.stem:34} {name or "its own":9} {size:>10} {first:7.4f} {last:7.4f}  {loops}',
+                flush=True,
+            )
 
 
 if __name__ == '__main__':

@@ -3,8 +3,8 @@ What sampled loops cost beside their loops: time, and graphs to compile.
 
     python tests/speed_of_sampling.py [--key=value ...]      a few minutes on 2 CPU cores
 
-100 steps with drawn loops (poisson, mean 4, at most 16) against the sum, over the same counts, of the median step
-with that count throughout, in turns and compiled before. Then the same for a growing number of loops.
+100 steps with drawn loops (poisson, mean 4, at most 16) against the sum, over the same counts, of the median
+step with that count throughout, in turns and compiled before. Then the same for a growing number of loops.
 """
 
 import io
@@ -32,7 +32,9 @@ def graphs():
 
 
 def main(argv):
-    c = configure((BenchConfig, TrainConfig, GPTConfig), ['config/quickstart.py', *SIZES, *argv], out=io.StringIO())
+    c = configure(
+        (BenchConfig, TrainConfig, GPTConfig), ['config/quickstart.py', *SIZES, *argv], out=io.StringIO()
+    )
     m = setup(c.build(TrainConfig) and c)
     side = Side(c, m, 'this')
 
@@ -55,8 +57,9 @@ def main(argv):
                 fixed[n_loop] += [seconds(n_loop) for _ in range(4)][1:]
         whole, parts = sum(drawn), sum(statistics.median(fixed[n_loop]) for n_loop in counts)
         limit = max(limit, whole / parts)
-        print(f'{name}: loops {min(counts)} to {max(counts)}, mean {statistics.mean(counts):.2f}; {whole:.2f} s '
-              f'against {parts:.2f} s: {whole / parts:.3f}; graphs {first}, at the end {graphs()}')  # fmt: skip
+        drawn = f'loops {min(counts)} to {max(counts)}, mean {statistics.mean(counts):.2f}'
+        ratio = f'{whole:.2f} s against {parts:.2f} s: {whole / parts:.3f}'
+        print(f'{name}: {drawn}; {ratio}; graphs {first}, at the end {graphs()}')
     sys.exit(0 if limit <= 1.05 and graphs() == first else 1)
 
 

@@ -147,3 +147,70 @@ def test_the_state_neither_dies_nor_explodes(name):
         states, _ = model.float().states(IDX, n_loop=64, rows=(3, 63))
     ratio = (states[1].pow(2).mean() / states[0].pow(2).mean()).sqrt().item()
     assert 8 < ratio < 32 if name == 'ouro_small' else 0.5 < ratio < 2
+
+
+FLT = dict(n_prelude=0, n_block=6, n_coda=0, n_loop=12, n_embd=384, n_head=3, block_size=1024, bias=False,
+           norm='rmsnorm_fixed', norm_place='pre', norm_emb=True, norm_loop=True, norm_final=False,
+           pos='rope', norm_eps=1.1920929e-07, rope_base=10000.0, qk_norm=True, mlp='relu2', tie_weights=False,
+           softcap=15.0, init='nanochat', optimizer='muon', matrix_lr=0.02, head_lr=None, learning_rate=0.004,
+           embedding_lr=0.2, lr_width=768, beta1=0.8, beta2=0.95, adam_eps=1e-10, weight_decay=0.0,
+           grad_clip=1.0, warmup_iters=0, lr_schedule='linear', warmdown_frac=0.2, min_lr=0.0,
+           max_iters=5000, objective='end', loop_sampling='fixed')  # fmt: skip
+OURO = dict(n_prelude=0, n_coda=0, n_loop=4, input_injection='passthrough', norm='rmsnorm', norm_eps=None,
+            norm_place='branch', norm_emb=False, pos='rope', qk_norm=False, mlp='swiglu', exit_gate=True,
+            softcap=None, bias=False, vocab_size=49152, objective='exit', beta=0.1, learning_rate=3e-4,
+            beta1=0.9, beta2=0.95, weight_decay=0.1, grad_clip=1.0)  # fmt: skip
+LARGE = OURO | dict(n_embd=2048, n_head=16, n_hidden=5632, norm_loop=True, norm_final=False,
+                    tie_weights=False, decay_lr=False)  # fmt: skip
+STAGE = LARGE | dict(n_block=24, batch_size=1)
+PUBLISHED = {  # what the papers and their programs say
+    'train_flt': FLT | dict(input_injection='query_all', state_init='none'),
+    'train_flt_res': FLT | dict(input_injection='residual_all', state_init='none'),
+    'train_lt': FLT | dict(input_injection='passthrough', state_init='prelude'),
+    'train_lt_i': FLT | dict(input_injection='add', state_init='zero', norm_emb=False),
+    'train_lt_ia': FLT | dict(input_injection='query_first', state_init='none'),
+    'train_looped_nanochat': dict(
+        size=20, n_embd=1280, n_head=10, n_prelude=2, n_block=4, n_coda=2, n_loop=4, bptt_k=4,
+        input_injection='inject', norm='rmsnorm', norm_eps=None, norm_place='around', norm_emb=True,
+        norm_loop=True, norm_final=True, pos='rope', rope_base=10000.0, qk_norm=True, mlp='relu2',
+        tie_weights=False, softcap=15.0, window_pattern='LLSSSLLL', block_size=2048, init='nanochat',
+        loop_sampling='poisson', loop_max=16, optimizer='muon', matrix_lr=0.02, embedding_lr=0.3,
+        head_lr=0.004, learning_rate=0.005, lr_width=768, beta1=0.8, beta2=0.95, adam_eps=1e-10,
+        grad_clip=0.0, warmup_iters=0, lr_schedule='linear', warmdown_frac=0.4, min_lr=0.0, max_iters=7666),
+    'train_huginn_style': dict(
+        n_prelude=2, n_block=4, n_coda=2, n_loop=32, bptt_k=8, input_injection='inject', state_init='random',
+        state_std=0.6325, norm='rmsnorm', norm_eps=None, norm_place='around', norm_emb=False, norm_loop=True,
+        norm_final=True, pos='rope', rope_base=50000.0, qk_norm=False, mlp='swiglu', tie_weights=True,
+        emb_scale=768**0.5, init='huginn', loop_sampling='poisson', warmup_iters=4096, decay_lr=False),
+    'train_ouro_1_4b': LARGE | dict(n_block=24),
+    'train_ouro_2_6b': LARGE | dict(n_block=48),
+    'train_ouro_small': OURO | dict(n_block=6, n_embd=768, n_head=12, n_hidden=2048, norm_loop=False,
+                                    norm_final=True, tie_weights=True, block_size=2048),
+    'ouro_stage1a': STAGE | dict(n_loop=8, beta=0.1, rope_base=1e4, block_size=4096, min_lr=6e-5),
+    'ouro_stage1b': STAGE | dict(n_loop=4, beta=0.05, rope_base=1e4, block_size=4096),
+    'ouro_stage2': STAGE | dict(n_loop=4, beta=0.05, rope_base=4e4, block_size=16384, decay_lr=True,
+                                lr_schedule='cosine', min_lr=3e-5),
+    'ouro_gate': LARGE | dict(n_block=24, objective='gate', learning_rate=3e-5, max_iters=10000),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', PUBLISHED)
+def test_constants_are_the_published_ones(name):
+    files = (
+        [f'config/{name}.py']
+        if name.startswith('train')
+        else ['config/train_ouro_1_4b.py', f'config/{name}.py']
+    )
+    c = configure((TrainConfig, GPTConfig), files, out=io.StringIO())
+    c.build(GPTConfig)
+    assert {key: c[key] for key in PUBLISHED[name]} == PUBLISHED[name]
+
+
+@pytest.mark.parametrize(
+    'name, tokens', [('ouro_stage1a', 3e12), ('ouro_stage1b', 3e12), ('ouro_stage2', 1.4e12)]
+)
+def test_ouros_stages_see_their_tokens(name, tokens):
+    files = ['config/train_ouro_1_4b.py', f'config/{name}.py']
+    c = configure((TrainConfig, GPTConfig), files, out=io.StringIO())
+    step = c.gradient_accumulation_steps * c.batch_size * c.block_size
+    assert step == 2**23 and step * c.max_iters == pytest.approx(tokens, rel=1e-5)
