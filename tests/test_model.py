@@ -431,6 +431,105 @@ def test_a_config_refuses_what_has_no_meaning(keys, told):
     assert told in str(error.value)
 
 
+def test_a_library_user_is_told_too():
+    with pytest.raises(ValueError, match='n_loop=2.5'):
+        make()(tokens()[0], n_loop=2.5)
+    with pytest.raises(ValueError, match=r'rows=\(3,\), expected iterations of n_loop=3'):
+        make().table(*tokens(), rows=(3,))
+    with pytest.raises(ValueError, match='n_loop=None'):
+        GPTConfig(n_loop=None)
+    truncated = make(input_injection='passthrough', bptt_k=3)
+    assert truncated(*tokens(), n_loop=5)[1] > 0  # to look further than trained is fine
+    with pytest.raises(ValueError, match='n_loop=5, expected at most bptt_k=3: the prelude'):
+        truncated.train()(*tokens(), n_loop=5)
+    with pytest.raises(ValueError, match='of another program'):
+        load_checkpoint(dict(model={}, model_args=dict(norm='rmsnorm', layers=3)))
+
+
+def test_a_shorter_context_keeps_the_windows():
+    model = make(double=True, pos='rope', window_pattern='LS', block_size=16)
+    saved = dict(model=model.state_dict(), model_args=vars(model.config))
+    shorter, _ = load_checkpoint(saved, block_size=12)
+    idx = tokens(T=12)[0]
+    assert torch.allclose(shorter.double().eval()(idx, idx)[0], model(idx, idx)[0], atol=1e-10)
+
+
+def test_what_may_change_in_a_checkpoint():
+    model = make(input_injection='query_all', state_init='none', pos='rope')
+    saved = dict(model=model.state_dict(), model_args=vars(model.config))
+    changes = dict(state_init='random', state_std=0.5, rope_base=5e4, dropout=0.1, bptt_k=1, n_loop=9)
+    changes.update(recompute=True, block_size=32)
+    config = load_checkpoint(saved, **changes)[0].config
+    assert all(getattr(config, key) == value for key, value in changes.items())
+
+
+@pytest.mark.parametrize('T', [5, 6, 7, 16])
+def test_inputs_shorter_than_the_context(T):
+    keys = dict(state_init='random', window_pattern='S', window_size=4)
+    model, (idx, _) = make(double=True, **keys), tokens(T=T)
+    assert torch.allclose(model(idx, idx)[0], by_hand(model.state_dict(), model.config, idx), atol=1e-10)
+
+
+def test_default_widths_and_biases_of_the_parts():
+    widths = {
+        C: GPT(GPTConfig(**SIZES | dict(n_embd=C, mlp='swiglu'))).transformer.recur[0].mlp for C in (24, 48)
+    }
+    assert [mlp.c_proj.in_features for mlp in widths.values()] == [64, 128]
+    for norm in NORM:
+        names = [name for name, _ in make(norm=norm).named_parameters()]
+        assert not any('bias' in name for name in names)
+    model = GPT(GPTConfig(**SIZES | dict(bias=True, mlp='swiglu', init='huginn')))
+    assert all((p == 0).all() for name, p in model.named_parameters() if name.endswith('bias'))
+
+
+def test_probabilities_are_taken_in_float32_under_autocast():
+    model = make(exit_gate=True, softcap=5.0, n_embd=64)
+    with torch.autocast('cpu', torch.bfloat16):
+        (s,), context = model.states(tokens()[0])
+        gates, logits = model.halt(s), model.logits(model.readout(s, context))
+    w, b = model.exit_gate.weight[0].double(), model.exit_gate.bias.double()
+    assert torch.allclose(gates.double(), (s.double() @ w + b).sigmoid(), atol=1e-6)
+    assert gates.dtype == logits.dtype == torch.float32
+
+
+@pytest.mark.parametrize('T', [16, 300])
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_weights_in_a_low_precision_work_at_all_lengths(dtype, T):
+    model = make(block_size=300, pos='rope').to(dtype)
+    idx = torch.randint(23, (1, T), generator=torch.Generator().manual_seed(0))
+    expected = make(block_size=300, pos='rope')(idx, idx)[1]
+    assert model(idx, idx)[1].item() == pytest.approx(expected.item(), rel=0.05)
+
+
+def saved_bytes(rows=(-1,), **keys):
+    """Bytes kept for the backward pass of the loss table, weights aside."""
+    model, kept = make(vocab_size=200, **keys).train(), {}
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(x):
+        if x.untyped_storage().data_ptr() not in weights:
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes(), x
+        return x
+
+    idx = torch.randint(200, (8, 16), generator=torch.Generator().manual_seed(0))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        model.table(idx, idx, rows=rows)
+    return sum(size for size, _ in kept.values())
+
+
+def test_memory_neither_grows_with_rows_nor_with_loops_beyond_bptt_k(monkeypatch):
+    state = 8 * 16 * 12 * 4
+    end, steps = saved_bytes(n_loop=8), saved_bytes(rows=range(8), n_loop=8)
+    assert (
+        steps < end + 8 * 2 * state
+    )  # a row keeps its state, not its logits (17 times as large) or its coda
+    assert saved_bytes(n_loop=20, bptt_k=2) == saved_bytes(n_loop=4, bptt_k=2) < 0.6 * end
+    assert saved_bytes(n_loop=8, recompute=True) < 0.4 * end
+    whole = saved_bytes(n_loop=8)
+    monkeypatch.setattr(model_file, 'HEAD_CHUNK', 200 * 10)
+    assert saved_bytes(n_loop=8) < whole - 8 * 16 * 200 * 4  # chunks keep no logits
+
+
 def test_too_long_an_input_and_no_loops_are_refused():
     with pytest.raises(ValueError, match='at most block_size=16 tokens'):
         make()(torch.zeros(1, 17, dtype=torch.long))

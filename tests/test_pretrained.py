@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from helpers import load, randomize, rms, softmax_attention, turn
 
 import sample
 import train
-from model import load_checkpoint
+from model import GPT, GPTConfig, load_checkpoint
 from pretrained import find_pretrained
 
 IDX = torch.randint(40, (2, 16), generator=torch.Generator().manual_seed(0))
@@ -21,7 +22,7 @@ OURO = dict(
     intermediate_size=24,
     vocab_size=40,
     total_ut_steps=3,
-    rms_norm_eps=1e-6,
+    rms_norm_eps=1e-3,
     rope_theta=1e6,
     max_position_embeddings=64,
 )
@@ -32,6 +33,7 @@ def gpt2(tmp_path_factory):
     """(transformers' GPT-2 of 6 layers with random weights, its folder)."""
     transformers = pytest.importorskip('transformers')
     sizes = dict(vocab_size=40, n_positions=16, n_embd=12, n_layer=6, n_head=2, n_inner=20)
+    sizes.update(layer_norm_epsilon=1e-2, activation_function='gelu_pytorch_tanh')
     theirs = randomize(transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))).eval()
     folder = tmp_path_factory.mktemp('gpt2')
     theirs.save_pretrained(folder)
@@ -141,7 +143,7 @@ def ouro_by_hand(w, idx):
     """Ouro's equations with Ouro's names: logits after the last iteration, and every iteration's gate."""
 
     def norm(x, name):
-        return rms(x, 1e-6) * w[name + '.weight']
+        return rms(x, 1e-3) * w[name + '.weight']
 
     def linear(x, name):
         return x @ w[name + '.weight'].T
@@ -210,3 +212,59 @@ def test_the_tokens_must_be_gpt2s(gpt2, call, tiny_data, tmp_path, monkeypatch):
         train.main, f'--init_from={gpt2[1]}', f'--dataset={tiny_data}', f'--out_dir={tmp_path}/a'
     )
     assert status == 2 and 'expected one in the tokens of the checkpoint: 40 of kind tiktoken' in err
+
+
+@pytest.mark.parametrize(
+    'changes, told',
+    [
+        (dict(scale_attn_weights=False), 'expected attention scaled as in GPT-2'),
+        (dict(scale_attn_by_inverse_layer_idx=True), 'expected attention scaled as in GPT-2'),
+        (dict(activation_function='silu'), 'an activation of gelu_new'),
+        (dict(n_layer=7), 'there is no transformer.h.6.attn'),
+    ],
+    ids=str,
+)
+def test_a_gpt2_of_another_kind_is_refused(gpt2, tmp_path, changes, told):
+    plain = json.loads((Path(gpt2[1]) / 'config.json').read_text())
+    (tmp_path / 'config.json').write_text(json.dumps(plain | changes))
+    (tmp_path / 'model.safetensors').symlink_to(Path(gpt2[1]) / 'model.safetensors')
+    with pytest.raises(ValueError, match=told):
+        find_pretrained(str(tmp_path), {})
+
+
+def test_an_untied_gpt2_with_the_exact_gelu(tmp_path):
+    transformers = pytest.importorskip('transformers')
+    sizes = dict(vocab_size=40, n_positions=16, n_embd=12, n_layer=2, n_head=2)
+    config = transformers.GPT2Config(**sizes, activation_function='gelu', tie_word_embeddings=False)
+    theirs = randomize(transformers.GPT2LMHeadModel(config)).eval()
+    theirs.save_pretrained(tmp_path)
+    model = taken(str(tmp_path))
+    assert torch.allclose(model.double()(IDX, IDX)[0], theirs.double()(IDX).logits, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    'changes, told',
+    [
+        (dict(rope_scaling=dict(factor=2)), 'which has no rope_scaling'),
+        (dict(tie_word_embeddings=True), 'which has no tie_word_embeddings'),
+        (dict(rope_theta=None), 'cannot be read'),
+        (dict(num_hidden_layers=2), 'which has no model.layers.2'),
+        (dict(num_hidden_layers='three'), 'cannot be read'),
+    ],
+    ids=str,
+)
+def test_an_ouro_of_another_kind_is_refused(ouro, changes, told):
+    folder = ouro[1]
+    (folder / 'config.json').write_text(json.dumps(OURO | changes))
+    with pytest.raises(ValueError, match=told):
+        find_pretrained(f'ouro:{folder}', {})
+
+
+def test_the_original_nanoloop_truncates_passthrough(tmp_path):
+    args = dict(n_prelude=1, n_block=1, n_coda=1, n_loop=3, n_head=2, n_embd=12, block_size=16, bias=False,
+                vocab_size=23, dropout=0.0, bptt_k=2, input_injection='passthrough')  # fmt: skip
+    model = randomize(GPT(GPTConfig(**args | dict(bptt_k=None), norm_eps=torch.finfo(torch.float32).eps)))
+    weights = {f'_orig_mod.module.{name}': w for name, w in model.state_dict().items()}
+    torch.save(dict(model=weights, model_args=args), tmp_path / 'ckpt.pt')
+    loaded, _ = load_checkpoint(tmp_path / 'ckpt.pt')
+    assert torch.equal(loaded.eval()(IDX % 23, IDX % 23)[0], model.eval()(IDX % 23, IDX % 23)[0])

@@ -149,13 +149,13 @@ def test_the_state_neither_dies_nor_explodes(name):
     assert 8 < ratio < 32 if name == 'ouro_small' else 0.5 < ratio < 2
 
 
-FLT = dict(n_prelude=0, n_block=6, n_coda=0, n_loop=12, n_embd=384, n_head=3, block_size=1024, bias=False,
-           norm='rmsnorm_fixed', norm_place='pre', norm_emb=True, norm_loop=True, norm_final=False,
-           pos='rope', norm_eps=1.1920929e-07, rope_base=10000.0, qk_norm=True, mlp='relu2', tie_weights=False,
-           softcap=15.0, init='nanochat', optimizer='muon', matrix_lr=0.02, head_lr=None, learning_rate=0.004,
-           embedding_lr=0.2, lr_width=768, beta1=0.8, beta2=0.95, adam_eps=1e-10, weight_decay=0.0,
-           grad_clip=1.0, warmup_iters=0, lr_schedule='linear', warmdown_frac=0.2, min_lr=0.0,
-           max_iters=5000, objective='end', loop_sampling='fixed')  # fmt: skip
+FLT = dict(n_prelude=0, n_block=6, n_coda=0, n_loop=12, n_embd=384, n_head=3, block_size=1024,
+           bias=False, norm='rmsnorm_fixed', norm_place='pre', norm_emb=True, norm_loop=True,
+           norm_final=False, norm_eps=1.1920929e-07, pos='rope', rope_base=10000.0, qk_norm=True,
+           mlp='relu2', tie_weights=False, softcap=15.0, init='nanochat', optimizer='muon', matrix_lr=0.02,
+           head_lr=None, learning_rate=0.004, embedding_lr=0.2, lr_width=768, beta1=0.8, beta2=0.95,
+           adam_eps=1e-10, weight_decay=0.0, grad_clip=1.0, warmup_iters=0, lr_schedule='linear',
+           warmdown_frac=0.2, min_lr=0.0, max_iters=5000, objective='end', loop_sampling='fixed')  # fmt: skip
 OURO = dict(n_prelude=0, n_coda=0, n_loop=4, input_injection='passthrough', norm='rmsnorm', norm_eps=None,
             norm_place='branch', norm_emb=False, pos='rope', qk_norm=False, mlp='swiglu', exit_gate=True,
             softcap=None, bias=False, vocab_size=49152, objective='exit', beta=0.1, learning_rate=3e-4,
