@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
+import model as model_file
 from configurator import ROOT, configure
 from count import flops, parameters
 from model import GPT, GPTConfig
@@ -69,9 +70,10 @@ def test_the_size_dial_is_refused_beside_another_width():
 RECIPES = sorted(path.stem for path in (ROOT / 'config').glob('train_*.py'))
 
 
-@pytest.mark.parametrize('bptt_k', [None, 2])
+@pytest.mark.parametrize('bptt_k, rows', [(None, 1), (2, 1), (9, 3), (2, 2)])
 @pytest.mark.parametrize('name', RECIPES)
-def test_flops_of_every_recipe_equal_torchs_counter(name, bptt_k):
+def test_flops_of_every_recipe_equal_torchs_counter(name, bptt_k, rows, monkeypatch):
+    monkeypatch.setattr(model_file, 'recompute', model_file.call)
     small = ['--n_loop=3', '--block_size=32', '--vocab_size=70', '--window_pattern=L']
     small += ['--size=1'] if name == 'train_looped_nanochat' else ['--n_embd=24', '--n_head=2']
     truncated = 'passthrough' not in (ROOT / 'config' / f'{name}.py').read_text()
@@ -79,13 +81,41 @@ def test_flops_of_every_recipe_equal_torchs_counter(name, bptt_k):
     with torch.device('meta'):
         idx = torch.zeros(2, 32, dtype=torch.long)
     with FlopCounterMode(display=False) as forward:
-        ce, gates = model.table(idx, idx)
+        ce, gates = model.table(idx, idx, rows=range(3 - rows, 3))
         loss = ce.mean() if gates is None else ce.mean() + gates.mean()
     with FlopCounterMode(display=False) as backward:
         loss.backward()
     counted = forward.get_total_flops(), forward.get_total_flops() + backward.get_total_flops()
-    ours = [kinds['matmul'] + kinds['attention'] for kinds in flops(model).values()]
+    ours = [kinds['matmul'] + kinds['attention'] for kinds in flops(model, rows=rows).values()]
     assert tuple(64 * n for n in ours) == counted
+    assert flops(model, 3) == flops(model)
+
+
+@pytest.mark.parametrize('injection', ['query_first', 'query_all'])
+def test_queries_from_a_state_without_gradient_cost_less(injection):
+    keys = [f'--input_injection={injection}', '--state_init=random', '--block_size=32', '--vocab_size=70']
+    model = build('config/train_flt.py', *keys, '--n_embd=24', '--n_head=2', '--n_loop=3')
+    with torch.device('meta'):
+        idx = torch.zeros(2, 32, dtype=torch.long)
+    model.train()
+    with FlopCounterMode(display=False) as counter:
+        model(idx, idx)[1].backward()
+    kinds = flops(model)['training']
+    assert 64 * (kinds['matmul'] + kinds['attention']) == counter.get_total_flops()
+
+
+def test_a_window_counts_the_keys_it_sees():
+    full, narrow, wide = (
+        flops(build('config/train_gpt2.py', '--n_embd=24', '--n_head=2', '--block_size=32', *window))[
+            'forward'
+        ]
+        for window in (
+            (),
+            ('--window_pattern=S', '--window_size=8'),
+            ('--window_pattern=S', '--window_size=32'),
+        )
+    )
+    assert narrow['attention'] * 4 == full['attention'] == wide['attention'] == 12 * 4 * 24 * 32
 
 
 def counts(call, *flags):

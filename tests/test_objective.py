@@ -294,3 +294,30 @@ def test_resuming_with_another_optimizer_is_refused(call, flags):
     status, out, _ = call(main, *flags, '--init_from=resume', '--learning_rate=0.1', '--matrix_lr=0.05',
                           '--weight_decay=0.0', '--max_iters=4')  # fmt: skip
     assert status == 0 and 'changed: matrix_lr was None, is 0.05' in out
+
+
+# -----------------------------------------------------------------------------
+# stages
+
+
+def test_ouros_stages_follow_each_other(call, tiny_data, tmp_path):
+    small = f'--dataset={tiny_data} --vocab_size=12 --n_embd=16 --n_head=2 --n_hidden=24 --n_block=2'.split()
+    small += '--gradient_accumulation_steps=1 --max_iters=2 --eval_iters=2 --sample_tokens=0'.split()
+    small += '--device=cpu --dtype=float32 --compile=False --batch_size=2 --warmup_iters=0'.split()
+    before, loaded = 'scratch', {}
+    for stage, T in (('stage1a', 8), ('stage1b', 8), ('stage2', 16), ('gate', 16)):
+        out_dir = tmp_path / stage
+        files = ['config/train_ouro_1_4b.py', f'config/ouro_{stage}.py']
+        status, out, err = call(main, *files, *small, f'--block_size={T}', f'--init_from={before}',
+                                f'--out_dir={out_dir}')  # fmt: skip
+        assert status == 0, err
+        before, saved = out_dir, load(out_dir / 'ckpt.pt')
+        changed = {
+            name for name, w in saved['model'].items() if name in loaded and not torch.equal(w, loaded[name])
+        }
+        loaded = saved['model']
+        args = saved['model_args']
+        records = [line for line in read_log(out_dir) if 'lr' in line]
+        assert {'train/task_loss', 'train/exit_loop', 'train/loss/loop_03'} <= set(records[0])
+    assert changed == {'exit_gate.weight', 'exit_gate.bias'}
+    assert (args['rope_base'], args['block_size'], args['n_loop']) == (4e4, 16, 4)
