@@ -22,7 +22,8 @@ from data.dataset import Bytes, write_text  # noqa: E402
 
 STEPS = 240
 HARD = f'--max_iters={STEPS} --eval_interval=3 --dropout=0.1 --gradient_accumulation_steps=4'.split()
-HARD += ['--init_from=auto', '--input_injection=inject_random']
+HARD += ['--init_from=auto', '--input_injection=inject_random', '--optimizer=muon', '--loop_warmup=60']
+HARD += ['--loop_sampling=poisson', '--loop_max=4']
 
 
 def survive(folder, kills, seed):
