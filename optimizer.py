@@ -69,7 +69,7 @@ def make_optimizers(model, c):
         if c.lr_width is not None and not (muon and takes):
             lr *= math.sqrt(c.lr_width / model.config.n_embd)
         decay = c.weight_decay if decays[not muon] else 0.0
-        group = dict(params=params, weight_decay=decay, lr=lr, lr_ratio=lr / c.learning_rate if lr else 0.0)
+        group = dict(params=params, weight_decay=decay, lr=lr, lr_ratio=lr / (c.learning_rate or 1.0))
         if params:
             sides[muon and takes].append(group)
             count = f'{len(params)}, with {sum(p.numel() for p in params):,} parameters'

@@ -72,9 +72,7 @@ class TrainConfig:
     batch_size: int = 12  # sequences per micro-batch
     baseline: str = ''  # what looping is worth: same_params (one loop), same_flops (as many plain layers)
     # objective
-    objective: str = (
-        'end'  # loops that learn: end the last, step all, few the last third, exit and gate as Ouro
-    )
+    objective: str = 'end'  # what learns: end (last loop), step (all), few (last third), exit, gate (Ouro)
     beta: float = 0.1  # of objective exit: the weight of the exits' entropy
     gate_ahead: bool = False  # of objective gate: the gate of a loop learns whether the next one improves
     loop_sampling: str = 'fixed'  # loops of a step: n_loop, uniform 1 to 2 n_loop - 1, poisson median n_loop
@@ -125,6 +123,9 @@ class TrainConfig:
         check(self.seed < 2**63, 'seed', self.seed, 'below 2**63')
         lowest = self.min_lr <= self.learning_rate or not self.decay_lr
         check(lowest, 'min_lr', self.min_lr, f'at most learning_rate={self.learning_rate}')
+        others = [key for key in ('matrix_lr', 'embedding_lr', 'head_lr') if getattr(self, key)]
+        wanted = f'above 0 with {" and ".join(others)}, whose schedule it is'
+        check(self.learning_rate > 0 or not others, 'learning_rate', self.learning_rate, wanted)
         wanted = 'same_params, same_flops or nothing'
         check(self.baseline in BASELINE, 'baseline', self.baseline, wanted)
         tables = dict(lr_schedule=SCHEDULE, objective=OBJECTIVE, loop_sampling=SAMPLING, optimizer=OPTIMIZER)

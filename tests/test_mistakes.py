@@ -77,6 +77,7 @@ WRONG = [  # (flags of train.py after those of a tiny run, what must be told)
     (['--loop_sampling=poisson'], 'loop_max=None, expected a number with poisson'),
     (['--loop_max=4'], 'loop_max=4, expected None with loop_sampling=fixed'),
     (['--loop_max=0', '--loop_sampling=uniform'], 'loop_max=0, expected at least 1'),
+    (['--learning_rate=0', '--min_lr=0', '--head_lr=1'], 'learning_rate=0.0, expected above 0 with head_lr'),
     (['--optimizer=sgd'], "optimizer='sgd', expected one of adamw, muon"),
     (['--max_flops=0'], 'max_flops=0.0, expected at least 1'),
     (
