@@ -5,6 +5,7 @@ Keys from the command line, and the machine a script runs on.
 
 A script's keys are the fields of its dataclasses: name, type, default, and the comment that --help prints.
 A config file is Python that assigns some of them; it sees all values so far, but no flag: those come last.
+include('other.py') in it takes over the keys of a file beside it.
 """
 
 import ast
@@ -101,6 +102,11 @@ def run_file(path, config, hints):
     """The keys that a config file assigns. It is executed with every key's value so far as its globals."""
     names = dict(config, __file__=str(path))
     assigned = Assigned(names)
+
+    def include(name):
+        exec(compile((path.parent / name).read_text(), path.parent / name, 'exec'), names, assigned)
+
+    names['include'] = include
     try:
         exec(compile(path.read_text(), path, 'exec'), names, assigned)
     except Exception as error:

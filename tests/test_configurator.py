@@ -21,6 +21,16 @@ def read(*argv, keys=KEYS):
     return configure(keys, argv, out=io.StringIO())
 
 
+def test_a_file_takes_over_the_keys_of_another(tmp_path):
+    (tmp_path / 'a.py').write_text('n_head = 4\nn_embd = n_head * 32')
+    (tmp_path / 'b.py').write_text("n_loop = 3\ninclude('a.py')\nn_embd = n_embd + 64")
+    c = read(str(tmp_path / 'b.py'), '--n_loop=5')
+    assert (c.n_head, c.n_embd, c.n_loop) == (4, 192, 5) and {'n_head', 'n_embd', 'n_loop'} <= c.given
+    (tmp_path / 'c.py').write_text("\ninclude('nowhere.py')")
+    with pytest.raises(ValueError, match='c.py, line 2: FileNotFoundError'):
+        read(str(tmp_path / 'c.py'))
+
+
 def test_files_compose_and_flags_win(tmp_path):
     first = 'import math\nn_head = 4\nn_embd = n_head * 32\n_half = n_embd // 2\nout_dir = "a"'
     (tmp_path / 'a.py').write_text(first)

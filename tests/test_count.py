@@ -76,7 +76,7 @@ def test_flops_of_every_recipe_equal_torchs_counter(name, bptt_k, rows, monkeypa
     monkeypatch.setattr(model_file, 'recompute', model_file.call)
     small = ['--n_loop=3', '--block_size=32', '--vocab_size=70', '--window_pattern=L']
     small += ['--size=1'] if name == 'train_looped_nanochat' else ['--n_embd=24', '--n_head=2']
-    truncated = 'passthrough' not in (ROOT / 'config' / f'{name}.py').read_text()
+    truncated = not build(f'config/{name}.py', *small, '--bptt_k=None').injection.alone
     model = build(f'config/{name}.py', *small, f'--bptt_k={bptt_k if truncated else None}')
     with torch.device('meta'):
         idx = torch.zeros(2, 32, dtype=torch.long)
