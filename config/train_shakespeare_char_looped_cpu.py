@@ -3,26 +3,10 @@
 #   python data/shakespeare_char/prepare.py
 #   python train.py config/train_shakespeare_char_looped_cpu.py
 
+include('train_shakespeare_char_cpu.py')
 out_dir = 'out-shakespeare-char-looped-cpu'
-dataset = 'shakespeare_char'
-max_iters = 800
-eval_interval = 800  # one evaluation, at the end
-eval_iters = 0  # over the whole split
-log_interval = 50
-
-block_size = 64
-batch_size = 12
 
 n_prelude, n_block, n_coda, n_loop = 2, 2, 2, 4
 bptt_k = 2  # gradient through the last two iterations: 51 ms per step instead of 63, the loss is the same
-n_head = 4
-n_embd = 128
-pos = 'rope'
-qk_norm = True
-
-learning_rate = 4e-3
-min_lr = 0.0
-lr_schedule = 'linear'
-warmdown_frac = 0.4
-warmup_iters = 60
-beta1 = 0.8
+input_injection = 'inject'
+norm, norm_loop = 'rmsnorm', True
