@@ -105,7 +105,11 @@ def print_counts(c):
         print(f'{name + " parameters":24} {n:16,}')
     layers = f'{config.n_prelude} + {config.n_block} x {config.n_loop} + {config.n_coda}'
     print(f'{"executed layers":24} {config.depth:16,} ({layers})')
-    for phase, kinds in flops(model, rows=len(OBJECTIVE[c.objective].rows(config.n_loop))).items():
+    aim = OBJECTIVE[c.objective]
+    counted = flops(model, rows=len(aim.rows(config.n_loop)))
+    if aim.frozen:  # its backward pass is the gate's alone
+        counted['training'] = counted['forward']
+    for phase, kinds in counted.items():
         split = ', '.join(f'{kind} {n:.6e}' for kind, n in kinds.items())
         print(f'{phase + " FLOPs per token":24} {sum(kinds.values()):16.6e} ({split})')
 

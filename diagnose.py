@@ -11,7 +11,7 @@ A look inside a training step: how the loop's state moves, and where the gradien
     grad_norm/block_BB/loop_KK     L2 norm of the loss's gradient at the output of block B in loop K, and of
     ... /attn/loop_KK, /mlp/...    its attention and its MLP
     grad_norm/block_BB/attn, /mlp  L2 norm of the step's gradient, after clipping, of the weights of a block,
-    grad_norm/embed, /lm_head      counted through prelude, loop and coda, and of those outside of blocks
+    grad_norm/embed, /lm_head      counted through prelude, loop and coda; of the embedding, of the head
 
 Source of the names: FLT's base_check, github.com/FuRuF-11/FullyLoopedTransformer.
 """
@@ -56,20 +56,19 @@ class Watch:
 
     def note(self, name, calls, module, args, output):
         """A tensor hook on the output: the gradient's norm, when it comes by. Truncated loops have none."""
-        calls.append(1)  # beyond n_loop a loop is computed once more for its backward pass
-        if output.requires_grad and len(calls) <= self.n_loop:
+        calls.append(1)
+        if output.requires_grad:
             key = f'{name}/loop_{len(calls) - 1:02d}'
-            output.register_hook(lambda grad: self.norms.update({key: grad.norm()}))
+            output.register_hook(lambda grad: self.norms.update({key: model_file.upcast(grad).norm()}))
 
     def hidden(self, calls, module, args, output):
         calls.append(1)
-        if len(calls) <= self.n_loop:
+        if len(calls) <= self.n_loop:  # beyond, a loop is computed once more for its backward pass
             norm = model_file.upcast(output.detach()).norm(dim=-1).mean()
             self.norms[f'hidden_norm/loop_{len(calls) - 1:02d}'] = norm
 
     def keep(self, module, args, output):
-        if len(self.states) < self.n_loop:
-            self.states.append(model_file.upcast(output.detach()))
+        self.states.append(model_file.upcast(output.detach()))
 
 
 @torch.no_grad()
@@ -80,9 +79,9 @@ def movement(model, states, targets):
         found[f'change/loop_{k:02d}'] = ((s - before).norm(dim=-1) / s.norm(dim=-1)).mean()
         found[f'cosine/loop_{k:02d}'] = torch.cosine_similarity(s, before, dim=-1).mean()
     read = [model.readout(s, context).flatten(0, 1) for s in states]
-    y, n = targets.flatten(), max(1, model_file.HEAD_CHUNK // model.config.vocab_size)
+    y, n = targets.flatten(), max(1, model_file.HEAD_CHUNK // (4 * model.config.vocab_size))
     counted = (y != -1).sum().clamp(min=1)
-    for i in range(0, len(y), n):  # one chunk of logits, twice, at a time
+    for i in range(0, len(y), n):
         last = model_file.upcast(model.logits(read[-1][i : i + n])).log_softmax(dim=-1)
         for k, x in enumerate(read):
             p = model_file.upcast(model.logits(x[i : i + n])).log_softmax(dim=-1)
@@ -93,14 +92,21 @@ def movement(model, states, targets):
     return found
 
 
-def diagnose(objective, idx, targets, n_loop, autocast=contextlib.nullcontext):
+def diagnose(objective, idx, targets, n_loop, autocast=contextlib.nullcontext, scale=1.0):
     """{name: number} of a micro-batch, by a forward and a backward pass of its own, which change no gradient.
 
-    objective: objective.py's; idx, targets: (B, T). The caller seeds the default generator.
+    The gradients are of the mean over the targets that count. objective: objective.py's; idx, targets:
+    (B, T); scale: of the loss, for float16. The caller seeds the default generator.
     """
-    learners = [p for p in objective.parameters() if p.requires_grad]
-    with torch.compiler.set_stance('force_eager'), autocast(), Watch(objective.model, n_loop) as watch:
-        loss, _ = objective(idx, targets, n_loop)
-        torch.autograd.grad(loss, learners, allow_unused=True)
-        found = watch.norms | movement(objective.model, watch.states, targets)
+    model, learners = objective.model, [p for p in objective.parameters() if p.requires_grad]
+    with torch.compiler.set_stance('force_eager'), Watch(model, n_loop) as watch:
+        with autocast():
+            loss, _ = objective(idx, targets, n_loop)
+        whole = scale * targets.numel() / max(1, int((targets != -1).sum()))
+        torch.autograd.grad(loss * whole, learners, allow_unused=True)
+    found = {name: x / scale if name.startswith('grad') else x for name, x in watch.norms.items()}
+    mode = model.training
+    with torch.compiler.set_stance('force_eager'), autocast():
+        found |= movement(model.eval(), watch.states, targets)
+    model.train(mode)
     return {name: float(value) for name, value in sorted(found.items())}

@@ -587,12 +587,18 @@ def load_checkpoint(path, device='cpu', **changes):
     changed = GPTConfig(**dict(asdict(config), **changes))
     for key, value in asdict(changed).items():
         theirs = getattr(config, key)
-        check(value == theirs or key in FREE, key, value, f'{theirs!r} as in the checkpoint')
+        same = (
+            value == theirs or key in FREE or (key, value) == ('exit_gate', True)
+        )  # a new gate may be added
+        check(same, key, value, f'{theirs!r} as in the checkpoint')
     if (wpe := weights.get('transformer.wpe.weight')) is not None:
         wanted = f'at most {len(wpe)}: the checkpoint has no more positions'
         check(changed.block_size <= len(wpe), 'block_size', changed.block_size, wanted)
         weights = dict(weights, **{'transformer.wpe.weight': wpe[: changed.block_size]})
     model = GPT(changed)
+    if changed.exit_gate and not config.exit_gate:
+        gate = {name: w for name, w in model.state_dict().items() if name.startswith('exit_gate.')}
+        weights = weights | gate
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

@@ -32,8 +32,10 @@ def exit_distribution(gates):
 
     gates: (R, B, T), probabilities to stop. Returns (R, B, T), summing to 1 over R. Source: Ouro, sec. 3.2.
     """
-    left = torch.cat((torch.ones_like(gates[:1]), (1 - gates[:-1]).cumprod(dim=0)))
-    return torch.cat((gates[:-1] * left[:-1], left[-1:]))
+    p, left = [], torch.ones_like(gates[0])
+    for gate in gates[:-1]:  # a cumprod would make the host wait in its backward pass
+        p, left = [*p, gate * left], left * (1 - gate)
+    return torch.stack([*p, left])
 
 
 def exit_loop(p):
@@ -60,7 +62,7 @@ def gate(ce, gates, c):
     for 1 - g_r, or with gate_ahead for 1 - g_{r-1}, which decides whether r is run. The sum over r is divided
     by R, as in the paper.
     """
-    better = (ce[:-1] - ce[1:]).detach().clamp(min=0)
+    better = (ce[:-1] - ce[1:]).clamp(min=0)
     label = torch.sigmoid(SHARPNESS * (better - WORTH))
     g = (gates[:-1] if c.gate_ahead else gates[1:]).clamp(1e-7, 1 - 1e-7)
     loss = -(label * torch.log1p(-g) + (1 - label) * g.log()).sum(dim=0) / len(ce)
@@ -73,8 +75,7 @@ class Aim(NamedTuple):
 
     rows: Callable  # n_loop -> the loops read out
     loss: Callable  # (ce, gates, c) -> the loss of every token, (B, T), and what else to log, {name: (B, T)}
-    least: int = 1  # loops it needs
-    gated: bool = False  # it needs an exit gate, and teaches it
+    gated: bool = False  # it needs an exit gate, and two loops, and teaches it
     frozen: bool = False  # it teaches nothing else
 
 
@@ -82,8 +83,8 @@ OBJECTIVE = {
     'end': Aim(lambda n: (n - 1,), mean),
     'step': Aim(lambda n: tuple(range(n)), mean),
     'few': Aim(lambda n: tuple(range(2 * n // 3, n)), mean),
-    'exit': Aim(lambda n: tuple(range(n)), expected, least=2, gated=True),
-    'gate': Aim(lambda n: tuple(range(n)), gate, least=2, gated=True, frozen=True),
+    'exit': Aim(lambda n: tuple(range(n)), expected, gated=True),
+    'gate': Aim(lambda n: tuple(range(n)), gate, gated=True, frozen=True),
 }
 
 
@@ -102,6 +103,8 @@ class Objective(nn.Module):
 
     def forward(self, idx, targets, n_loop):
         """idx, targets: (B, T), -1 = ignored. Returns the loss and {name: a number}, detached."""
+        if self.aim.frozen:
+            self.model.eval()  # loops are compared: dropout would be taken for improvement
         rows = self.aim.rows(n_loop)
         ce, gates = self.model.table(idx, targets, n_loop, rows)
         loss, more = self.aim.loss(ce, gates, self.c)
@@ -121,16 +124,21 @@ class Objective(nn.Module):
 def poisson(mean, random):
     """Huginn's, with a heavy tail: 1 + Poisson(exp(tau)), tau ~ N(ln mean - SIGMA^2/2, SIGMA^2).
 
-    Its expectation is mean + 1, its median about mean.
+    Its expectation is mean + 1, its median below it: 4 of mean 4, 29 of mean 32.
     """
     return 1 + random.poisson(math.exp(random.normal(math.log(mean) - SIGMA**2 / 2, SIGMA)))
 
 
-SAMPLING = {  # the loops of a step, by their target
-    'fixed': lambda mean, random: mean,
-    'uniform': lambda mean, random: random().integers(1, 2 * mean),  # 1 to 2 mean - 1
-    'poisson': lambda mean, random: poisson(mean, random()),
+SAMPLING = {  # the loops of a step, (target, random) -> n, and the most of them by the target
+    'fixed': (lambda target, random: target, lambda target: target),
+    'uniform': (lambda target, random: random().integers(1, 2 * target), lambda target: 2 * target - 1),
+    'poisson': (lambda target, random: poisson(target, random()), lambda target: math.inf),
 }
+
+
+def limited(n, c):
+    """n within what objective and loop_max allow."""
+    return min(max(n, 1 + OBJECTIVE[c.objective].gated), c.loop_max or math.inf)
 
 
 def loops_at(step, c):
@@ -142,27 +150,19 @@ def loops_at(step, c):
     if step < c.loop_warmup:
         target = max(1, math.ceil(target * (1 - math.sqrt(1 - step / c.loop_warmup))))
     key = functools.partial(np.random.SeedSequence, (c.seed, step), spawn_key=(2,))  # 0 and 1 are a batch's
-    n = SAMPLING[c.loop_sampling](target, lambda: np.random.default_rng(key()))
-    n = max(int(n), OBJECTIVE[c.objective].least)
-    return min(n, c.loop_max or n)
-
-
-def most_loops(c):
-    """The largest number of loops that the run can draw."""
-    most = dict(fixed=c.n_loop, uniform=2 * c.n_loop - 1, poisson=math.inf)[c.loop_sampling]
-    return min(max(most, OBJECTIVE[c.objective].least), c.loop_max or math.inf)
+    draw, _ = SAMPLING[c.loop_sampling]
+    return int(limited(draw(target, lambda: np.random.default_rng(key())), c))
 
 
 def check_loops(c, config):
     """Raises ValueError if objective, loops and truncation do not go together; config: GPTConfig."""
-    aim, sampled = OBJECTIVE[c.objective], c.loop_sampling != 'fixed'
+    aim, sampled, (_, most) = OBJECTIVE[c.objective], c.loop_sampling != 'fixed', SAMPLING[c.loop_sampling]
     check(c.loop_max or c.loop_sampling != 'poisson', 'loop_max', c.loop_max, 'a number with poisson')
     check(sampled or c.loop_max is None, 'loop_max', c.loop_max, f'None with loop_sampling={c.loop_sampling}')
-    for key in ('n_loop', 'loop_max'):
-        n, wanted = getattr(c, key), f'at least {aim.least} with objective={c.objective}'
-        check(n is None or n >= aim.least, key, n, wanted)
+    check(c.n_loop > aim.gated, 'n_loop', c.n_loop, f'at least 2 with objective={c.objective}')
+    check((c.loop_max or c.n_loop) >= c.n_loop, 'loop_max', c.loop_max, f'at least n_loop={c.n_loop}')
     check(not aim.gated or config.exit_gate, 'exit_gate', False, f'True with objective={c.objective}')
-    most = most_loops(c)
+    most = limited(most(c.n_loop), c)
     read = most - aim.rows(most)[0]
     wanted = f'None or at least {read}: objective={c.objective} reads out as many of {most} loops'
     check(aim.frozen or config.bptt_k is None or config.bptt_k >= read, 'bptt_k', config.bptt_k, wanted)

@@ -9,6 +9,8 @@ import math
 
 import torch
 
+from model import check
+
 SCHEDULE = {  # share of the way from min_lr to learning_rate, `left` steps before the end of `warm` + `rest`
     'cosine': lambda left, warm, rest, c: 0.5 * (1 - math.cos(math.pi * left / rest)),
     'linear': lambda left, warm, rest, c: min(1.0, left / max(1e-9, c.warmdown_frac * (warm + rest))),
@@ -63,6 +65,8 @@ def make_optimizers(model, c):
         if p.requires_grad:
             members[group_of(name, p)].append(p)
     muon = c.optimizer == 'muon'
+    tied = not members['head'] and c.head_lr is not None
+    check(not tied, 'head_lr', c.head_lr, 'None with tie_weights: the head is the embedding')
     for name, params in members.items():
         key, takes, *decays = GROUPS[name]
         lr = getattr(c, key) if getattr(c, key) is not None else c.learning_rate

@@ -30,8 +30,9 @@ def read_log(folder):
     """The records of a run's log.jsonl. Raises ValueError if there are none."""
     path = Path(folder) / 'log.jsonl'
     check(path.exists(), 'out_dir', folder, 'the folder of a run with a log.jsonl')
+    whole, _, _ = path.read_text().rpartition('\n')  # without a last line that was cut
     try:
-        records = [json.loads(line) for line in path.read_text().splitlines()]
+        records = [json.loads(line) for line in whole.splitlines()]
     except ValueError:
         raise Mistake(f'{path} is broken') from None
     check(records, 'out_dir', folder, 'a run that has logged something')
@@ -88,7 +89,7 @@ def main(argv):
     )
     for axes, records, folder in zip(rows, logs, folders, strict=True):
         draw_row(axes, records, Path(folder).name, pyplot.get_cmap('viridis'))
-    png = Path(c.png or Path(folders[0]) / 'log.png')
+    png = Path(c.png or Path(folders[0]) / 'log.png').with_suffix('.png')
     figure.savefig(png, dpi=80)
     print(f'drawn: {png}')
 

@@ -75,8 +75,10 @@ class TrainConfig:
     objective: str = 'end'  # what learns: end (last loop), step (all), few (last third), exit, gate (Ouro)
     beta: float = 0.1  # of objective exit: the weight of the exits' entropy
     gate_ahead: bool = False  # of objective gate: the gate of a loop learns whether the next one improves
-    loop_sampling: str = 'fixed'  # loops of a step: n_loop, uniform 1 to 2 n_loop - 1, poisson median n_loop
-    loop_max: int | None = None  # the most that sampling draws; poisson, whose mean is n_loop + 1, needs it
+    loop_sampling: str = (
+        'fixed'  # loops of a step: n_loop, uniform: 1 to 2 n_loop - 1, poisson: mean n_loop + 1
+    )
+    loop_max: int | None = None  # the most that sampling draws; poisson needs it
     loop_warmup: int = 0  # steps over which n_loop grows from 1
     max_flops: float | None = None  # end when training has cost so many FLOPs; None = at max_iters
     # optimizer
@@ -118,8 +120,9 @@ class TrainConfig:
         check_least(self, 0, 'weight_decay', 'grad_clip', 'patience', 'seed', 'learning_rate', 'min_lr')
         check_least(self, 0, 'matrix_lr', 'embedding_lr', 'head_lr', 'beta', 'loop_warmup', 'diagnose')
         check_least(self, 0, 'adam_eps')
-        for key in ('beta1', 'beta2', 'warmdown_frac'):
+        for key in ('beta1', 'beta2'):
             check(0 <= getattr(self, key) < 1, key, getattr(self, key), 'at least 0 and below 1')
+        check(0 <= self.warmdown_frac <= 1, 'warmdown_frac', self.warmdown_frac, 'from 0 to 1')
         check(self.seed < 2**63, 'seed', self.seed, 'below 2**63')
         lowest = self.min_lr <= self.learning_rate or not self.decay_lr
         check(lowest, 'min_lr', self.min_lr, f'at most learning_rate={self.learning_rate}')
@@ -211,7 +214,7 @@ def train_step(objective, optimizers, scaler, batches, n_loop, c, m, stopped=lam
     if masked != 1:
         torch._foreach_mul_([p.grad for p in params if p.grad is not None], masked)
     norm = nn.utils.clip_grad_norm_(params, c.grad_clip or math.inf)
-    # the one place where the host waits for the device
+    # here the host waits for the device
     *values, norm = torch.stack([*sums.values(), norm]).tolist()
     if look:
         look()
@@ -358,7 +361,8 @@ class Run:
                 for key in sorted(now.keys() & then.keys() - {'init_from', 'out_dir'}):
                     if now[key] != then[key]:
                         self.say(f'{what}: {key} was {then[key]}, is {now[key]}')
-            done = ', which is the last: a larger max_iters goes on' if self.step >= self.end else ''
+            limit = 'max_iters' if self.end == c.max_iters else 'max_flops'
+            done = f', which is the last: a larger {limit} goes on' if self.step >= self.end else ''
             self.say(f'resuming at step {self.step}{done}')
         self.git = git_commit()
         self.state = None  # lets go of its memory
@@ -391,8 +395,8 @@ class Run:
 
     def last_step(self):
         """The number of steps after which max_flops are spent, no more than max_iters."""
-        c, spent = self.c, 0.0
-        for step in range(c.max_iters):
+        c, spent = self.c, self.spent
+        for step in range(self.step, c.max_iters):
             if spent >= c.max_flops:
                 return step
             spent += self.flops(loops_at(step, c)) * self.tokens
@@ -452,7 +456,8 @@ class Run:
             self.say(text)
             return True
         check(math.isfinite(val['loss']), 'learning_rate', c.learning_rate, f'a lower one: {text}')
-        better, self.evaluated = val['loss'] < self.best, self.step
+        frozen = OBJECTIVE[c.objective].frozen  # the model's loss says nothing of the gate's training
+        better, self.evaluated = frozen or val['loss'] < self.best, self.step
         self.best, self.stale = min(val['loss'], self.best), 0 if better else self.stale + 1
         if self.m.rank == 0:
             record = {f'val/{key}': value for key, value in val.items()}
@@ -517,7 +522,8 @@ class Run:
     def look(self, n_loop, *batch):
         """train_step's look: at a micro-batch, then at the gradient; logs what was found."""
         if batch:
-            self.found = diagnose(self.plain, *batch, n_loop, self.m.autocast)
+            scale = self.scaler.get_scale()
+            self.found = diagnose(self.plain, *batch, n_loop, self.m.autocast, scale)
             return
         self.found |= norms_of_weights(self.model)
         last = f'/loop_{n_loop - 1:02d}'

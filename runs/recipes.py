@@ -19,7 +19,7 @@ import torch
 import train
 from configurator import ROOT, command
 from data.dataset import Split, find_data, read_meta
-from model import load_checkpoint
+from model import check, load_checkpoint
 
 SMALL = (
     '--dataset=pystdlib --vocab_size=256 --block_size=64 --batch_size=8 --gradient_accumulation_steps=1 '
@@ -50,7 +50,8 @@ def row(path, argv):
         log = [json.loads(line) for line in (Path(out_dir) / 'log.jsonl').read_text().splitlines()]
         by_loop = losses_by_loop(Path(out_dir) / 'ckpt.pt')
     size = said.getvalue().split('number of parameters: ')[1].split()[0]
-    return size, log[0]['train/loss'], log[-1]['val/loss'], by_loop
+    first = next(record['train/loss'] for record in log if 'train/loss' in record)
+    return size, first, log[-1]['val/loss'], by_loop
 
 
 @command
@@ -60,6 +61,8 @@ def main(argv):
     chosen = next((arg for arg in argv if arg.startswith('--objectives=')), '--objectives=')
     argv = [arg for arg in argv if arg != chosen]
     names = [name for name in chosen.split('=')[1].split(',') if name]
+    for name in names:
+        check(name in OBJECTIVES, 'objectives', name, f'of {", ".join(OBJECTIVES)}')
     print(f'{"recipe":34} {"objective":9} {"parameters":>10} {"first":>7} {"val":>7}  after each loop')
     for path in sorted((ROOT / 'config').glob('train_*.py')):
         for name in names or ['']:

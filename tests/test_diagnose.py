@@ -5,6 +5,8 @@ import torch
 from helpers import load, randomize, read_log, same
 from torch.nn import functional as F
 
+import model as model_file
+import train
 from diagnose import diagnose
 from model import GPT, GPTConfig
 from objective import Objective
@@ -48,18 +50,21 @@ def by_hand(model, idx, targets, n_loop, truncated):
         if x.requires_grad:
             x.retain_grad()
     ce = F.cross_entropy(logits[-1].flatten(0, 1), targets.flatten(), ignore_index=-1, reduction='sum')
-    (ce / targets.numel()).backward()
+    (ce / (targets != -1).sum()).backward()
     return found | {name: x.grad.norm() for name, x in kept.items() if x.grad is not None}
 
 
+@pytest.mark.parametrize('chunk', [model_file.HEAD_CHUNK, 4 * 23 * 5])
 @pytest.mark.parametrize('recompute', [False, True])
 @pytest.mark.parametrize('bptt_k', [None, 2])
-def test_what_is_found_is_what_autograd_finds(bptt_k, recompute):
+def test_what_is_found_is_what_autograd_finds(bptt_k, recompute, chunk, monkeypatch):
+    monkeypatch.setattr(model_file, 'HEAD_CHUNK', chunk)
     model = randomize(GPT(GPTConfig(**SIZES, bptt_k=bptt_k, recompute=recompute))).double()
     idx, targets = IDX[:, :-1], IDX[:, 1:].clone()
     targets[0, 3:5] = -1
     found = diagnose(Objective(model, TrainConfig()), idx, targets, 4)
     assert all(p.grad is None for p in model.parameters())
+    assert not any(module._forward_hooks for module in model.modules())
     expected = by_hand(model, idx, targets, 4, 4 - (bptt_k or 4))
     live = {name for name in expected if 'grad' not in name or bptt_k is None or name[-2:] >= '02'}
     assert set(found) == live
@@ -89,6 +94,26 @@ def test_the_gradient_of_the_weights_is_that_of_the_step_after_clipping(call, fl
             parts = [line[f'grad_norm/block_{i:02d}/{part}'] for i in range(3) for part in ('attn', 'mlp')]
             parts += [line['grad_norm/embed'], line['grad_norm/lm_head']]
             assert sum(x * x for x in parts) ** 0.5 == pytest.approx(0.01, rel=1e-3)
+
+
+def test_loops_that_do_nothing_are_seen_as_such():
+    model = GPT(GPTConfig(**SIZES, dropout=0.5))
+    found = diagnose(Objective(model, TrainConfig()), IDX[:, :-1], IDX[:, 1:], 4)  # u = e, whatever the state
+    assert model.training and found['kl/loop_00'] > 0  # of dropout in the loop, not in the readout
+    model.transformer.drop.p = 0.0
+    for block in model.blocks():
+        block.attn.dropout = block.attn.resid_dropout.p = block.mlp.dropout.p = 0.0
+    model.transformer.coda[0].mlp.dropout.p = 0.5
+    found = diagnose(Objective(model, TrainConfig()), IDX[:, :-1], IDX[:, 1:], 4)
+    assert max(abs(found[f'kl/loop_{k:02d}']) for k in range(4)) < 1e-6
+
+
+def test_a_look_sees_the_dropout_of_its_step(call, flags, monkeypatch):
+    seeds, real, forward = [], train.diagnose, Objective.forward
+    monkeypatch.setattr(train, 'diagnose', lambda *a: seeds.append(torch.initial_seed()) or real(*a))
+    monkeypatch.setattr(Objective, 'forward', lambda *a: seeds.append(torch.initial_seed()) or forward(*a))
+    call(main, *flags, '--diagnose=1', '--max_iters=2', '--gradient_accumulation_steps=2')
+    assert seeds[0] == seeds[1] == seeds[2] != seeds[3] and seeds[4] == seeds[5] == seeds[6] != seeds[0]
 
 
 def test_compiled_blocks_are_looked_into(call, flags, tmp_path):

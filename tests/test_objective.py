@@ -11,6 +11,7 @@ from helpers import by_hand, load, randomize, read_log
 from test_recipes import RECIPES, build
 
 import model as model_file
+from count import flops
 from model import GPT, GPTConfig
 from objective import OBJECTIVE, SAMPLING, Objective, exit_distribution, loops_at
 from optimizer import lr_at, make_optimizers, momentum_at, set_rates
@@ -240,9 +241,24 @@ def test_a_run_ends_when_its_flops_are_spent(call, flags, tmp_path):
     status, out, _ = call(main, *sampled, f'--max_flops={limit:.0f}', f'--out_dir={tmp_path}/short')
     assert status == 0 and 'are spent after 8 steps' in out
     saved = load(tmp_path / 'short' / 'ckpt.pt')
-    assert saved['iter_num'] == 8 and saved['loops_trained'] == sorted({loops_at(t, c) for t in range(8)})
+    assert saved['iter_num'] == saved['evaluated'] == 8 and saved['flops'] == pytest.approx(spent[7])
+    assert saved['loops_trained'] == sorted({loops_at(t, c) for t in range(8)})
     short = [line for line in read_log(tmp_path / 'short') if 'lr' in line]
     assert short[-1]['lr'] < 0.7 * max(line['lr'] for line in short)  # the schedule knows the end
+    more = [f'--out_dir={tmp_path}/short', '--init_from=resume', '--batch_size=2']
+    status, out, _ = call(main, *more, f'--max_flops={1.5 * limit:.0f}', '--max_iters=100')
+    saved = load(tmp_path / 'short' / 'ckpt.pt')
+    assert status == 0 and 1.5 * limit <= saved['flops'] < 1.7 * limit  # what was spent before counts
+    assert 'a larger max_flops goes on' in call(main, *more)[1]
+
+
+def test_flops_of_a_step_are_those_of_its_objective():
+    model = GPT(GPTConfig(**SIZES, exit_gate=True))
+    steps = {name: flops_of(model, TrainConfig(objective=name), 4) for name in OBJECTIVE}
+    assert steps['end'] == sum(flops(model, 4)['training'].values())
+    assert steps['step'] == steps['exit'] == sum(flops(model, 4, 4)['training'].values())
+    assert steps['gate'] == sum(flops(model, 4, 4)['forward'].values())
+    assert steps['few'] == sum(flops(model, 4, 2)['training'].values())
 
 
 # -----------------------------------------------------------------------------
@@ -266,6 +282,7 @@ def test_muon_takes_the_matrices_of_blocks_and_injection():
     assert rates == pytest.approx(
         {'wte': 0.6 * share, 'lm_head': 0.008 * share, rates_key(rates): 0.02 * share}
     )
+    assert adamw.defaults['eps'] == 1e-8 and muon.defaults['nesterov'] and muon.defaults['ns_steps'] == 5
     assert all(group['momentum'] == momentum_at(150) == pytest.approx(0.9) for group in muon.param_groups)
     assert momentum_at(0) == 0.85 and momentum_at(300) == momentum_at(9999) == pytest.approx(0.95)
 
@@ -273,6 +290,61 @@ def test_muon_takes_the_matrices_of_blocks_and_injection():
 def rates_key(rates):
     """The name of the group that is neither embedding nor head."""
     return next(name for name in rates if name not in ('wte', 'lm_head'))
+
+
+def test_what_decays():
+    model = GPT(GPTConfig(**SIZES, tie_weights=False, bias=True, exit_gate=True))
+    Objective(model, TrainConfig(objective='exit'))
+    named = {id(p): name for name, p in model.named_parameters()}
+    for optimizer, kinds in (('adamw', ('.c_', 'wte', 'wpe', 'lm_head', 'exit_gate')), ('muon', ('.c_',))):
+        optimizers, _ = make_optimizers(model, TrainConfig(optimizer=optimizer, adam_eps=1e-5))
+        groups = [group for o in optimizers for group in o.param_groups]
+        decayed = {named[id(p)] for group in groups if group['weight_decay'] == 0.1 for p in group['params']}
+        matrices = {name for name, p in model.named_parameters() if p.dim() == 2}
+        assert decayed == {name for name in matrices if any(kind in name for kind in kinds)}
+        assert optimizers[-1].defaults['eps'] == 1e-5
+
+
+def test_the_momentum_rises_in_a_run(call, flags, tmp_path):
+    call(main, *flags, '--optimizer=muon')
+    groups = load(tmp_path / 'out' / 'ckpt.pt')['optimizer'][0]['param_groups']
+    assert all(group['momentum'] == momentum_at(11) != 0.85 for group in groups)
+
+
+def test_a_frozen_models_last_gate_is_the_best(call, flags, tmp_path):
+    gate = ['--objective=gate', '--exit_gate=True', '--patience=1', '--dropout=0.2']
+    assert call(main, *flags, *gate)[0] == 0
+    best, last = (load(tmp_path / 'out' / name)['model']['exit_gate.bias'] for name in ('best.pt', 'ckpt.pt'))
+    assert load(tmp_path / 'out' / 'ckpt.pt')['iter_num'] == 12 and torch.equal(best, last)
+
+
+def test_a_gate_learns_nothing_from_dropout():
+    """Of loops that change nothing, no improvement is seen."""
+    model = GPT(GPTConfig(**SIZES, exit_gate=True, dropout=0.5))
+    objective = Objective(model, TrainConfig(objective='gate'))
+    idx, targets = batch()
+    loss, _ = objective(idx, targets, 4)
+    go_on, label = 0.5, 1 / (1 + math.exp(50 * 0.005))  # a new gate is undecided
+    model.exit_gate.weight.data.zero_()
+    loss, _ = objective(idx, targets, 4)
+    entropy = -label * math.log(go_on) - (1 - label) * math.log(1 - go_on)
+    share = (targets != -1).sum().item() / targets.numel()
+    assert loss.item() == pytest.approx(3 / 4 * entropy * share, rel=1e-5)
+    model.exit_gate.bias.data.fill_(-math.log(label / (1 - label)))  # the gate that is right about it
+    loss.backward()
+    model.zero_grad()
+    objective(idx, targets, 4)[0].backward()
+    assert model.exit_gate.bias.grad.abs() < 1e-6
+
+
+def test_a_model_gets_a_gate_for_its_second_stage(call, flags, tmp_path):
+    call(main, *flags)
+    gated = [f'--init_from={tmp_path}/out', '--objective=gate', '--exit_gate=True', f'--out_dir={tmp_path}/b']
+    assert call(main, *flags[:1], *gated, '--max_iters=3', '--device=cpu', '--compile=False')[0] == 0
+    a, b = (load(tmp_path / name / 'ckpt.pt')['model'] for name in ('out', 'b'))
+    assert set(b) - set(a) == {'exit_gate.weight', 'exit_gate.bias'} and all(
+        torch.equal(a[k], b[k]) for k in a
+    )
 
 
 def test_a_gate_learns_only_where_the_objective_teaches_it():

@@ -36,6 +36,6 @@ def test_runs_are_drawn_beside_each_other(call, flags, tmp_path, monkeypatch):
 def test_what_cannot_be_drawn_is_told(call, tmp_path):
     status, _, err = call(plot.main, f'--out_dir={tmp_path}')
     assert status == 2 and 'expected the folder of a run with a log.jsonl' in err
-    (tmp_path / 'log.jsonl').write_text('{')
+    (tmp_path / 'log.jsonl').write_text('{\n')
     status, _, err = call(plot.main, f'--out_dir={tmp_path}')
     assert status == 2 and 'is broken' in err

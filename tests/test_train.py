@@ -84,7 +84,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(call, flags, tmp_path, varian
     status, out, _ = call(main, *parts, '--init_from=resume', '--lr_decay_iters=12')
     assert status == 0 and 'resuming at step 7' in out and 'changed: max_iters was 7, is 12' in out
     resumed = load(tmp_path / 'parts' / 'ckpt.pt')
-    for key in ('model', 'optimizer', 'iter_num'):
+    for key in ('model', 'optimizer', 'iter_num', 'flops', 'loops_trained'):
         assert same(whole[key], resumed[key]), key
     assert losses(tmp_path / 'out') == losses(tmp_path / 'parts')
 
