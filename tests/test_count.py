@@ -74,7 +74,7 @@ RECIPES = sorted(path.stem for path in (ROOT / 'config').glob('train_*.py'))
 @pytest.mark.parametrize('name', RECIPES)
 def test_flops_of_every_recipe_equal_torchs_counter(name, bptt_k, rows, monkeypatch):
     monkeypatch.setattr(model_file, 'recompute', model_file.call)
-    small = ['--n_loop=3', '--block_size=32', '--vocab_size=70', '--window_pattern=L']
+    small = ['--n_loop=3', '--block_size=32', '--vocab_size=70', '--window_pattern=L', '--n_block=3']
     small += ['--size=1'] if name == 'train_looped_nanochat' else ['--n_embd=24', '--n_head=2']
     truncated = not build(f'config/{name}.py', *small, '--bptt_k=None').injection.alone
     model = build(f'config/{name}.py', *small, f'--bptt_k={bptt_k if truncated else None}')
