@@ -278,9 +278,7 @@ class GPTConfig:
     n_coda: int = 2  # layers after the loop
     n_loop: int = 4  # iterations of the loop
     bptt_k: int | None = None  # only the last bptt_k iterations carry gradient; None = all
-    input_injection: str = (
-        'inject'  # passthrough, inject, add, query_first, query_all, residual_all; see README
-    )
+    input_injection: str = 'inject'  # or passthrough, add, query_first, query_all, residual_all: README.md
     state_init: str = 'prelude'  # the loop starts from: prelude s = e, random N(0, state_std^2), zero, none
     state_std: float | None = None  # of state_init random; None = n_embd^-0.5
     norm: str = 'rmsnorm'  # layernorm, rmsnorm, or rmsnorm_fixed, which has no weight

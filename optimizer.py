@@ -65,8 +65,8 @@ def make_optimizers(model, c):
         if p.requires_grad:
             members[group_of(name, p)].append(p)
     muon = c.optimizer == 'muon'
-    tied = not members['head'] and c.head_lr is not None
-    check(not tied, 'head_lr', c.head_lr, 'None with tie_weights: the head is the embedding')
+    own = c.head_lr is None or not model.config.tie_weights
+    check(own, 'head_lr', c.head_lr, 'None with tie_weights: the head is the embedding')
     for name, params in members.items():
         key, takes, *decays = GROUPS[name]
         lr = getattr(c, key) if getattr(c, key) is not None else c.learning_rate

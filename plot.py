@@ -55,10 +55,11 @@ def draw_row(axes, records, name, colors):
     block = max(
         (int(key[16:18]) for key in keys if key.startswith('grad_norm/block_') and '/loop' in key), default=0
     )
-    loops = [k for k in range(1000) if f'hidden_norm/loop_{k:02d}' in keys]
+    loops = [k for k in range(1000) if {f'hidden_norm/loop_{k:02d}', f'train/loss/loop_{k:02d}'} & keys]
     for axis, (title, pattern, log) in zip(axes[1:], PANELS, strict=True):
         for k in loops:
-            steps, values = series(records, pattern.format(k, block=block))
+            key = pattern.format(k, block=block)
+            steps, values = series(records, key if key in keys else f'train/{key}')
             if steps and (not log or max(values) > 0):
                 axis.plot(steps, values, color=colors(k / max(1, len(loops) - 1)), label=f'loop {k}')
         axis.set(title=title, xlabel='step', yscale='log' if log else 'linear')
@@ -89,7 +90,8 @@ def main(argv):
     )
     for axes, records, folder in zip(rows, logs, folders, strict=True):
         draw_row(axes, records, Path(folder).name, pyplot.get_cmap('viridis'))
-    png = Path(c.png or Path(folders[0]) / 'log.png').with_suffix('.png')
+    png = Path(c.png or Path(folders[0]) / 'log.png')
+    check(png.suffix == '.png' and png.parent.is_dir(), 'png', c.png, 'a file of a folder that exists, .png')
     figure.savefig(png, dpi=80)
     print(f'drawn: {png}')
 

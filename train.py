@@ -75,27 +75,25 @@ class TrainConfig:
     objective: str = 'end'  # what learns: end (last loop), step (all), few (last third), exit, gate (Ouro)
     beta: float = 0.1  # of objective exit: the weight of the exits' entropy
     gate_ahead: bool = False  # of objective gate: the gate of a loop learns whether the next one improves
-    loop_sampling: str = (
-        'fixed'  # loops of a step: n_loop, uniform: 1 to 2 n_loop - 1, poisson: mean n_loop + 1
-    )
-    loop_max: int | None = None  # the most that sampling draws; poisson needs it
-    loop_warmup: int = 0  # steps over which n_loop grows from 1
-    max_flops: float | None = None  # end when training has cost so many FLOPs; None = at max_iters
+    loop_sampling: str = 'fixed'  # loops of a step: n_loop; or uniform: 1 to 2 n_loop - 1; or poisson
+    loop_max: int | None = None  # more are cut down to it; poisson, with its mean of n_loop + 1, needs it
+    loop_warmup: int = 0  # steps N over which n_loop grows from 1, as n_loop (1 - sqrt(1 - step / N))
+    max_flops: float | None = None  # end when so many are spent, if max_iters does not come first
     # optimizer
     optimizer: str = 'adamw'  # or muon: it takes the matrices of blocks and injection, AdamW the rest
     learning_rate: float = 6e-4  # the highest
-    matrix_lr: float | None = None  # of the matrices in blocks and of the injection; None = learning_rate
+    matrix_lr: float | None = None  # of matrices in blocks and injection; None = learning_rate; Muon's: 0.02
     embedding_lr: float | None = None  # None = learning_rate
     head_lr: float | None = None  # of an untied head; None = learning_rate
     lr_width: int | None = None  # AdamW's rates are for this n_embd: times sqrt(lr_width / n_embd)
     max_iters: int = 600000  # steps
-    weight_decay: float = 0.1  # of matrices, beside Muon of its alone; never of the injection
+    weight_decay: float = 0.1  # of matrices, with muon of those in blocks alone; never of the injection
     beta1: float = 0.9  # of AdamW's mean of gradients
     beta2: float = 0.95  # of their squares' mean
     adam_eps: float = 1e-8  # added to the root of the latter
     grad_clip: float = 1.0  # largest norm of the gradient; 0 = any
     max_bad_steps: int = 3  # so many steps in a row without a finite gradient end the run
-    patience: int = 0  # stop after so many evaluations without a new best loss; 0 = never
+    patience: int = 0  # stop after so many evaluations without a new best loss; 0 = never, as with gate
     # learning rate
     decay_lr: bool = True  # False = constant after the warm-up
     lr_schedule: str = 'cosine'  # cosine, or linear: constant, then down over the last warmdown_frac
@@ -291,6 +289,10 @@ def build_model(c, meta, checkpoint):
     return model
 
 
+def has_gate(checkpoint):
+    return any('exit_gate.' in name for name in checkpoint['model'])
+
+
 def flops_of(model, c, n_loop):
     """FLOPs per token of a training step with n_loop loops."""
     aim = OBJECTIVE[c.objective]
@@ -317,7 +319,10 @@ class Run:
         if m.compile:
             for block in self.model.blocks():
                 block.compile()
-        self.state = checkpoint if resuming else {}
+        self.state, self.weights = checkpoint if resuming else {}, None
+        if checkpoint is not None:
+            gate = ', with a new exit gate' if c.exit_gate and not has_gate(checkpoint) else ''
+            self.weights = f'weights of {c.init_from}, step {int(checkpoint.get("iter_num", 0))}{gate}'
         self.step = self.state.get('iter_num', 0)
         self.best = self.state.get('best_val_loss', math.inf)
         self.evaluated = self.state.get('evaluated', 0)  # the step of the last evaluation
@@ -364,6 +369,8 @@ class Run:
             limit = 'max_iters' if self.end == c.max_iters else 'max_flops'
             done = f', which is the last: a larger {limit} goes on' if self.step >= self.end else ''
             self.say(f'resuming at step {self.step}{done}')
+        elif self.weights:
+            self.say(self.weights)
         self.git = git_commit()
         self.state = None  # lets go of its memory
         if m.world > 1:
@@ -378,6 +385,10 @@ class Run:
         self.say(f'executed layers: {layers}, training FLOPs per token: {self.flops(c.n_loop):.4g}')
         for line in lines:
             self.say(line)
+        if c.warmup_iters > self.end:
+            self.say(f'warmup_iters={c.warmup_iters}: the learning rate rises until the end, at {self.end}')
+        if OBJECTIVE[c.objective].frozen and self.weights is None:
+            self.say(f'objective={c.objective} leaves the model as it began, at random; see --init_from=PATH')
         if self.end < c.max_iters:
             self.say(f'max_flops={c.max_flops:.4g} are spent after {self.end:,} steps')
 
@@ -386,8 +397,10 @@ class Run:
         states, held = states if isinstance(states, list) else [states], self.optimizers
         sizes = [[len(group['params']) for group in state['param_groups']] for state in states]
         alike = sizes == [[len(group['params']) for group in o.param_groups] for o in held]
-        wanted = 'the optimizer and the objective of the checkpoint; init_from=PATH takes its weights alone'
-        check(alike, 'optimizer', self.c.optimizer, wanted)
+        for key in ('optimizer', 'objective'):
+            now, then = self.c[key], self.state['config'].get(key)
+            wanted = f'{then!r} as in the checkpoint, to go on; init_from=PATH takes its weights alone'
+            check(alike or now == then, key, now, wanted)
         for optimizer, state in zip(held, states, strict=True):
             for then, now in zip(state['param_groups'], optimizer.param_groups, strict=True):
                 then.update(now | dict(params=then['params']))

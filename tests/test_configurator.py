@@ -115,7 +115,7 @@ def test_help_lists_every_key_with_its_comment(capsys, keys):
     for cls in keys:
         for field in fields(cls):
             told = [line.split('  ') for line in lines if line.startswith(f'  --{field.name}=')]
-            assert len(told) == 1 and told[0][-1] and '--' not in told[0][-1], field.name
+            assert len(told) == 1 and told[0][-1].strip() and '--' not in told[0][-1], field.name
 
 
 def test_no_two_dataclasses_share_a_key():

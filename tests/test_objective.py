@@ -340,7 +340,8 @@ def test_a_gate_learns_nothing_from_dropout():
 def test_a_model_gets_a_gate_for_its_second_stage(call, flags, tmp_path):
     call(main, *flags)
     gated = [f'--init_from={tmp_path}/out', '--objective=gate', '--exit_gate=True', f'--out_dir={tmp_path}/b']
-    assert call(main, *flags[:1], *gated, '--max_iters=3', '--device=cpu', '--compile=False')[0] == 0
+    status, out, _ = call(main, *flags[:1], *gated, '--max_iters=3', '--device=cpu', '--compile=False')
+    assert status == 0 and 'step 12, with a new exit gate' in out
     a, b = (load(tmp_path / name / 'ckpt.pt')['model'] for name in ('out', 'b'))
     assert set(b) - set(a) == {'exit_gate.weight', 'exit_gate.bias'} and all(
         torch.equal(a[k], b[k]) for k in a
@@ -357,12 +358,21 @@ def test_a_gate_learns_only_where_the_objective_teaches_it():
         assert held == (gate if aim.gated else set()) | (set() if aim.frozen else rest), name
 
 
-def test_resuming_with_another_optimizer_is_refused(call, flags):
+def test_an_untied_heads_rate_is_no_mistake_while_it_is_frozen(call, flags):
+    keys = ['--objective=gate', '--exit_gate=True', '--tie_weights=False', '--head_lr=0.1', '--max_iters=1']
+    status, out, err = call(main, *flags, *keys)
+    assert status == 0 and 'leaves the model as it began, at random' in out, err
+
+
+def test_resuming_with_other_learners_is_refused(call, flags, tmp_path):
     call(main, *flags, '--max_iters=2')
     status, _, err = call(main, *flags, '--init_from=resume', '--optimizer=muon', '--max_iters=4')
-    assert (
-        status == 2 and "optimizer='muon', expected the optimizer and the objective of the checkpoint" in err
+    assert status == 2 and "optimizer='muon', expected 'adamw' as in the checkpoint, to go on" in err
+    call(main, *flags, '--objective=exit', '--exit_gate=True', '--max_iters=2', f'--out_dir={tmp_path}/b')
+    status, _, err = call(
+        main, f'--out_dir={tmp_path}/b', '--init_from=resume', '--objective=gate', '--max_iters=4'
     )
+    assert status == 2 and "objective='gate', expected 'exit' as in the checkpoint, to go on" in err
     status, out, _ = call(main, *flags, '--init_from=resume', '--learning_rate=0.1', '--matrix_lr=0.05',
                           '--weight_decay=0.0', '--max_iters=4')  # fmt: skip
     assert status == 0 and 'changed: matrix_lr was None, is 0.05' in out
