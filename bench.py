@@ -1,14 +1,16 @@
 """
-Measures training steps: time, tokens per second, model FLOPs utilisation and memory.
+Measures training steps: time, tokens per second, model FLOPs utilisation and memory; or decoding.
 
     python bench.py config/train_gpt2_looped.py --batch_size=8
     python bench.py config/train_ouro_2_6b.py --count_only=True                parameters and FLOPs, no memory
     python bench.py config/train_shakespeare_char_looped.py --vs="--n_loop=8"   two settings, taking turns
+    python bench.py --mode=decode --init_from=out-quickstart                   ways to sample, taking turns
 
 Utilisation counts every executed layer, the loop's backward pass only for the last bptt_k iterations. It is
 taken against the device's dense peak, on a CPU against its own matrix products, measured here.
 """
 
+import functools
 import io
 import itertools
 import shlex
@@ -21,15 +23,22 @@ import torch
 from configurator import command, configure, peak_memory, setup
 from count import flops, parameters
 from data.dataset import find_data, read_meta
-from model import GPT, GPTConfig, check
+from generate import Exit, stream
+from model import GPT, GPTConfig, check, check_least, load_checkpoint
 from objective import OBJECTIVE, Objective, check_loops, loops_at
 from optimizer import make_optimizers
+from storage import find_checkpoint
 from train import BASELINE, TrainConfig, flops_of, train_step
 
 
 @dataclass
 class BenchConfig:
+    mode: str = 'train'  # or decode: tokens per second of a model (init_from=PATH, else random weights)
     count_only: bool = False  # print parameters and FLOPs, and measure nothing
+    tokens: int = 256  # of mode decode: new ones per row
+    sequences: int = 1  # of mode decode: rows decoded together
+    exit_threshold: float = 0.05  # of mode decode: of the exits kl and diff; gates leave at 0.5
+    draft_tokens: int = 4  # of mode decode: of speculation, with one loop
     vs: str = ''  # flags of a second setting, measured in turns with the first
     warmup: int = 5  # steps before measuring; compilation is in the first
     rounds: int = 5  # measurements, of which the median is taken
@@ -37,8 +46,9 @@ class BenchConfig:
 
     def __post_init__(self):
         """Raises ValueError for a value outside its range."""
-        for key in ('rounds', 'steps', 'warmup'):
-            check(getattr(self, key) >= 1, key, getattr(self, key), 'at least 1')
+        check(self.mode in ('train', 'decode'), 'mode', self.mode, 'train or decode')
+        check_least(self, 1, 'rounds', 'steps', 'warmup', 'tokens', 'sequences', 'draft_tokens')
+        check_least(self, 0, 'exit_threshold')
 
 
 class Side:
@@ -95,6 +105,74 @@ def matmul_rate(m, size=2048):
     return 2 * size**3 / min(seconds)
 
 
+def recompute_stream(model, idx, max_new_tokens):
+    """nanoGPT's way: every token anew over all that is in sight."""
+    for _ in range(max_new_tokens):
+        logits, _ = model(idx[:, -model.config.block_size :])
+        token = logits[:, -1].argmax(dim=-1)
+        idx = torch.cat((idx, token[:, None]), dim=1)
+        yield token
+
+
+def decoding_ways(model, c):
+    """{name: (a function of the prompts that yields tokens, an Exit or None, info)}."""
+    loops, ways = model.config.n_loop, {}
+
+    def add(name, rule=None, threshold=0.0, **options):
+        leave, info = rule and Exit(rule, threshold), {}
+        options = dict(temperature=0, info=info, leave=leave, **options)
+        ways[name] = functools.partial(stream, model, max_new_tokens=c.tokens, **options), leave, info
+
+    ways['recomputing all'] = functools.partial(recompute_stream, model, max_new_tokens=c.tokens), None, {}
+    add('cached')
+    if loops > 1:
+        add('kv_budget=1', kv_budget=1)
+        for rule in ('kl', 'diff'):
+            add(f'exit={rule} at {c.exit_threshold:g}', rule, c.exit_threshold)
+        if model.exit_gate:
+            add('exit=gate at 0.5', 'gate', 0.5)
+        if c.sequences == 1:
+            add(f'speculate={c.draft_tokens}', speculate=c.draft_tokens)
+    return ways
+
+
+def measure_decoding(c, m):
+    """Prints tokens per second, time to the first, the cache and the mean loops, the ways taking turns."""
+    checkpoint = find_checkpoint(c.init_from, c.out_dir, {key: c[key] for key in c.given})
+    torch.manual_seed(c.seed)
+    if checkpoint is None:
+        model = GPT(c.build(GPTConfig)).to(m.device)
+    else:
+        model, _ = load_checkpoint(
+            checkpoint, m.device, **{k: c[k] for k in c.given & {'n_loop', 'block_size'}}
+        )
+    prompts = torch.randint(model.config.vocab_size, (c.sequences, 16), device=m.device)
+    ways = decoding_ways(model.eval(), c)
+    seconds, firsts = {name: [] for name in ways}, {name: [] for name in ways}
+    for _ in range(c.rounds + 1):  # the first is not counted
+        for name, (way, leave, _) in ways.items():
+            start = time.perf_counter()
+            if leave:
+                leave.taken.clear()
+            with torch.no_grad(), m.autocast():
+                for i, token in enumerate(way(prompts)):
+                    if i == 0:
+                        token.tolist()
+                        firsts[name].append(time.perf_counter() - start)
+            token.tolist()
+            seconds[name].append(time.perf_counter() - start)
+    print(f'{"decoding":22} {"tokens/s":>9} {"ratio":>6} {"first, ms":>9} {"cache, MiB":>10} {"loops":>6}')
+    for name, (_, leave, info) in ways.items():
+        rate = c.tokens * c.sequences / statistics.median(seconds[name][1:])
+        pairs = zip(seconds['cached'][1:], seconds[name][1:], strict=True)
+        ratio = statistics.median(cached / mine for cached, mine in pairs)
+        taken = leave.taken if leave else {model.config.n_loop: 1}
+        loops = sum(n * tokens for n, tokens in taken.items()) / sum(taken.values())
+        size = f'{info["cache_bytes"] / 2**20:.2f}' if info else '-'
+        first = 1000 * statistics.median(firsts[name][1:])
+        print(f'{name:22} {rate:9.1f} {ratio:6.2f} {first:9.1f} {size:>10} {loops:6.2f}')
+
+
 def print_counts(c):
     """Parameters by section and FLOPs per token by kind, of a model that takes no memory."""
     config = c.build(GPTConfig)
@@ -137,6 +215,8 @@ def main(argv):
     m = setup(c)
     check(m.world == 1, 'processes', m.world, '1')
     print(m.line)
+    if c.mode == 'decode':
+        return measure_decoding(c, m)
     fixed = ('device', 'dtype', 'compile', 'deterministic', 'seed')
     changed = ', '.join(key for key in fixed if settings[-1][key] != c[key])
     check(not changed, 'vs', c.vs, f'the same {changed} for both settings')

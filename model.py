@@ -51,11 +51,11 @@ def swiglu(x):
     return F.silu(gate) * up
 
 
-def noise(model, e):
+def noise(model, e, pos):
     """N(0, state_std^2): in training from the default generator, else from one fixed table read by position,
     so that evaluation repeats and a row does not depend on its batch."""
     c = model.config
-    x = torch.randn_like(e) if model.training else model.noise[: e.size(1)].expand_as(e)
+    x = torch.randn_like(e) if model.training else model.noise[pos % c.block_size].expand_as(e)
     return (c.n_embd**-0.5 if c.state_std is None else c.state_std) * x
 
 
@@ -106,10 +106,10 @@ ACT = {  # the MLP's activation, the parts of c_fc it takes, the hidden width by
     'swiglu': (swiglu, 2, lambda C: math.ceil(C / 24) * 64),  # 8/3 C, in 64s
 }
 STATE = {  # s_0
-    'prelude': lambda model, e: e,
+    'prelude': lambda model, e, pos: e,
     'random': noise,
-    'zero': lambda model, e: torch.zeros_like(e),
-    'none': lambda model, e: None,  # the first iteration runs plainly on e
+    'zero': lambda model, e, pos: torch.zeros_like(e),
+    'none': lambda model, e, pos: None,  # the first iteration runs plainly on e
 }
 INJECT = {
     'passthrough': Injection(lambda model, e, s: s, ['prelude'], alone=True),
@@ -158,10 +158,18 @@ TABLES = dict(
 # a block
 
 
+class Context(NamedTuple):
+    """What the blocks know of the tokens' positions."""
+
+    rope: tuple | None  # cosines and sines of pos rope
+    full: torch.Tensor | None  # which keys a query sees, as of attend
+    narrow: torch.Tensor | None  # the same for blocks with a window
+
+
 def rotary(pos, width, base):
-    """Cosines and sines (T, width / 2) of the rotary embedding at positions pos (T,), always in float32."""
+    """Cosines and sines (..., T, width / 2) of the rotary embedding at positions pos (..., T), in float32."""
     freq = base ** (-torch.arange(0, width, 2, device=pos.device, dtype=torch.float32) / width)
-    angle = pos[:, None] * freq
+    angle = pos[..., None] * freq
     return angle.cos(), angle.sin()
 
 
@@ -179,8 +187,12 @@ def band(pos, window):
 
 
 def attend(q, k, v, mask, dropout):
-    """Causal softmax attention, (B, H, T, D); k, v: (B, G, T, D); mask: (T, T), None = all keys up to q's."""
-    options = dict(dropout_p=dropout, is_causal=mask is None, enable_gqa=q.size(1) != k.size(1))
+    """Softmax attention, (B, H, T, D); k, v: (B, G, S, D).
+
+    mask: (T, S) or (B, 1, T, S), True where a query sees a key. None: those up to its own if S = T, else all.
+    """
+    causal = mask is None and q.size(2) == k.size(2)
+    options = dict(dropout_p=dropout, is_causal=causal, enable_gqa=q.size(1) != k.size(1))
     if q.device.type == 'cpu' and q.size(-2) <= 256:
         # the low precisions' backward takes up to 5 times float32's
         with torch.autocast('cpu', enabled=False):
@@ -208,13 +220,15 @@ class CausalSelfAttention(nn.Module):
         biases = (None, None) if self.c_attn.bias is None else self.c_attn.bias.split(self.rows)
         return torch.cat([F.linear(*args) for args in zip((source, x), weights, biases, strict=True)], dim=-1)
 
-    def forward(self, x, rope=None, mask=None, source=None):
+    def forward(self, x, rope=None, mask=None, source=None, slot=None):
         (B, T, C), (H, G) = x.shape, self.heads
         heads = self.project(x, source).view(B, T, H + 2 * G, -1).transpose(1, 2)
         qk, v = heads.split([H + G, G], dim=1)
         if rope is not None:
             qk = rotate(qk, rope)
         q, k = self.qk_norm(qk).split([H, G], dim=1)
+        if slot is not None:
+            k, v = slot(k, v)
         y = attend(q, k, v, mask, self.dropout if self.training else 0.0)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
@@ -251,9 +265,9 @@ class Block(nn.Module):
             out(config),
         )
 
-    def forward(self, x, rope=None, mask=None, s=None):
+    def forward(self, x, rope=None, mask=None, s=None, slot=None):
         x, source = (x, None) if s is None else self.take(x, s)
-        y = self.attn(self.ln_1(x), rope, mask, source)
+        y = self.attn(self.ln_1(x), rope, mask, source, slot)
         x = self.out_1(x + self.post_1(y.to(x.dtype)))  # under autocast y is in the low precision
         return self.out_2(x + self.post_2(self.mlp(self.ln_2(x)).to(x.dtype)))
 
@@ -446,41 +460,51 @@ class GPT(nn.Module):
         """Every block once, in the order of first use."""
         return (*self.transformer.prelude, *self.transformer.recur, *self.transformer.coda)
 
-    def run(self, blocks, x, context, s=None):
-        """x (B, T, C) through blocks; s, what they get of the loop's state, goes to those that take it."""
-        rope, band = context
-        for block in blocks:
-            x = block(x, rope, band if block.windowed else None, s if block.take else None)
+    def run(self, blocks, x, context, s=None, slots=None):
+        """x (B, T, C) through blocks; s, what they get of the loop's state, goes to those that take it.
+
+        slots: a function (k, v) -> (k, v) for every block, which keeps keys and values and adds earlier ones.
+        """
+        for block, slot in zip(blocks, slots or itertools.repeat(None), strict=False):
+            mask = context.narrow if block.windowed else context.full
+            x = block(x, context.rope, mask, s if block.take else None, slot)
         return x
 
     def context(self, pos):
-        """What the blocks know of the positions pos (T,): rotary tables and the windows' mask, or None."""
+        """The Context of whole sequences with positions pos (T,); None for masks that hide nothing."""
         rope = rotary(pos, self.rope_width, self.config.rope_base) if self.rope_width else None
-        narrow = len(pos) > self.window + 1 and any(block.windowed for block in self.blocks())
-        return rope, band(pos, self.window) if narrow else None
+        last, windowed = len(pos) - 1, any(block.windowed for block in self.blocks())
+        full = band(pos, self.config.block_size - 1) if last >= self.config.block_size else None
+        return Context(rope, full, band(pos, self.window) if windowed and last > self.window else full)
 
-    def iterate(self, e, s, context):
+    def embed(self, idx, pos):
+        """(B, T, C), what enters the prelude, of tokens idx (B, T) at positions pos (T,) or (B, T)."""
+        x = self.config.emb_scale * self.transformer.wte(idx)
+        if self.transformer.wpe is not None:
+            x = x + self.transformer.wpe(pos)
+        return self.transformer.drop(self.transformer.norm_emb(x))
+
+    def iterate(self, e, s, context, slots=None):
         """The loop's next state, (B, T, C). s: the last one; None before the first, of state_init none."""
         u, fed = e if s is None else self.injection.enter(self, e, s), self.injection.feed(self, s)
-        return self.norm_recur(self.run(self.transformer.recur, u, context, fed))
+        return self.norm_recur(self.run(self.transformer.recur, u, context, fed, slots))
 
     def states(self, idx, n_loop=None, rows=(-1,)):
         """The loop's state after the iterations in rows (-1 = last): R tensors (B, T, C), and run's context.
 
-        idx: (B, T) token ids. Raises ValueError for T > block_size.
+        idx: (B, T) token ids. Beyond block_size a layer sees the last block_size keys; raises ValueError for
+        learned positions, which end there.
         """
         c, T = self.config, idx.size(1)
         n_loop = c.n_loop if n_loop is None else n_loop
         check(isinstance(n_loop, int) and n_loop >= 1, 'n_loop', n_loop, 'at least 1')
         check(all(-n_loop <= row < n_loop for row in rows), 'rows', rows, f'iterations of n_loop={n_loop}')
-        check(T <= c.block_size, 'length', T, f'at most block_size={c.block_size} tokens')
+        fits = T <= c.block_size or self.transformer.wpe is None
+        check(fits, 'length', T, f'at most block_size={c.block_size} tokens')
         pos = torch.arange(T, device=idx.device)
         context = self.context(pos)
-        x = c.emb_scale * self.transformer.wte(idx)
-        if self.transformer.wpe is not None:
-            x = x + self.transformer.wpe(pos)
-        e = self.run(self.transformer.prelude, self.transformer.drop(self.transformer.norm_emb(x)), context)
-        s, read = self.start(self, e), {}
+        e = self.run(self.transformer.prelude, self.embed(idx, pos), context)
+        s, read = self.start(self, e, pos), {}
         first = max(0, n_loop - (c.bptt_k or n_loop))  # iterations before this one record no graph
         reached = not (self.training and self.injection.alone and first)
         check(reached, 'n_loop', n_loop, f'at most bptt_k={c.bptt_k}: the prelude would get no gradient')
@@ -492,9 +516,9 @@ class GPT(nn.Module):
                 read[i] = s
         return [read[row % n_loop] for row in rows], context
 
-    def readout(self, s, context):
+    def readout(self, s, context, slots=None):
         """What the head reads, (B, T, C), of a state s (B, T, C)."""
-        return self.transformer.ln_f(self.run(self.transformer.coda, s, context))
+        return self.transformer.ln_f(self.run(self.transformer.coda, s, context, slots=slots))
 
     def logits(self, x):
         """(..., V) of what the head reads, x (..., C)."""

@@ -4,6 +4,8 @@ transformers, Ouro's safetensors. Each becomes a checkpoint: a dict with model_a
 model, GPT's state dict.
 """
 
+import contextlib
+import itertools
 import json
 import pickle
 from pathlib import Path
@@ -68,7 +70,26 @@ def find_pretrained(name, given):
     """
     if name.startswith('ouro:'):
         return read_ouro(Path(name.removeprefix('ouro:')))
+    if (Path(name) / 'tokenizer.json').exists() and (Path(name) / 'model.safetensors').exists():
+        with contextlib.suppress(ValueError, OSError):
+            args = json.loads((Path(name) / 'config.json').read_text())
+            if 'n_loop' in args:
+                return read_export(Path(name), args)
     return read_gpt2(name, given) if name in GPT2 or (Path(name) / 'config.json').exists() else None
+
+
+def read_export(folder, args):
+    """What export.py has written."""
+    try:
+        from safetensors.torch import load_file
+    except ImportError:
+        raise Mistake(f'init_from={str(folder)!r} needs safetensors: pip install safetensors') from None
+    model = load_file(folder / 'model.safetensors')
+    if args['tie_weights']:  # kept once, under either name
+        for ours, other in itertools.permutations(('transformer.wte.weight', 'lm_head.weight')):
+            model.setdefault(ours, model.get(other))
+    tokenizer = json.loads((folder / 'tokenizer.json').read_text())
+    return dict(model=model, model_args=args, tokenizer=tokenizer, config={}, iter_num=0)
 
 
 def read_gpt2(name, given):

@@ -16,7 +16,7 @@ import torch
 
 from configurator import autocast, choose_device, choose_dtype, command, configure
 from data.dataset import find_data, make_tokenizer, read_meta, read_text
-from generate import stream
+from generate import EXIT, Exit, stream
 from model import check, load_checkpoint
 from pretrained import GPT2, find_pretrained
 
@@ -34,6 +34,13 @@ class SampleConfig:
     stop: str = ''  # end a sample before this text; nothing = none
     stream: bool = False  # print tokens as they come, one sample after the other
     n_loop: int | None = None  # iterations of the loop; None = as trained
+    kv_budget: int | None = None  # iterations with keys and values of their own; None = all, which is exact
+    exit: str = ''  # let every token leave the loop by itself: kl, diff (below exit_threshold), gate (above)
+    exit_threshold: float | None = None  # of exit: nats, relative change, probability to have left
+    min_loops: int = 1  # of exit: at least so many
+    warm_start: bool = False  # start a token's loop from its predecessor's last state, an approximation
+    speculate: int = 0  # draft so many tokens with few loops, verify them by all: the same text, sooner
+    draft_loops: int = 1  # of speculate
     seed: int = 1337  # of what is drawn
     device: str = 'auto'  # auto, cpu, cuda, cuda:N, mps
     dtype: str = 'auto'  # of matrix products: auto, float32, bfloat16, float16
@@ -48,6 +55,18 @@ class SampleConfig:
         check(p is None or 0 < p <= 1, 'top_p', p, 'above 0 and at most 1, or None')
         check(self.n_loop is None or self.n_loop >= 1, 'n_loop', self.n_loop, 'at least 1, or None')
         check(self.seed >= 0, 'seed', self.seed, 'at least 0')
+        check(
+            self.kv_budget is None or self.kv_budget >= 1, 'kv_budget', self.kv_budget, 'at least 1, or None'
+        )
+        check(self.exit in ('', *EXIT), 'exit', self.exit, f'nothing, {", ".join(EXIT)}')
+        threshold, wanted = (
+            self.exit_threshold,
+            'a number, at least 0' if self.exit else 'None without an exit',
+        )
+        fits = threshold is not None and threshold >= 0 if self.exit else threshold is None
+        check(fits, 'exit_threshold', threshold, wanted)
+        check(self.min_loops >= 1, 'min_loops', self.min_loops, 'at least 1')
+        check(self.speculate >= 0, 'speculate', self.speculate, 'at least 0')
 
 
 def find_model(c, device):
@@ -125,9 +144,11 @@ def main(argv):
     prompt = tokenizer.encode(start) or [tokenizer.start]
     check(max(prompt) < model.config.vocab_size, 'start', start, 'text in the tokens of the checkpoint')
 
-    options = {key: c[key] for key in ('temperature', 'top_k', 'top_p', 'n_loop')}
+    keys = ('temperature', 'top_k', 'top_p', 'n_loop', 'kv_budget', 'warm_start', 'speculate', 'draft_loops')
+    info, leave = {}, Exit(c.exit, c.exit_threshold, c.min_loops) if c.exit else None
+    options = {key: c[key] for key in keys} | dict(info=info, leave=leave)
     options['generator'] = torch.Generator(device).manual_seed(c.seed)
-    batches = [1] * c.num_samples if c.stream else [c.num_samples]
+    batches = [1] * c.num_samples if c.stream or c.speculate else [c.num_samples]
     with autocast(device.type, dtype):
         for size in batches:
             idx = torch.tensor([prompt] * size, device=device)
@@ -144,6 +165,12 @@ def main(argv):
             for part in parts:
                 print('' if c.stream else ''.join(part))
                 print('---------------', flush=True)
+    print(f'keys and values: {info["cache_bytes"] / 2**20:.1f} MiB', file=sys.stderr)
+    if leave:
+        taken, tokens = sorted(leave.taken.items()), sum(leave.taken.values())
+        mean = sum(loops * n for loops, n in taken) / tokens
+        shares = ', '.join(f'{loops}: {n / tokens:.1%}' for loops, n in taken)
+        print(f'loops per token: {mean:.2f} on average, of {tokens:,} tokens ({shares})', file=sys.stderr)
 
 
 if __name__ == '__main__':

@@ -2,6 +2,8 @@ import helpers
 import pytest
 import torch
 
+torch.set_num_threads(1)  # at these sizes threads wait for each other
+
 
 @pytest.fixture(scope='session')
 def tiny_data(tmp_path_factory):

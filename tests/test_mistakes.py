@@ -144,6 +144,20 @@ SAMPLE = [
     (['--num_samples=0'], 'num_samples=0, expected at least 1'),
     (['--n_loop=0'], 'n_loop=0, expected at least 1'),
     (['--n_lop=2'], "unknown key 'n_lop', did you mean 'n_loop'?"),
+    (['--exit=entropy'], "exit='entropy', expected nothing, kl, diff, gate"),
+    (['--exit=diff'], 'exit_threshold=None, expected a number, at least 0'),
+    (['--exit_threshold=0.1'], 'exit_threshold=0.1, expected None without an exit'),
+    (['--exit=kl', '--exit_threshold=-1'], 'exit_threshold=-1.0, expected a number, at least 0'),
+    (['--exit=gate', '--exit_threshold=0.5'], "exit='gate', expected kl or diff: the model has no exit gate"),
+    (['--exit=diff', '--exit_threshold=1', '--min_loops=3'], 'min_loops=3, expected at most n_loop=2'),
+    (['--min_loops=0'], 'min_loops=0, expected at least 1'),
+    (['--kv_budget=0'], 'kv_budget=0, expected at least 1'),
+    (['--kv_budget=3'], 'kv_budget=3, expected from 1 to n_loop=2'),
+    (['--speculate=-1'], 'speculate=-1, expected at least 0'),
+    (['--speculate=3', '--draft_loops=2'], 'draft_loops=2, expected at least 1, below n_loop=2'),
+    (['--speculate=3', '--kv_budget=1'], 'speculate=3, expected 0 with kv_budget=1'),
+    (['--speculate=3', '--exit=diff', '--exit_threshold=1'], 'speculate=3, expected 0 with an exit'),
+    (['--speculate=3', '--warm_start=True'], 'speculate=3, expected 0 with warm_start'),
 ]
 FINE = [  # what looks odd but is plain
     ['--max_iters=1e0'],
@@ -233,6 +247,8 @@ def test_what_is_plain_in_sampling_works(call, tmp, argv):
         (['--vs=--n_lop=3'], "unknown key 'n_lop'"),
         (['--vs=--dtype=bfloat16'], 'expected the same dtype'),
         (['--rounds=0'], 'rounds=0, expected at least 1'),
+        (['--mode=sample'], "mode='sample', expected train or decode"),
+        (['--mode=decode', '--tokens=0'], 'tokens=0, expected at least 1'),
     ],
 )
 def test_mistakes_in_measuring_are_told(call, argv, told):

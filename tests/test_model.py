@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import model as model_file
 from count import flops
-from generate import choose
+from generate import Sampler, window
 from model import ACT, GPT, INIT, INJECT, NORM, PLACE, POS, GPTConfig, load_checkpoint
 from objective import Objective
 from optimizer import make_optimizers
@@ -328,7 +328,7 @@ def test_noise_is_fresh_in_training_and_fixed_in_evaluation():
     first, other = model(idx, targets)[0], model(idx, targets)[0]
     torch.manual_seed(1)
     assert not torch.equal(first, other) and torch.equal(first, model(idx, targets)[0])
-    assert model.start(model, torch.zeros(64, 16, 12)).std().item() == pytest.approx(0.5, rel=0.05)
+    assert model.start(model, torch.zeros(64, 16, 12), None).std().item() == pytest.approx(0.5, rel=0.05)
 
 
 @pytest.mark.parametrize('bptt_k', [None, 2])
@@ -351,23 +351,28 @@ def test_flops_equal_torchs_counter(keys, bptt_k):
 def test_generate_is_greedy_at_temperature_zero_and_within_top_k_and_top_p():
     model = make()
     idx, _ = tokens(B=2, T=5)
-    model.register_forward_hook(lambda *_: graphs.append(torch.is_grad_enabled()))
+    model.transformer.recur[0].register_forward_hook(lambda *_: graphs.append(torch.is_grad_enabled()))
     graphs = []
     model.generate(idx, 1)
-    assert graphs == [False]
+    assert graphs == [False] * 3
     greedy = model.generate(idx, 20, temperature=0, n_loop=2)  # past block_size as well
     for t in range(5, 25):
-        logits = model(greedy[:, max(0, t - 16) : t], n_loop=2)[0][:, -1]
+        logits = model(greedy[:, t - window(t, 16) : t], n_loop=2)[0][:, -1]
         assert torch.equal(logits.argmax(-1), greedy[:, t])
     assert torch.equal(model.generate(idx, 20, top_k=1, n_loop=2), greedy)
     assert torch.equal(model.generate(idx, 20, top_p=1e-6, n_loop=2), greedy)
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(4000, 4)
-    generator = torch.Generator().manual_seed(0)
-    drawn = choose(logits, 1.0, None, 0.7, generator)
+    generator, model.logits = torch.Generator().manual_seed(0), lambda x: x
+
+    def draws(x, **options):
+        sampler = Sampler(model, generator=generator, **options)
+        return sampler.draw(sampler.predict(x))
+
+    drawn = draws(logits, top_p=0.7)
     assert drawn.unique().tolist() == [0, 1]
     assert (drawn == 0).float().mean().item() == pytest.approx(0.625, abs=0.03)
-    assert choose(logits, 1.0, 3, None, generator).max() == 2
-    share = (choose(logits, 0.5, None, None, generator) == 0).float().mean().item()
+    assert draws(logits, top_k=3).max() == 2
+    share = (draws(logits, temperature=0.5) == 0).float().mean().item()
     assert share == pytest.approx(0.25 / (0.25 + 0.09 + 0.0225 + 0.0025), abs=0.03)
 
 

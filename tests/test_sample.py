@@ -129,3 +129,36 @@ def test_the_ratio_of_a_bench_is_of_the_seconds_measured(call, flags, monkeypatc
     out = call(bench.main, *flags, '--rounds=3', '--vs=--n_loop=6')[1].splitlines()
     assert out[-1] == 'time per step, --n_loop=6 / this: 3.000 (median of 3, 3.000 to 3.000)'
     assert out[-3].startswith('this: 500.00 ms per step') and out[-2].startswith('--n_loop=6: 1500.00 ms')
+
+
+def test_exits_and_the_cache_are_reported(call, flags):
+    options = [*trained(call, flags), '--n_loop=8', '--start=abc', '--max_new_tokens=40', '--temperature=0']
+    plain = call(main, *options)
+    # 1 + 8 + 1 slots of keys and values, a row, 8 positions and an unseen one, 16 numbers of 4 bytes
+    assert (
+        f'keys and values: {2 * 10 * 16 * 9 * 4 / 2**20:.1f} MiB' in plain[2]
+        and 'loops per token' not in plain[2]
+    )
+    status, out, err = call(main, *options, '--exit=diff', '--exit_threshold=1e9', '--min_loops=2')
+    assert status == 0 and 'loops per token: 2.00 on average, of ' in err and '(2: 100.0%)' in err
+    assert call(main, *options, '--exit=kl', '--exit_threshold=0')[1] == plain[1]
+    assert call(main, *options, '--speculate=3', '--draft_loops=2')[1] == plain[1]
+    assert call(main, *options, '--speculate=3', '--num_samples=2')[1] == plain[1] * 2
+
+
+def test_bench_sets_ways_of_decoding_side_by_side(call, flags, tmp_path):
+    call(train.main, *flags, '--exit_gate=True', '--max_iters=2')
+    options = [f'--init_from={tmp_path}/out', '--device=cpu', '--compile=False', '--dtype=float32']
+    status, out, err = call(bench.main, '--mode=decode', *options, '--tokens=6', '--rounds=1')
+    assert status == 0, err
+    table = out[out.index('decoding ') :].splitlines()[1:]
+    names = [
+        'recomputing all',
+        'cached',
+        'kv_budget=1',
+        'exit=kl at 0.05',
+        'exit=diff at 0.05',
+        'exit=gate at 0.5',
+    ]
+    assert [line[:22].strip() for line in table] == [*names, 'speculate=4']
+    assert float(table[1].split()[2]) == 1.0

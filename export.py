@@ -1,0 +1,57 @@
+"""
+Writes a model as files that anyone can read without running code: weights, configuration, tokenizer.
+
+    python export.py --out_dir=out-quickstart --to=my-model
+
+my-model gets model.safetensors, config.json and tokenizer.json; sample.py --init_from=my-model and train.py
+--init_from=my-model take it, and so does model.py alone:
+
+    model = GPT(GPTConfig(**json.load(open('my-model/config.json'))))
+    safetensors.torch.load_model(model, 'my-model/model.safetensors')
+"""
+
+import json
+import os
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from configurator import command, configure
+from model import Mistake, check
+from sample import find_model, find_tokenizer
+
+
+@dataclass
+class ExportConfig:
+    out_dir: str = 'out'  # the run: its best.pt, else its ckpt.pt; or the path of a checkpoint
+    init_from: str = 'resume'  # resume: from out_dir; or gpt2, gpt2-medium, ..., a folder of GPT-2
+    to: str = ''  # the folder to write
+
+
+def write(path, content):
+    """Writes a file under another name first, so that it is whole when it is there."""
+    path.with_name(path.name + '.tmp').write_text(json.dumps(content, indent=1))
+    os.replace(path.with_name(path.name + '.tmp'), path)
+
+
+@command
+def main(argv):
+    c = configure((ExportConfig,), argv, out=sys.stderr)
+    check(c.to, 'to', c.to, 'a folder to write')
+    try:
+        from safetensors.torch import save_model
+    except ImportError:
+        raise Mistake('exporting needs safetensors: pip install safetensors') from None
+    model, checkpoint, path = find_model(c, 'cpu')
+    tokenizer, folder = find_tokenizer(checkpoint), Path(c.to)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_model(model, str(folder / 'model.safetensors.tmp'))
+    os.replace(folder / 'model.safetensors.tmp', folder / 'model.safetensors')
+    write(folder / 'tokenizer.json', tokenizer.dict)
+    write(folder / 'config.json', asdict(model.config))
+    size = (folder / 'model.safetensors').stat().st_size / 2**20
+    print(f'{path}: {model.get_num_params():,} parameters, {size:,.1f} MiB in {folder}')
+
+
+if __name__ == '__main__':
+    main()

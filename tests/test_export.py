@@ -1,0 +1,50 @@
+"""What is exported loads back, with model.py alone, and is the same model."""
+
+import json
+
+import pytest
+import torch
+from helpers import TINY
+
+import export
+import sample
+from model import GPT, GPTConfig, load_checkpoint
+from pretrained import find_pretrained
+from train import main
+
+
+@pytest.mark.parametrize('keys', [[], ['--tie_weights=False', '--exit_gate=True', '--pos=rope']], ids=len)
+def test_an_exported_model_is_the_same(call, flags, tmp_path, keys):
+    safetensors = pytest.importorskip('safetensors.torch')
+    call(main, *flags, *keys)
+    status, out, err = call(export.main, f'--out_dir={tmp_path}/out', f'--to={tmp_path}/to')
+    assert status == 0 and 'parameters' in out, err
+    assert sorted(p.name for p in (tmp_path / 'to').iterdir()) == [
+        'config.json',
+        'model.safetensors',
+        'tokenizer.json',
+    ]
+    before, _ = load_checkpoint(tmp_path / 'out' / 'best.pt')
+    alone = GPT(GPTConfig(**json.loads((tmp_path / 'to' / 'config.json').read_text())))
+    safetensors.load_model(alone, tmp_path / 'to' / 'model.safetensors')
+    found, _ = load_checkpoint(find_pretrained(f'{tmp_path}/to', {}))
+    idx = torch.randint(12, (2, 8), generator=torch.Generator().manual_seed(0))
+    expected = before.eval()(idx, idx)[0]
+    assert torch.equal(alone.eval()(idx, idx)[0], expected) and torch.equal(
+        found.eval()(idx, idx)[0], expected
+    )
+    options = ['--device=cpu', '--dtype=float32', '--max_new_tokens=20']
+    text = call(sample.main, f'--out_dir={tmp_path}/out', *options)[1]
+    assert call(sample.main, f'--init_from={tmp_path}/to', *options)[1] == text
+    small = [flag for flag in TINY if flag.startswith(('--device', '--compile', '--batch_size'))]
+    status, out, err = call(
+        main, *flags[:1], *small, f'--init_from={tmp_path}/to', f'--out_dir={tmp_path}/b', '--max_iters=1'
+    )
+    assert status == 0, err
+
+
+def test_an_export_without_a_folder_is_refused(call, tmp_path):
+    status, _, err = call(export.main, f'--out_dir={tmp_path}')
+    assert status == 2 and "to='', expected a folder to write" in err
+    status, _, err = call(export.main, f'--out_dir={tmp_path}', f'--to={tmp_path}/to')
+    assert status == 2 and 'expected the folder of a run' in err and not (tmp_path / 'to').exists()

@@ -1,0 +1,304 @@
+"""Cached decoding against whole forward passes, at every position."""
+
+import itertools
+
+import pytest
+import torch
+from helpers import randomize
+from test_model import PAIRS
+
+import generate
+from generate import Decoder, Exit, Sampler, Sequences, stream, window
+from model import ACT, GPT, NORM, PLACE, POS, GPTConfig
+
+SIZES = dict(block_size=12, vocab_size=23, n_head=2, n_embd=12, n_prelude=1, n_block=2, n_coda=1, n_loop=2)
+IDX = torch.randint(23, (3, 40), generator=torch.Generator().manual_seed(0))
+
+
+def make(double=True, **keys):
+    model = randomize(GPT(GPTConfig(**SIZES | keys))).eval()
+    return model.double() if double else model
+
+
+def whole(model, row, n_loop=None):
+    """The last logits of a row (T,), by a whole forward pass over what is in sight of it."""
+    if model.transformer.wpe is not None:
+        row = row[len(row) - window(len(row), model.config.block_size) :]
+    return model(row[None], n_loop=n_loop)[0][0, 0]
+
+
+def check_decoding(model, lengths, steps, n_loop=None, atol=1e-10):
+    """Ragged prompts of IDX, then steps more tokens of it: the logits of every position."""
+    idx = torch.full((len(lengths), max(lengths)), 7)
+    for row, n, all_of in zip(idx, lengths, IDX, strict=True):
+        row[:n] = all_of[:n]
+    rows = Sequences(model, idx, torch.tensor(lengths), steps, n_loop=n_loop)
+    for step in range(steps):
+        logits = model.logits(rows.read)
+        for i, n in enumerate(lengths):
+            expected = whole(model, IDX[i, : n + step], n_loop)
+            assert torch.allclose(logits[i], expected, atol=atol), (i, step)
+        rows.append(torch.stack([IDX[i, n + step] for i, n in enumerate(lengths)]))
+
+
+PARTS = zip(itertools.cycle(NORM), itertools.product(POS, ACT))
+KINDS = [dict(norm=norm, pos=pos, mlp=mlp) for norm, (pos, mlp) in PARTS]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('place', PLACE)
+@pytest.mark.parametrize('injection, state', PAIRS)
+def test_cached_decoding_equals_whole_forward_passes(injection, state, place):
+    """Three rows of unlike lengths, from within block_size to far beyond it."""
+    i = list(PLACE).index(place)
+    for n_loop, kind in zip(((1, 5), (2, 5), (5, 2), (2, 1))[i], KINDS[i::4], strict=False):
+        model = make(input_injection=injection, state_init=state, norm_place=place, **kind)
+        check_decoding(model, [3, 11, 5], 9, n_loop)
+
+
+EXTRAS = [dict(n_kv_head=1), dict(window_pattern='LS'), dict(window_pattern='S', window_size=3, n_kv_head=1),
+          dict(qk_norm=True, softcap=4.0, emb_scale=2.0, norm_emb=True), dict(bias=True, block_size=1),
+          dict(n_prelude=0, n_coda=0)]  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('lengths', [[9, 9, 9], [2, 12, 14], [13, 30, 1]], ids=str)
+@pytest.mark.parametrize('pos', POS)
+@pytest.mark.parametrize('keys', EXTRAS, ids=str)
+def test_groups_windows_and_long_prompts_in_chunks(keys, pos, lengths, monkeypatch):
+    monkeypatch.setattr(generate, 'CHUNK', 5)
+    check_decoding(make(pos=pos, **keys), lengths, 9)
+    check_decoding(make(double=False, pos=pos, **keys), lengths, 9, atol=1e-4)
+
+
+# -----------------------------------------------------------------------------
+# exits
+
+
+def gated(**keys):
+    model = make(**dict(dict(exit_gate=True, n_loop=5, pos='rope'), **keys))
+    model.exit_gate.bias.data.zero_()
+    return model
+
+
+def token_by_token(model, row, leave, n_loop, warm=99):
+    """(logits, loops) of a row's tokens: the rule written out, with a dictionary of keys and values.
+
+    warm: the first token whose loop starts from its predecessor's last state.
+    """
+    kept, logits, loops, s = {}, [], [], None
+
+    class Store:
+        def __init__(self, name):
+            self.name = name
+
+        def __call__(self, k, v):
+            kept.setdefault(self.name, {})[t] = k, v
+            found = [kept[self.name][j] for j in range(t + 1)]
+            return tuple(torch.cat(parts, dim=2) for parts in zip(*found, strict=True))
+
+    def stores(part, blocks):
+        return [Store((*part, j)) for j in range(len(blocks))]
+
+    m = model.transformer
+    for t, token in enumerate(row):
+        pos = torch.tensor([t])
+        context = model.context(pos)
+        e = model.run(
+            m.prelude, model.embed(token.view(1, 1), pos), context, slots=stores(('prelude',), m.prelude)
+        )
+        s, memory = model.start(model, e, pos) if t < warm else s, None
+        for i in range(n_loop):
+            before, s = s, model.iterate(e, s, context, stores(('recur', i), m.recur))
+            if leave.reads:
+                read = model.readout(s, context, stores(('coda', i), m.coda))
+            gone, memory = leave(model, i, before, s, read if leave.reads else s, memory)
+            if gone.item():
+                break
+        for later in range(i + 1, n_loop):
+            for j in range(len(m.recur)):
+                kept.setdefault(('recur', later, j), {})[t] = kept['recur', i, j][t]
+            for j in range(len(m.coda) if leave.reads else 0):
+                kept.setdefault(('coda', later, j), {})[t] = kept['coda', i, j][t]
+        if not leave.reads:
+            read = model.readout(s, context, stores(('coda', 0), m.coda))
+        logits.append(model.logits(read)[0, 0])
+        loops.append(i + 1)
+    return torch.stack(logits), loops
+
+
+QUERIED = dict(n_coda=0, input_injection='query_all', state_init='none')
+RULES = [('kl', 0.17, {}), ('diff', 1.1, {}), ('gate', 0.85, {})]  # thresholds at which tokens differ
+RULES += [('kl', 0.002, QUERIED), ('diff', 0.1, QUERIED), ('gate', 0.8, QUERIED)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('rule, threshold, keys', RULES, ids=str)
+def test_exits_are_those_of_single_tokens(rule, threshold, keys):
+    """A ragged prompt at once and then token by token, against one token at a time in every row alone."""
+    model, leave = gated(**keys), Exit(rule, threshold)
+    lengths, steps = [4, 8, 6], 4
+    expected = [token_by_token(model, row[:12], leave, 5) for row in IDX]
+    assert len({n for _, loops in expected for n in loops}) > 1
+    idx = torch.full((3, 8), 7)
+    for row, n, all_of in zip(idx, lengths, IDX, strict=True):
+        row[:n] = all_of[:n]
+    rows = Sequences(model, idx, torch.tensor(lengths), steps, leave=leave)
+    for i, n in enumerate(lengths):
+        assert rows.decoder.loops[i, :n].tolist() == expected[i][1][:n]
+    for step in range(steps):
+        for i, n in enumerate(lengths):
+            assert torch.allclose(model.logits(rows.read)[i], expected[i][0][n + step - 1], atol=1e-10)
+        rows.append(torch.stack([IDX[i, n + step] for i, n in enumerate(lengths)]))
+        assert rows.decoder.loops[:, 0].tolist() == [expected[i][1][n + step] for i, n in enumerate(lengths)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('rule, threshold', [('diff', 0.0), ('diff', 1.1), ('kl', 0.17)])
+def test_a_warm_start_goes_on_from_the_last_state(rule, threshold):
+    model, leave = gated(), Exit(rule, threshold)
+    lengths, steps = [4, 7, 6], 4
+    idx = torch.where(torch.arange(7) < torch.tensor(lengths)[:, None], IDX[:, :7], 7)
+    rows = Sequences(
+        model, idx, torch.tensor(lengths), steps, warm_start=True, leave=leave if threshold else None
+    )
+    for step in range(steps):
+        rows.append(torch.stack([IDX[i, n + step] for i, n in enumerate(lengths)]))
+        for i, n in enumerate(lengths):
+            expected, _ = token_by_token(model, IDX[i, : n + step + 1], leave, 5, warm=n)
+            assert torch.allclose(model.logits(rows.read)[i], expected[-1], atol=1e-10)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('rule, never, always', [('kl', 0.0, 1e9), ('diff', 0.0, 1e9), ('gate', 1.0, 0.0)])
+def test_thresholds_at_their_ends(rule, never, always):
+    model = gated(double=False)
+    plain = Decoder(model, 3, 12).advance(IDX[:, :12])
+    assert torch.equal(Decoder(model, 3, 12, leave=Exit(rule, never)).advance(IDX[:, :12]), plain)
+    model.exit_gate.bias.data.fill_(100.0)  # sure to leave, to the last bit
+    if rule == 'gate':
+        assert torch.equal(Decoder(model, 3, 12, leave=Exit(rule, never)).advance(IDX[:, :12]), plain)
+    for least in (1, 3):
+        early = Decoder(model, 3, 12, leave=Exit(rule, always, least))
+        x = early.advance(IDX[:, :12])
+        assert torch.allclose(x, Decoder(model, 3, 12, n_loop=least).advance(IDX[:, :12]), atol=1e-4)
+        assert (early.loops == least).all()
+
+
+@torch.no_grad()
+def test_a_higher_threshold_of_the_gate_takes_more_loops():
+    model, means = gated(), []
+    for threshold in (0.0, 0.3, 0.6, 0.8, 0.9, 0.99, 1.0):
+        decoder = Decoder(model, 3, 12, leave=Exit('gate', threshold))
+        decoder.advance(IDX[:, :12])
+        means.append(decoder.loops.double().mean().item())
+    assert means == sorted(means) and means[0] == 1 and means[-1] == 5 and len(set(means)) > 4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('rule, threshold, keys', RULES, ids=str)
+def test_a_row_does_not_depend_on_its_neighbours(rule, threshold, keys):
+    model, leave = gated(**keys), Exit(rule, threshold)
+    one = Decoder(model, 3, 12, leave=leave).advance(IDX[:, :12])
+    other = Decoder(model, 3, 12, leave=leave).advance(torch.stack([IDX[1, :12], IDX[1, 12:24], IDX[2, :12]]))
+    assert torch.allclose(one[1], other[0], atol=1e-10) and torch.allclose(one[2], other[2], atol=1e-10)
+
+
+# -----------------------------------------------------------------------------
+# shared slots
+
+
+@torch.no_grad()
+def test_a_budget_shares_the_slots_of_the_loop():
+    model, sizes = gated(n_loop=4), {}
+    for budget in (1, 2, 4):
+        decoder = Decoder(model, 3, 12, kv_budget=budget)
+        decoder.advance(IDX[:, :4])
+        sizes[budget] = decoder.bytes()
+        D, G, c = 6, 2, model.config
+        slots = c.n_prelude + budget * c.n_block + c.n_coda
+        assert sizes[budget] == slots * 2 * 3 * G * (12 + 1) * D * 8
+    whole = model(IDX[:, :4], IDX[:, :4])[0]
+    first = model.logits(Decoder(model, 3, 12, kv_budget=1).advance(IDX[:, :4]))
+    assert torch.allclose(first, whole, atol=1e-10)  # a prompt at once is exact
+    shared = Decoder(model, 3, 12, kv_budget=1)
+    shared.advance(IDX[:, :4])
+    assert not torch.allclose(
+        model.logits(shared.advance(IDX[:, 4:5])[:, 0]), model(IDX[:, :5])[0][:, 0], atol=1e-3
+    )
+
+
+# -----------------------------------------------------------------------------
+# speculation
+
+
+def confident(**keys):
+    """A model whose loops change little, so that drafts are right now and then."""
+    sizes = dict(double=False, n_loop=4, pos='rope', norm_loop=False, n_prelude=0, n_block=1, n_coda=0)
+    model = make(**sizes | keys)
+    for name, p in model.named_parameters():
+        p.data *= 0.3 if 'recur' in name and p.dim() > 1 else 1
+    return model
+
+
+@pytest.mark.parametrize(
+    'keys', [dict(), dict(n_coda=1), dict(pos='learned'), dict(window_pattern='LS')], ids=str
+)
+def test_greedy_speculation_is_greedy_decoding(keys, monkeypatch):
+    """200 prompts, and far beyond block_size."""
+    model, sizes = confident(**keys), set()
+    dice, real = torch.Generator().manual_seed(1), generate.speculation
+    monkeypatch.setattr(generate, 'speculation', lambda *a: sizes.add(len(x := real(*a))) or x)
+    for i in range(200 if not keys else 20):
+        prompt = torch.randint(23, (1, 1 + i % 9), generator=dice)
+        plain = [int(x) for x in stream(model, prompt, 7, temperature=0)]
+        fast = stream(model, prompt, 7, temperature=0, speculate=3 + i % 3, draft_loops=1 + i % 2)
+        assert [int(x) for x in fast] == plain
+    assert len(sizes) > 3  # some drafts were kept, some were not
+
+
+def chi_square(counts, p):
+    """The statistic, and what it exceeds with a probability of about 1e-4 (Wilson and Hilferty)."""
+    expected, free = p * counts.sum(), (p > 0).sum().item() - 1
+    assert (counts[p == 0] == 0).all()
+    value = ((counts - expected) ** 2 / expected)[p > 0].sum().item()
+    return value, free * (1 - 2 / (9 * free) + 3.72 * (2 / (9 * free)) ** 0.5) ** 3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('options', [dict(), dict(temperature=0.7, top_k=4, top_p=0.8)], ids=str)
+def test_speculation_draws_from_the_models_distribution(options):
+    """block_size 1 makes the model a Markov chain: the transitions of one long stream."""
+    model = confident(block_size=1, vocab_size=6)
+    generator = torch.Generator().manual_seed(0)
+    start = torch.zeros(1, 1, dtype=torch.long)
+    found = stream(model, start, 1500, generator=generator, speculate=4, **options)
+    chain = [0, *(int(x) for x in found)]
+    counts = torch.zeros(6, 6)
+    for a, b in itertools.pairwise(chain):
+        counts[a, b] += 1
+    for a in range(6):
+        logits = model(torch.tensor([[a]]))[0][0, 0] / options.get('temperature', 1.0)
+        p = logits.softmax(-1)
+        order = p.argsort(descending=True)
+        keep = order[: options.get('top_k', 6)]
+        if 'top_p' in options:  # of what top_k has left
+            share = p[keep] / p[keep].sum()
+            keep = keep[: int((share.cumsum(0) < options['top_p']).sum()) + 1]
+        p = torch.zeros(6).index_put((keep,), p[keep] / p[keep].sum())
+        if counts[a].sum() > 100 and len(keep) > 1:
+            value, limit = chi_square(counts[a], p)
+            assert value < limit, (a, value, limit)
+
+
+@torch.no_grad()
+def test_verified_drafts_are_distributed_as_the_verification_says():
+    """50,000 draws from a vocabulary of 5, the draft far off."""
+    p = torch.tensor([[0.1, 0.5, 0.0, 0.3, 0.1]])
+    q = torch.tensor([[0.6, 0.05, 0.25, 0.1, 0.0]])
+    sampler = Sampler(None, generator=torch.Generator().manual_seed(0))
+    counts = torch.zeros(5)
+    for draft in torch.multinomial(q[0], 50_000, replacement=True, generator=sampler.generator):
+        counts[sampler.verify(p, q, draft[None])[0]] += 1
+    value, limit = chi_square(counts, p[0])
+    assert value < limit
