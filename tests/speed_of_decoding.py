@@ -32,7 +32,9 @@ def seconds(tokens):
 
 
 def against_recomputing(tokens=512, rounds=2):
-    sizes = dict(n_prelude=2, n_block=2, n_coda=2, n_loop=4, n_embd=384, n_head=6, block_size=1024)
+    sizes = dict(
+        n_prelude=2, n_block=2, n_coda=2, n_loop=4, n_embd=384, n_head=6, block_size=1024, vocab_size=65
+    )
     torch.manual_seed(0)
     model = GPT(GPTConfig(**sizes)).eval()
     low = GPT(GPTConfig(**sizes)).eval()
