@@ -289,7 +289,7 @@ def window(length, block_size):
 class Sequences:
     """Rows of tokens that grow at their ends, under a Decoder and the rule for what is beyond block_size.
 
-    idx: (B, T), lengths: (B,) of them real, the others fill it up; None = all. total: of a row in the end.
+    idx: (B, T), lengths: (B,) of them real, the others fill it up; None = all. more: tokens that will follow.
     """
 
     def __init__(self, model, idx, lengths, more, **options):

@@ -194,7 +194,7 @@ def attend(q, k, v, mask, dropout):
     causal = mask is None and q.size(2) == k.size(2)
     options = dict(dropout_p=dropout, is_causal=causal, enable_gqa=q.size(1) != k.size(1))
     if q.device.type == 'cpu' and 1 < q.size(-2) <= 256:
-        # the low precisions' backward takes up to 5 times float32's
+        # the low precisions' backward takes up to 5 times float32's; a single token is decoded, not trained
         with torch.autocast('cpu', enabled=False):
             y = F.scaled_dot_product_attention(upcast(q), upcast(k), upcast(v), mask, **options)
         return y.to(q.dtype)
