@@ -12,14 +12,18 @@ Beyond block_size: with learned positions, when the window is full, the last blo
 processed anew; otherwise every layer sees the last block_size keys.
 """
 
+import functools
 import math
 from collections import Counter
+from typing import NamedTuple
 
 import torch
 
-from model import Context, check, rotary, upcast
+from checks import check
+from model import Context, rotary, upcast
 
 CHUNK = 512  # tokens of a prompt that are processed at once
+SPAN = 128  # a compiled step sees a multiple of so many tokens
 
 
 # -----------------------------------------------------------------------------
@@ -69,25 +73,37 @@ class Exit:
 # keys and values
 
 
-class Slot:
-    """The keys and values of one executed block: views of the decoder's, set when the first ones come."""
+class Place(NamedTuple):
+    """Where tokens go in the slots and what they see there."""
 
-    def __init__(self, decoder):
-        self.decoder, self.k, self.v = decoder, None, None
+    pos: torch.Tensor  # (T,) or (n, T), their positions
+    rows: torch.Tensor | None  # (n,) of the decoder's rows, None = all
+    at: slice | torch.Tensor  # their columns in the slots, (n, T); a slice: the same for all rows
+    context: Context
 
-    def __call__(self, k, v):
-        """Keeps k and v (n, G, T, D) of the decoder's current tokens, returns all that they may see."""
-        d = self.decoder
-        if self.k is None:
-            d.allocate(k, v)
-        if d.at is None:
-            start, end = d.span
-            self.k[:, :, start:end], self.v[:, :, start:end] = k, v
-            return self.k[:, :, :end], self.v[:, :, :end]
-        rows, at = d.at
-        self.k[rows, :, at], self.v[rows, :, at] = k.transpose(1, 2), v.transpose(1, 2)
-        mine = slice(None) if d.rows is None else d.rows
-        return self.k[mine, :, : d.span[1]], self.v[mine, :, : d.span[1]]
+    @property
+    def seen(self):
+        """How many of the slots' columns are in sight."""
+        return self.at.stop if isinstance(self.at, slice) else self.context.full.size(-1)
+
+
+def keep(slot, place, *new):
+    """Puts new keys and values (n, G, T, D) into the slot's (size, G, columns, D), returns all in sight."""
+    if isinstance(place.at, slice):
+        for kept, x in zip(slot, new, strict=True):
+            kept[:, :, place.at] = x
+        return [kept[:, :, : place.seen] for kept in slot]
+    rows = torch.arange(len(place.at), device=place.at.device) if place.rows is None else place.rows
+    for kept, x in zip(slot, new, strict=True):
+        kept[rows[:, None], :, place.at] = x.transpose(1, 2).to(kept.dtype)
+    found = [kept[:, :, : place.seen] for kept in slot]
+    return found if place.rows is None else [x[place.rows] for x in found]
+
+
+def put_last(kept, rows, x, counts):
+    """Row by row the last of x's (n, T, C) first counts goes to kept[rows], where there are any."""
+    some = [i for i, count in enumerate(counts) if count]
+    kept[[rows[i] for i in some]] = x[some, [counts[i] - 1 for i in some]].to(kept.dtype)
 
 
 class Decoder:
@@ -95,189 +111,177 @@ class Decoder:
 
     size: rows; total: the most tokens that a row will have; leave: an Exit, or None: every token takes n_loop
     loops; warm_start: a single token's loop starts from its predecessor's last state, an approximation
-    (Huginn's continuous thought). lengths: the tokens of every row so far, an int while they are equal, else
-    (size,). loops: how many every token of the last piece took, (n, T), or an int.
+    (Huginn's continuous thought); compile: the step of single tokens is compiled, once. lengths: the tokens
+    of every row so far. loops: how many every token of the last piece took, (n, T), or an int.
     """
 
-    def __init__(self, model, size, total, n_loop=None, kv_budget=None, leave=None, warm_start=False):
-        c, self.model, self.size, self.lengths = model.config, model, size, 0
+    def __init__(self, model, size, total, n_loop=None, kv_budget=None, leave=None, warm_start=False,
+                 compile=False):  # fmt: skip
+        c, self.model, self.size, self.lengths = model.config, model, size, [0] * size
         self.n_loop = self.loops = c.n_loop if n_loop is None else n_loop
         self.budget = self.n_loop if kv_budget is None else kv_budget
+        self.leave, self.warm_start, self.compile = leave, warm_start, compile
         check(self.n_loop >= 1, 'n_loop', n_loop, 'at least 1')
         check(1 <= self.budget <= self.n_loop, 'kv_budget', kv_budget, f'from 1 to n_loop={self.n_loop}')
-        self.leave = leave
-        gated = leave is None or leave.rule is not gate or model.exit_gate is not None
-        check(gated, 'exit', 'gate', 'kl or diff: the model has no exit gate')
-        check(leave is None or leave.least <= self.n_loop, 'min_loops', leave and leave.least,
-              f'at most n_loop={self.n_loop}')  # fmt: skip
-        self.learned = model.transformer.wpe is not None
-        self.capacity = min(total, c.block_size if self.learned else c.block_size + CHUNK - 1)
+        if leave is not None:
+            gated = leave.rule is not gate or model.exit_gate is not None
+            check(gated, 'exit', 'gate', 'kl or diff: the model has no exit gate')
+            check(leave.least <= self.n_loop, 'min_loops', leave.least, f'at most n_loop={self.n_loop}')
+            check(not compile, 'compile', compile, 'False with an exit')
+        self.windowed = any(block.windowed for block in model.blocks())
+        self.capacity = min(total, c.block_size + (0 if c.pos == 'learned' else CHUNK - 1))
         codas = self.budget if leave is not None and leave.reads else 1  # a loop that is read out has its own
-        groups = [c.n_prelude] + [c.n_block] * self.budget + [c.n_coda] * codas
-        self.groups = [[Slot(self) for _ in range(n)] for n in groups]
-        self.prelude, self.recur, self.coda = (
-            self.groups[0],
-            self.groups[1 : 1 + self.budget],
-            self.groups[-codas:],
-        )
-        self.rows = self.at = self.span = self.k = self.v = None
-        self.warm_start, self.last = warm_start, None  # (size, C), the last state of every row
-
-    def allocate(self, k, v):
-        """Room for keys and values like k and v (n, G, T, D): (slots, size, G, capacity + 1, D) each, by the
-        position modulo the capacity; the last column takes what nobody will see."""
-        slots = [slot for group in self.groups for slot in group]
-        self.k, self.v = (
-            x.new_zeros(len(slots), self.size, x.size(1), self.capacity + 1, x.size(3)) for x in (k, v)
-        )
-        for slot, ours_k, ours_v in zip(slots, self.k, self.v, strict=True):
-            slot.k, slot.v = ours_k, ours_v
+        sections = [c.n_prelude] + [c.n_block] * self.budget + [c.n_coda] * codas
+        weight, G = model.lm_head.weight, c.n_kv_head or c.n_head
+        kind = weight.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        # by position modulo the capacity; the last column takes what nobody will see
+        shape = sum(sections), size, G, self.capacity + 1, c.n_embd // c.n_head
+        self.k, self.v = (torch.zeros(shape, dtype=dtype, device=weight.device) for _ in 'kv')
+        slots = iter(zip(self.k, self.v, strict=True))
+        if compile:  # which would copy all of them at every write to one of several views
+            slots = iter([(k.clone(), v.clone()) for k, v in slots])
+        self.prelude, *self.recur = ([next(slots) for _ in range(n)] for n in sections[: self.budget + 1])
+        self.coda = [[next(slots) for _ in range(n)] for n in sections[self.budget + 1 :]]
+        self.last = model.transformer.wte.weight.new_zeros(size, c.n_embd)  # of warm_start: every row's state
 
     def bytes(self):
         """Bytes of all slots."""
-        return 0 if self.k is None else self.k.nbytes + self.v.nbytes
+        return self.k.nbytes + self.v.nbytes
 
-    def place(self, T, rows, lengths):
-        """Sets where the next T tokens of rows go, lengths (n,) of them real. Returns pos and the Context."""
-        device, cap = self.model.lm_head.weight.device, self.capacity
-        even, self.rows = isinstance(self.lengths, int) and rows is None and lengths is None, rows
-        steps = torch.arange(T, device=device)
-        if even:
-            start, self.lengths = self.lengths, self.lengths + T
-            self.span, self.at = (start, self.lengths), None
-            if self.lengths <= cap:
-                return start + steps, self.context(start + steps, plain=True)
-        elif isinstance(self.lengths, int):
-            self.lengths = torch.full((self.size,), self.lengths, device=device)
-        who = torch.arange(self.size, device=device) if rows is None else rows
-        pos = start + steps.expand(len(who), T) if even else self.lengths[who, None] + steps
-        if not even:
-            self.lengths[who] += T if lengths is None else lengths
-        real = None if lengths is None else steps < lengths[:, None]
-        self.aim(who, pos, real)
-        return pos, self.context(pos, plain=False)
+    def place(self, T, rows=None, counts=None):
+        """The Place of the next T tokens of rows, of which counts are real; both lists, None = all."""
+        device, who = self.model.lm_head.weight.device, range(self.size) if rows is None else rows
+        starts, steps = [self.lengths[row] for row in who], torch.arange(T, device=device)
+        for i, row in enumerate(who):
+            self.lengths[row] += counts[i] if counts else T
+        start, end = starts[0], max(starts) + T
+        single = self.compile and T == 1
+        if rows is None and counts is None and len({*starts}) == 1 and end <= self.capacity and not single:
+            pos = start + steps
+            return Place(pos, None, slice(start, end), self.context(pos, end, plain=T in (1, end)))
+        pos = torch.tensor(starts, device=device)[:, None] + steps
+        real = steps < torch.tensor(counts, device=device)[:, None] if counts else None
+        rows = rows if rows is None else torch.tensor(rows, device=device)
+        if single:  # one graph serves many lengths
+            end = math.ceil(end / SPAN) * SPAN
+        return self.aim(rows, pos, real, min(end, self.capacity))
 
-    def aim(self, who, pos, real):
-        """Makes the slots take tokens of rows who (n,) at pos (n, T); what is not real (n, T) is dropped."""
-        index = pos % self.capacity
-        index = index if real is None else index.masked_fill(~real, self.capacity)
-        self.at, self.span = (who[:, None], index), (0, self.capacity)
+    def aim(self, rows, pos, real, seen):
+        """The Place of tokens of rows at pos (n, T); what is not real (n, T) is dropped."""
+        at = pos % self.capacity
+        at = at if real is None else at.masked_fill(~real, self.capacity)
+        return Place(pos, rows, at, self.context(pos, seen))
 
-    def context(self, pos, plain):
-        """The Context of tokens at pos (T,) or (n, T), of which the slots show the keys up to span's end."""
-        model, S, T = self.model, self.span[1], pos.size(-1)
-        rope = rotary(pos, model.rope_width, model.config.rope_base) if model.rope_width else None
-        if pos.dim() == 2 and rope is not None:
-            rope = tuple(x[:, None] for x in rope)  # for all heads
-        windowed = any(block.windowed for block in model.blocks())
-        if plain and T in (1, S) and S <= model.config.block_size and not (windowed and S > model.window + 1):
+    def context(self, pos, seen, plain=False):
+        """The Context of tokens at pos (T,) or (n, T) that look at the first columns; plain: at all."""
+        c, rope = self.model.config, None
+        if self.model.rope_width:
+            rope = rotary(pos, self.model.rope_width, c.rope_base)
+            rope = rope if pos.dim() == 1 else tuple(x[:, None] for x in rope)  # for all heads
+        if plain and seen <= (self.model.window + 1 if self.windowed else c.block_size):
             return Context(rope, None, None)
-        reach = pos[..., None] if pos.dim() == 1 else pos[:, None, :, None]
-        back = (reach - torch.arange(S, device=pos.device)) % self.capacity
-        full = (back <= reach) & (back < model.config.block_size)
-        return Context(rope, full, full & (back <= model.window) if windowed else full)
+        pos = pos[:, None] if pos.dim() == 1 else pos[:, None, :, None]
+        back = (pos - torch.arange(seen, device=pos.device)) % self.capacity
+        full = (back <= pos) & (back < c.block_size)
+        return Context(rope, full, full & (back <= self.model.window) if self.windowed else full)
 
-    def advance(self, idx, rows=None, lengths=None):
-        """(n, T, C), what the head reads after the next tokens idx (n, T) of rows (n,), None = of all.
+    def slots(self, group, place):
+        """What the blocks of a group call with their keys and values."""
+        return [functools.partial(keep, slot, place) for slot in group]
 
-        lengths: (n,) of idx that are real, the others fill it up; None = all.
+    def advance(self, idx, rows=None, counts=None):
+        """(n, T, C), what the head reads after the next tokens idx (n, T) of rows, a list, None = of all.
+
+        counts: how many of each row of idx are real, the others fill it up, a list; None = all.
         """
-        e, s, pos, context = self.enter(idx, rows, lengths)
-        if self.warm_start and self.last is not None and idx.size(1) == 1:
-            s = (self.last if rows is None else self.last[rows])[:, None]
+        n, T = idx.shape
+        rows = None if rows is not None and len(rows) == self.size else rows
+        counts = None if counts is not None and min(counts) == T else counts
+        place = self.place(T, rows, counts)
+        s = self.last[:, None] if self.warm_start and T == 1 and max(self.lengths) > 1 else None
+        s = s if s is None or rows is None else s[rows]
         if self.leave is not None:
-            s, read, context = self.loop_unevenly(e, s, pos, context, lengths)
+            s, x = self.leave_by_themselves(idx, place, s, counts)
         else:
-            s, read = self.loop(e, s, context, 0, self.n_loop), None
+            s, x = (self.step if T == 1 and self.compile else self.pass_through)(idx, place, s)
         if self.warm_start:
-            self.note(s, rows, lengths)
-        return self.finish(s, context) if read is None else read
+            put_last(self.last, rows or range(self.size), s, counts or [T] * n)
+        return x
 
-    def note(self, s, rows, lengths):
-        """Notes the last state of rows, of s (n, T, C) with lengths (n,) real tokens."""
-        who = torch.arange(self.size, device=s.device) if rows is None else rows
-        real = torch.full_like(who, s.size(1)) if lengths is None else lengths
-        if self.last is None:
-            self.last = s.new_zeros(self.size, s.size(2))
-        some = real > 0
-        self.last[who[some]] = s[some, real[some] - 1]
+    @functools.cached_property
+    def step(self):
+        """pass_through of single tokens, compiled."""
+        return torch.compile(self.pass_through)
 
-    def enter(self, idx, rows=None, lengths=None):
-        """(e, s_0, pos, context) of the next tokens, see advance."""
-        pos, context = self.place(idx.size(1), rows, lengths)
-        x = self.model.embed(idx, pos)
-        e = self.model.run(self.model.transformer.prelude, x, context, slots=self.prelude)
-        return e, self.model.start(self.model, e, pos), pos, context
+    def pass_through(self, idx, place, s=None):
+        """(the last state, what the head reads) of tokens idx (n, T), of which all take all loops from s."""
+        e, start = self.enter(idx, place)
+        s = self.loop(e, start if s is None else s, place, 0, self.n_loop)
+        return s, self.finish(s, place)
 
-    def loop(self, e, s, context, start, stop):
+    def enter(self, idx, place):
+        """(e, s_0) of tokens idx (n, T)."""
+        x, m = self.model.embed(idx, place.pos), self.model
+        e = m.run(m.transformer.prelude, x, place.context, slots=self.slots(self.prelude, place))
+        return e, m.start(m, e, place.pos)
+
+    def loop(self, e, s, place, start, stop):
         """s after the iterations from start to stop."""
         for i in range(start, stop):
-            s = self.model.iterate(e, s, context, self.recur[i % self.budget])
+            s = self.model.iterate(e, s, place.context, self.slots(self.recur[i % self.budget], place))
         return s
 
-    def finish(self, s, context):
-        """What the head reads of s."""
-        return self.model.readout(s, context, self.coda[0])
+    def finish(self, s, place, i=0):
+        """What the head reads of s, after loop i if each is read out."""
+        return self.model.readout(s, place.context, self.slots(self.coda[i % len(self.coda)], place))
 
-    def loop_unevenly(self, e, s, pos, context, lengths):
-        """The loops of advance, where every token leaves by self.leave; those that are left move together.
-
-        Returns every token's last state, what the head reads of it if self.leave reads, and the Context.
-        """
-        model, leave, device = self.model, self.leave, e.device
-        n, T = e.shape[:2]
-        who = torch.arange(n, device=device)
-        everyone = torch.arange(self.size, device=device) if self.rows is None else self.rows
-        pos = pos.expand(n, T)
-        real = torch.ones(n, T, dtype=torch.bool, device=device)
-        if lengths is not None:
-            real = torch.arange(T, device=device) < lengths[:, None]
-        self.loops = torch.zeros(n, T, dtype=torch.long, device=device)
-        last, out = torch.zeros_like(e), torch.zeros_like(e) if leave.reads else None
-        whole = self.at, self.span, self.rows, context
-        grid, memory = (who[:, None].expand(n, T), torch.arange(T, device=device).expand(n, T)), None
+    def leave_by_themselves(self, idx, place, s, counts):
+        """pass_through, where every token leaves by self.leave; those that are left move together."""
+        leave, (n, T), device, here = self.leave, idx.shape, idx.device, place
+        e, start = self.enter(idx, place)
+        s, memory = start if s is None else s, None
+        who = torch.arange(self.size, device=device) if place.rows is None else place.rows
+        pos, steps = place.pos.expand(n, T), torch.arange(T, device=device).expand(n, T)
+        left = torch.ones_like(pos, dtype=torch.bool)
+        if counts is not None:
+            left = steps < torch.tensor(counts, device=device)[:, None]
+        grid = torch.arange(n, device=device)[:, None].expand(n, T), steps  # which of idx are still moving
+        last, out, self.loops = torch.zeros_like(e), torch.zeros_like(e), torch.zeros_like(pos)
         for i in range(self.n_loop):
-            before, s = s, model.iterate(e, s, context, self.recur[i % self.budget])
-            read = model.readout(s, context, self.coda[i % self.budget]) if leave.reads else s
-            gone, memory = leave(model, i, before, s, read, memory)
-            gone = gone | (i == self.n_loop - 1)
+            before, s = s, self.loop(e, s, here, i, i + 1)
+            x = self.finish(s, here, i) if leave.reads else s
+            gone, memory = leave(self.model, i, before, s, x, memory)
+            gone = left & (gone | (i == self.n_loop - 1))
             if not gone.any():
                 continue
-            done = tuple(x[gone & real] for x in grid)
-            last[done], self.loops[done] = s[gone & real], i + 1
-            if leave.reads:
-                out[done] = read[gone & real]
+            done = tuple(x[gone] for x in grid)
+            last[done], out[done], self.loops[done] = s[gone], x[gone], i + 1
             leave.taken[i + 1] += len(done[0])
-            left = real & ~gone
-            if i < self.n_loop - 1:
-                self.fill(everyone[done[0]], pos[done] % self.capacity, i)
+            self.fill(who[done[0]], pos[done] % self.capacity, i)
+            left = left & ~gone
             if not left.any():
                 break
-            # the tokens that are left, row by row moved to the front
-            counts = left.sum(dim=1)
-            rows = counts.nonzero()[:, 0]
-            columns = left[rows].int().argsort(dim=1, descending=True, stable=True)[:, : counts.max()]
-            take = rows[:, None], columns
-            real = left[take]
-            e, s, grid = e[take], s[take], tuple(x[take] for x in grid)
+            # those that are left, row by row moved to the front
+            count = left.sum(dim=1)
+            rows = count.nonzero()[:, 0]
+            order = left[rows].int().argsort(dim=1, descending=True, stable=True)
+            take = rows[:, None], order[:, : count.max()]
+            e, s, left, *grid = (x[take] for x in (e, s, left, *grid))
             memory = memory if memory is None else memory[take]
-            here = everyone[grid[0][:, 0]]
-            self.rows = here
-            self.aim(here, pos[grid], real)
-            context = self.context(pos[grid], plain=False)
-        self.at, self.span, self.rows, context = whole
-        return last, out, context
+            here = self.aim(who[grid[0][:, 0]], pos[tuple(grid)], left, place.seen)
+        return last, out if leave.reads else self.finish(last, place)
 
     def fill(self, rows, at, i):
         """The slots of the loops after i get, of tokens at (rows, at), what loop i has computed last."""
-        first, n, m = len(self.prelude), self.model.config.n_block, len(self.coda[0])
-        sections = [(first, n), (first + self.budget * n, m)] if len(self.coda) > 1 else [(first, n)]
-        later = sorted({j % self.budget for j in range(i + 1, self.n_loop)} - {i % self.budget})
-        for start, width in sections if later else ():
+        c, mine = self.model.config, i % self.budget
+        later = {j % self.budget for j in range(i + 1, self.n_loop)} - {mine}
+        sections = [(c.n_prelude, c.n_block), (c.n_prelude + self.budget * c.n_block, c.n_coda)]
+        for start, width in sections[: 1 + (len(self.coda) > 1)] if later else ():
             for x in (self.k, self.v):
                 groups = x[start : start + self.budget * width].unflatten(0, (self.budget, width))
-                latest = groups[i % self.budget, :, rows, :, at]  # (tokens, blocks, G, D)
-                groups[later[0] : later[-1] + 1, :, rows, :, at] = latest[:, None]
+                latest = groups[mine, :, rows, :, at]  # (tokens, blocks, G, D)
+                groups[min(later) : max(later) + 1, :, rows, :, at] = latest[:, None]
 
 
 def window(length, block_size):
@@ -289,77 +293,48 @@ def window(length, block_size):
 class Sequences:
     """Rows of tokens that grow at their ends, under a Decoder and the rule for what is beyond block_size.
 
-    idx: (B, T), lengths: (B,) of them real, the others fill it up; None = all. more: tokens that will follow.
+    idx: (B, T); lengths: how many of each row are its prompt, a list, the others fill it up; None = all.
+    more: tokens that will follow. read: (B, C), what the head reads at the last token of each row.
     """
 
     def __init__(self, model, idx, lengths, more, **options):
-        self.model, self.block_size = model, model.config.block_size
-        self.learned = model.transformer.wpe is not None
-        if lengths is not None and (lengths == idx.size(1)).all():
-            lengths = None
-        self.decoder = Decoder(model, len(idx), idx.size(1) + more, **options)
-        self.recent = None
-        if self.learned:  # what is left of a prompt, and what may be processed anew
-            sizes = [idx.size(1)] * len(idx) if lengths is None else lengths.tolist()
-            kept = [row[:n][n - window(n, self.block_size) :] for row, n in zip(idx, sizes, strict=True)]
-            sizes = [len(row) for row in kept]
+        self.block_size, self.learned = model.config.block_size, model.config.pos == 'learned'
+        lengths = [idx.size(1)] * len(idx) if lengths is None else lengths
+        self.decoder = Decoder(model, len(idx), max(lengths) + more, **options)
+        if self.learned:  # what is left of the prompts, and what may be processed anew
+            kept = [row[n - window(n, self.block_size) : n] for row, n in zip(idx, lengths, strict=True)]
+            lengths = [len(row) for row in kept]
             self.recent = idx.new_zeros(len(idx), self.block_size)
             for row, tokens in zip(self.recent, kept, strict=True):
                 row[: len(tokens)] = tokens
-            idx = self.recent[:, : max(sizes)]
-            lengths = None if len(set(sizes)) == 1 else torch.tensor(sizes, device=idx.device)
-        self.read = self.start(idx, lengths)  # (B, C), what the head reads at the last token of each row
-
-    def start(self, idx, lengths):
-        """Processes the prompts in chunks."""
-        found = None
-        for a in range(0, idx.size(1), CHUNK):
-            piece = idx[:, a : a + CHUNK]
-            if lengths is None:
-                found = self.decoder.advance(piece)[:, -1]
-                continue
-            real = (lengths - a).clamp(0, piece.size(1))
-            x = self.decoder.advance(piece, lengths=real)
-            ends = x[torch.arange(len(x), device=x.device), (real - 1).clamp(min=0)]
-            found = ends if found is None else torch.where((real > 0)[:, None], ends, found)
-        return found
+            idx = self.recent
+        self.read = model.transformer.wte.weight.new_zeros(len(idx), model.config.n_embd)
+        for a in range(0, max(lengths), CHUNK):
+            piece = idx[:, a : min(a + CHUNK, max(lengths))]
+            counts = [min(max(n - a, 0), piece.size(1)) for n in lengths]
+            put_last(self.read, range(len(idx)), self.decoder.advance(piece, counts=counts), counts)
 
     def room(self):
         """How many tokens fit in before something is processed anew."""
-        return self.block_size - self.decoder.lengths if self.learned else CHUNK
+        return self.block_size - max(self.decoder.lengths) if self.learned else CHUNK
 
     def append(self, token):
         """The next token of every row, (B,)."""
-        d = self.decoder
+        d, half = self.decoder, self.block_size // 2
         if not self.learned:
             self.read = d.advance(token[:, None])[:, -1]
             return
-        even = isinstance(d.lengths, int)
-        full = d.lengths == self.block_size
-        if even and not full:
-            self.recent[:, d.lengths] = token
-            self.read = d.advance(token[:, None])[:, -1]
-            return
-        half = self.block_size // 2
-        if even:
-            d.lengths = 0
-            self.recent[:, :half] = self.recent[:, self.block_size - half :].clone()
-            self.recent[:, half] = token
-            self.read = d.advance(self.recent[:, : half + 1])[:, -1]
-            return
-        self.read = torch.empty_like(self.read)
-        for rows in (full.nonzero()[:, 0], (~full).nonzero()[:, 0]):
-            if not len(rows):
-                continue
-            if full[rows[0]]:
-                d.lengths[rows] = 0
+        full = [length == self.block_size for length in d.lengths]
+        for overflows in {*full}:
+            rows = [row for row, is_full in enumerate(full) if is_full == overflows]
+            if overflows:
                 self.recent[rows, :half] = self.recent[rows, self.block_size - half :]
-                self.recent[rows, half] = token[rows]
-                idx = self.recent[rows, : half + 1]
-            else:
-                self.recent[rows, d.lengths[rows]] = token[rows]
-                idx = token[rows, None]
-            self.read[rows] = d.advance(idx, rows=rows)[:, -1]
+                for row in rows:
+                    d.lengths[row] = 0
+            at = [half if overflows else d.lengths[row] for row in rows]
+            self.recent[rows, at] = token[rows]
+            idx = self.recent[rows, : half + 1] if overflows else token[rows, None]
+            self.read[rows] = d.advance(idx, rows)[:, -1]
 
 
 # -----------------------------------------------------------------------------
@@ -415,10 +390,10 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, 
            speculate=0, draft_loops=1, info=None, **options):  # fmt: skip
     """Yields the next token of every row of idx (B, T), as (B,), max_new_tokens times.
 
-    temperature, top_k, top_p, generator: see Sampler. lengths: (B,) of idx that are the prompts, the others
-    fill it up; None = all. speculate: of one row, so many tokens are drafted with draft_loops loops and then
-    verified by all; what comes out stays the same. options: of Decoder. info: a dict
-    that is told the bytes of the cache. Raises ValueError for what does not go together.
+    temperature, top_k, top_p, generator: see Sampler. lengths: how many of each row of idx are its prompt, a
+    list, the others fill it up; None = all. speculate: of one row, so many tokens are drafted with
+    draft_loops loops and then verified by all; what comes out stays the same. options: of Decoder. info: a
+    dict that is told the bytes of the cache. Raises ValueError for what does not go together.
     """
     if max_new_tokens < 1:
         return
@@ -429,6 +404,7 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, 
         check(d.leave is None, 'speculate', speculate, '0 with an exit')
         check(d.budget == d.n_loop, 'speculate', speculate, f'0 with kv_budget={d.budget}')
         check(not d.warm_start, 'speculate', speculate, '0 with warm_start')
+        check(not d.compile, 'compile', d.compile, f'False with speculate={speculate}')
         check(1 <= draft_loops < d.n_loop, 'draft_loops', draft_loops, f'at least 1, below n_loop={d.n_loop}')
     if info is not None:
         info['cache_bytes'] = d.bytes()
@@ -451,20 +427,21 @@ def speculation(rows, token, n, draft_loops, sampler):
 
     The prelude and the first loops of the draft are those of the verification and not computed again.
     """
-    d, start, drafts = rows.decoder, rows.decoder.lengths, [token]
+    d, (start,), drafts = rows.decoder, rows.decoder.lengths, [token]
     entered, states, guesses = [], [], []
     for _ in range(n):
-        e, s, _, context = d.enter(drafts[-1][:, None])
-        s = d.loop(e, s, context, 0, draft_loops)
-        q = sampler.predict(d.finish(s, context)[:, -1])
+        place = d.place(1)
+        e, s = d.enter(drafts[-1][:, None], place)
+        s = d.loop(e, s, place, 0, draft_loops)
+        q = sampler.predict(d.finish(s, place)[:, -1])
         drafts.append(sampler.draw(q))
         entered, states, guesses = [*entered, e], [*states, s], [*guesses, q]
-    d.lengths = start
-    _, context = d.place(n, None, None)
-    s = d.loop(torch.cat(entered, dim=1), torch.cat(states, dim=1), context, draft_loops, d.n_loop)
-    p = sampler.predict(d.finish(s, context)[0])
+    d.lengths = [start]
+    place = d.place(n)
+    s = d.loop(torch.cat(entered, dim=1), torch.cat(states, dim=1), place, draft_loops, d.n_loop)
+    p = sampler.predict(d.finish(s, place)[0])
     tokens = sampler.verify(p, torch.cat(guesses), torch.cat(drafts[1:]))
-    d.lengths = start + len(tokens)
+    d.lengths = [start + len(tokens)]
     if rows.learned:
         rows.recent[0, start : start + len(tokens)] = torch.cat((token, tokens[:-1]))
     return list(tokens[:, None])

@@ -22,13 +22,15 @@ import functools
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+
+from checks import check, check_config, check_least
 
 HEAD_CHUNK = 2**25  # logits alive at a time, 128 MiB in float32: more tokens are read out in chunks
 
@@ -258,12 +260,7 @@ class Block(nn.Module):
         self.windowed, self.take = windowed, take and functools.partial(take, config=config)
         self.ln_1, self.attn = pre(config), CausalSelfAttention(config)
         self.ln_2, self.mlp = pre(config), MLP(config)
-        self.post_1, self.out_1, self.post_2, self.out_2 = (
-            post(config),
-            out(config),
-            post(config),
-            out(config),
-        )
+        self.post_1, self.out_1, self.post_2, self.out_2 = (f(config) for f in (post, out, post, out))
 
     def forward(self, x, rope=None, mask=None, s=None, slot=None):
         x, source = (x, None) if s is None else self.take(x, s)
@@ -320,8 +317,6 @@ class GPTConfig:
         if self.input_injection == 'inject_random':  # nanoLOOP's name
             check(self.state_init in ('prelude', 'random'), 'state_init', self.state_init, 'random')
             self.input_injection, self.state_init = 'inject', 'random'
-        for key, table in TABLES.items():
-            check(getattr(self, key) in table, key, getattr(self, key), f'one of {", ".join(table)}')
         if self.size is not None:
             check_least(self, 1, 'size')
             heads = math.ceil(self.size / 2)
@@ -329,68 +324,12 @@ class GPTConfig:
                 mine, wanted = getattr(self, key), f'no value with size={self.size}, which makes it {value}'
                 check(mine in (getattr(GPTConfig, key), value), key, mine, wanted)
                 setattr(self, key, value)
-        check_least(self, 1, 'block_size', 'vocab_size', 'n_head', 'n_kv_head', 'n_embd', 'n_block', 'n_loop')
-        check_least(self, 1, 'bptt_k', 'n_hidden', 'window_size')
-        check_least(self, 0, 'n_prelude', 'n_coda')
-        D, G = self.n_embd / self.n_head, self.n_kv_head or self.n_head
-        injection, rotated, windowed = (
-            INJECT[self.input_injection],
-            POS[self.pos][1],
-            'S' in self.window_pattern,
-        )
-        truncated = self.bptt_k is not None and self.bptt_k < self.n_loop
-        # fmt: off
-        for holds, key, wanted in (
-            (0 <= self.dropout < 1, 'dropout', 'at least 0 and below 1'),
-            (self.norm_eps is None or 0 < self.norm_eps < 1, 'norm_eps', 'above 0 and below 1'),
-            (D == int(D), 'n_head', f'a divisor of n_embd={self.n_embd}'),
-            (self.n_head % G == 0, 'n_kv_head', f'a divisor of n_head={self.n_head}'),
-            (not rotated or D % 2 == 0, 'pos', f'learned or none: rope rotates pairs, a head is {D:g} wide'),
-            (0 < self.rope_base < math.inf, 'rope_base', 'above 0'),
-            (rotated or self.rope_base == GPTConfig.rope_base, 'rope_base', f'none with pos={self.pos!r}'),
-            (self.state_init in injection.states, 'state_init',
-             f'{" or ".join(injection.states)} with {self.input_injection}'),
-            (self.state_std is None or 0 < self.state_std < math.inf, 'state_std', 'above 0, or None'),
-            (self.state_std is None or self.state_init == 'random', 'state_std',
-             f'None with state_init={self.state_init!r}'),
-            (not (injection.alone and truncated), 'bptt_k',
-             f'None or at least n_loop={self.n_loop}: with passthrough the prelude would get no gradient'),
-            (self.window_pattern and not {*self.window_pattern} - {*'LS'}, 'window_pattern',
-             'letters L and S'),
-            ((self.window_size or 1) <= self.block_size, 'window_size',
-             f'at most block_size={self.block_size}'),
-            (self.init != 'nanochat' or not self.tie_weights, 'init',
-             'another with tie_weights: the embedding of nanochat is 1,000 times as large as its head'),
-            (self.window_size is None or windowed, 'window_size', 'None without an S in window_pattern'),
-            (self.softcap is None or 0 < self.softcap < math.inf, 'softcap', 'above 0, or None'),
-            (0 < self.emb_scale < math.inf, 'emb_scale', 'above 0'),
-        ):
-            check(holds, key, getattr(self, key), wanted)
-        # fmt: on
+        check_config(self, TABLES)
 
     @property
     def depth(self):
         """Executed layers."""
         return self.n_prelude + self.n_block * self.n_loop + self.n_coda
-
-
-class Mistake(ValueError):
-    """What a user can get wrong: the scripts tell it in one line and end with status 2."""
-
-    alike = True  # every rank makes it, the first one tells it
-
-
-def check(holds, key, got, wanted):
-    if not holds:
-        raise Mistake(f'{key}={got!r}, expected {wanted}')
-
-
-def check_least(config, least, *keys):
-    """Raises ValueError for keys below least, infinite, or None where that is not the default."""
-    for key in keys:
-        value = getattr(config, key)
-        fits = getattr(type(config), key) is None if value is None else least <= value < math.inf
-        check(fits, key, value, f'at least {least}')
 
 
 # -----------------------------------------------------------------------------
@@ -582,47 +521,8 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
 
-# -----------------------------------------------------------------------------
-# checkpoints
-
-# what a run may change while the weights keep their meaning
-FREE = 'dropout bptt_k n_loop state_init state_std rope_base block_size recompute'.split()
-
-
 def load_checkpoint(path, device='cpu', **changes):
-    """(GPT, checkpoint) from a file of this train.py, of nanoGPT, or of the original nanoLOOP.
+    """(GPT, checkpoint) from a file of train.py, of nanoGPT or of nanoLOOP: see pretrained.py's load."""
+    from pretrained import load
 
-    path: may be the dict that such a file holds. changes: GPTConfig values to use instead of the file's; a
-    smaller block_size keeps the first positions. Raises ValueError if it is broken, does not fit, or the
-    changes give the weights another meaning.
-    """
-    from pretrained import read_checkpoint, translate
-
-    checkpoint = path if isinstance(path, dict) else read_checkpoint(path)
-    args, weights = translate(checkpoint['model_args'], checkpoint['model'])
-    try:
-        config = GPTConfig(**args)
-    except TypeError as error:
-        raise Mistake(f'the checkpoint is of another program: {error}') from None
-    if config.window_size is None and 'S' in config.window_pattern:
-        config.window_size = config.block_size // 2  # of theirs, not of a block_size given now
-    changed = GPTConfig(**dict(asdict(config), **changes))
-    for key, value in asdict(changed).items():
-        theirs = getattr(config, key)
-        same = (
-            value == theirs or key in FREE or (key, value) == ('exit_gate', True)
-        )  # a new gate may be added
-        check(same, key, value, f'{theirs!r} as in the checkpoint')
-    if (wpe := weights.get('transformer.wpe.weight')) is not None:
-        wanted = f'at most {len(wpe)}: the checkpoint has no more positions'
-        check(changed.block_size <= len(wpe), 'block_size', changed.block_size, wanted)
-        weights = dict(weights, **{'transformer.wpe.weight': wpe[: changed.block_size]})
-    model = GPT(changed)
-    if changed.exit_gate and not config.exit_gate:
-        gate = {name: w for name, w in model.state_dict().items() if name.startswith('exit_gate.')}
-        weights = weights | gate
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise Mistake(f'the checkpoint does not fit: {str(error).splitlines()[1].strip()}') from None
-    return model.to(device), checkpoint
+    return load(path, device, **changes)

@@ -8,12 +8,16 @@ import contextlib
 import itertools
 import json
 import pickle
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from model import GPTConfig, Mistake, check
+from checks import Mistake, check
+from model import GPT, GPTConfig
 
+# what a run may change while the weights keep their meaning
+FREE = 'dropout bptt_k n_loop state_init state_std rope_base block_size recompute'.split()
 EPS = torch.finfo(torch.float32).eps  # of torch's RMSNorm where none is given
 GPT2 = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
 CUT = ('n_prelude', 'n_block', 'n_coda', 'n_loop', 'input_injection')  # given: GPT-2 becomes a looped model
@@ -45,6 +49,41 @@ def read_checkpoint(path):
     )
     check(whole, 'checkpoint', str(path), 'a file with model and model_args')
     return checkpoint
+
+
+def load(path, device='cpu', **changes):
+    """(GPT, checkpoint) from a file of this train.py, of nanoGPT, or of the original nanoLOOP.
+
+    path: may be the dict that such a file holds. changes: GPTConfig values to use instead of the file's; a
+    smaller block_size keeps the first positions, an exit_gate is added. Raises ValueError if it is broken,
+    does not fit, or the changes give the weights another meaning.
+    """
+    checkpoint = path if isinstance(path, dict) else read_checkpoint(path)
+    args, weights = translate(checkpoint['model_args'], checkpoint['model'])
+    try:
+        config = GPTConfig(**args)
+    except TypeError as error:
+        raise Mistake(f'the checkpoint is of another program: {error}') from None
+    if config.window_size is None and 'S' in config.window_pattern:
+        config.window_size = config.block_size // 2  # of theirs, not of a block_size given now
+    changed = GPTConfig(**dict(asdict(config), **changes))
+    for key, theirs in asdict(config).items():
+        value = getattr(changed, key)
+        free = key in FREE or (key, value) == ('exit_gate', True)
+        check(free or value == theirs, key, value, f'{theirs!r} as in the checkpoint')
+    if (wpe := weights.get('transformer.wpe.weight')) is not None:
+        wanted = f'at most {len(wpe)}: the checkpoint has no more positions'
+        check(changed.block_size <= len(wpe), 'block_size', changed.block_size, wanted)
+        weights = dict(weights, **{'transformer.wpe.weight': wpe[: changed.block_size]})
+    model = GPT(changed)
+    if changed.exit_gate and not config.exit_gate:
+        gate = {name: w for name, w in model.state_dict().items() if name.startswith('exit_gate.')}
+        weights = weights | gate
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise Mistake(f'the checkpoint does not fit: {str(error).splitlines()[1].strip()}') from None
+    return model.to(device), checkpoint
 
 
 def translate(args, weights):

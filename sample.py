@@ -14,10 +14,11 @@ from pathlib import Path
 
 import torch
 
+from checks import check
 from configurator import autocast, choose_device, choose_dtype, command, configure
 from data.dataset import find_data, make_tokenizer, read_meta, read_text
 from generate import EXIT, Exit, stream
-from model import check, load_checkpoint
+from model import load_checkpoint
 from pretrained import GPT2, find_pretrained
 
 

@@ -32,7 +32,7 @@ def check_decoding(model, lengths, steps, n_loop=None, atol=1e-10):
     idx = torch.full((len(lengths), max(lengths)), 7)
     for row, n, all_of in zip(idx, lengths, IDX, strict=True):
         row[:n] = all_of[:n]
-    rows = Sequences(model, idx, torch.tensor(lengths), steps, n_loop=n_loop)
+    rows = Sequences(model, idx, lengths, steps, n_loop=n_loop)
     for step in range(steps):
         logits = model.logits(rows.read)
         for i, n in enumerate(lengths):
@@ -143,7 +143,7 @@ def test_exits_are_those_of_single_tokens(rule, threshold, keys):
     idx = torch.full((3, 8), 7)
     for row, n, all_of in zip(idx, lengths, IDX, strict=True):
         row[:n] = all_of[:n]
-    rows = Sequences(model, idx, torch.tensor(lengths), steps, leave=leave)
+    rows = Sequences(model, idx, lengths, steps, leave=leave)
     for i, n in enumerate(lengths):
         assert rows.decoder.loops[i, :n].tolist() == expected[i][1][:n]
     for step in range(steps):
@@ -159,9 +159,7 @@ def test_a_warm_start_goes_on_from_the_last_state(rule, threshold):
     model, leave = gated(), Exit(rule, threshold)
     lengths, steps = [4, 7, 6], 4
     idx = torch.where(torch.arange(7) < torch.tensor(lengths)[:, None], IDX[:, :7], 7)
-    rows = Sequences(
-        model, idx, torch.tensor(lengths), steps, warm_start=True, leave=leave if threshold else None
-    )
+    rows = Sequences(model, idx, lengths, steps, warm_start=True, leave=leave if threshold else None)
     for step in range(steps):
         rows.append(torch.stack([IDX[i, n + step] for i, n in enumerate(lengths)]))
         for i, n in enumerate(lengths):
