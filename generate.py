@@ -12,6 +12,7 @@ Beyond block_size: with learned positions, when the window is full, the last blo
 processed anew; otherwise every layer sees the last block_size keys.
 """
 
+import contextlib
 import functools
 import math
 from collections import Counter
@@ -23,7 +24,31 @@ from checks import check
 from model import Context, rotary, upcast
 
 CHUNK = 512  # tokens of a prompt that are processed at once
+FEW = 2  # tokens at once, see few_tokens
 SPAN = 128  # a compiled step sees a multiple of so many tokens
+
+
+def lower(model, dtype):
+    """Keeps the weights of a model's matrix products in dtype, which autocast then need not cast for every
+    token: it can only be sampled from. What autocast leaves in float32 stays."""
+    if dtype != torch.float32:
+        model.lm_head.weight = torch.nn.Parameter(
+            model.lm_head.weight.detach().clone()
+        )  # not the embedding's
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear) and module is not model.exit_gate:
+                module.to(dtype)
+
+
+@contextlib.contextmanager
+def few_tokens(n):
+    """Without oneDNN if n is small: a CPU's products of one bfloat16 token are then 1.5 times as fast."""
+    before = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = before and n > FEW
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = before
 
 
 # -----------------------------------------------------------------------------
@@ -63,10 +88,9 @@ class Exit:
     def __call__(self, model, i, before, s, read, memory):
         """(which of the tokens leave after loop i, (n, T); the rule's memory)."""
         value, memory = self.rule(model, before, s, read, memory)
-        if self.rule is gate:  # a threshold of 1 is no exit, also where the gate is sure in float32
-            value, threshold = 1 - value, self.threshold if self.threshold < 1 else math.inf
-            return (value >= threshold) & (i + 1 >= self.least), memory
-        return (value < self.threshold) & (i + 1 >= self.least), memory
+        if i + 1 < self.least or (self.rule is gate and self.threshold >= 1):  # a gate may round to 1 itself
+            return torch.zeros_like(value, dtype=torch.bool), memory
+        return 1 - value >= self.threshold if self.rule is gate else value < self.threshold, memory
 
 
 # -----------------------------------------------------------------------------
@@ -243,25 +267,30 @@ class Decoder:
         s, memory = start if s is None else s, None
         who = torch.arange(self.size, device=device) if place.rows is None else place.rows
         pos, steps = place.pos.expand(n, T), torch.arange(T, device=device).expand(n, T)
-        left = torch.ones_like(pos, dtype=torch.bool)
+        left, moving = torch.ones_like(pos, dtype=torch.bool), sum(counts) if counts else n * T
         if counts is not None:
             left = steps < torch.tensor(counts, device=device)[:, None]
         grid = torch.arange(n, device=device)[:, None].expand(n, T), steps  # which of idx are still moving
-        last, out, self.loops = torch.zeros_like(e), torch.zeros_like(e), torch.zeros_like(pos)
+        last, self.loops = torch.zeros_like(e), torch.zeros_like(pos)
+        out = torch.zeros_like(e) if leave.reads else None
         for i in range(self.n_loop):
             before, s = s, self.loop(e, s, here, i, i + 1)
             x = self.finish(s, here, i) if leave.reads else s
             gone, memory = leave(self.model, i, before, s, x, memory)
-            gone = left & (gone | (i == self.n_loop - 1))
-            if not gone.any():
+            gone = left & gone if i < self.n_loop - 1 else left
+            at = gone.nonzero(as_tuple=True)
+            if not len(at[0]):
                 continue
-            done = tuple(x[gone] for x in grid)
-            last[done], out[done], self.loops[done] = s[gone], x[gone], i + 1
-            leave.taken[i + 1] += len(done[0])
+            done = tuple(x[at] for x in grid)
+            last[done], self.loops[done] = s[at], i + 1
+            if leave.reads:
+                out[done] = x[at]
+            leave.taken[i + 1] += len(at[0])
             self.fill(who[done[0]], pos[done] % self.capacity, i)
-            left = left & ~gone
-            if not left.any():
+            moving -= len(at[0])
+            if not moving:
                 break
+            left = left & ~gone
             # those that are left, row by row moved to the front
             count = left.sum(dim=1)
             rows = count.nonzero()[:, 0]
@@ -270,7 +299,7 @@ class Decoder:
             e, s, left, *grid = (x[take] for x in (e, s, left, *grid))
             memory = memory if memory is None else memory[take]
             here = self.aim(who[grid[0][:, 0]], pos[tuple(grid)], left, place.seen)
-        return last, out if leave.reads else self.finish(last, place)
+        return last, self.finish(last, place) if out is None else out
 
     def fill(self, rows, at, i):
         """The slots of the loops after i get, of tokens at (rows, at), what loop i has computed last."""
@@ -416,8 +445,9 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, 
         if n:
             tokens = speculation(rows, token, n, draft_loops, sampler)
         else:
-            rows.append(token)
-            tokens = [sampler.draw(sampler.predict(rows.read))]
+            with few_tokens(len(idx)):
+                rows.append(token)
+                tokens = [sampler.draw(sampler.predict(rows.read))]
         yield from tokens
         token, left = tokens[-1], left - len(tokens)
 
@@ -430,10 +460,11 @@ def speculation(rows, token, n, draft_loops, sampler):
     d, (start,), drafts = rows.decoder, rows.decoder.lengths, [token]
     entered, states, guesses = [], [], []
     for _ in range(n):
-        place = d.place(1)
-        e, s = d.enter(drafts[-1][:, None], place)
-        s = d.loop(e, s, place, 0, draft_loops)
-        q = sampler.predict(d.finish(s, place)[:, -1])
+        with few_tokens(1):
+            place = d.place(1)
+            e, s = d.enter(drafts[-1][:, None], place)
+            s = d.loop(e, s, place, 0, draft_loops)
+            q = sampler.predict(d.finish(s, place)[:, -1])
         drafts.append(sampler.draw(q))
         entered, states, guesses = [*entered, e], [*states, s], [*guesses, q]
     d.lengths = [start]

@@ -7,6 +7,8 @@ Decoding against recomputing, and what exits and speculation save.
 Greedy, one row, the ways taking turns; medians of several rounds.
 """
 
+import copy
+import functools
 import statistics
 import sys
 import time
@@ -16,60 +18,63 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from bench import recompute_stream
+from configurator import autocast
 from data.dataset import Split, find_data, read_meta
-from generate import Decoder, Exit, stream
+from generate import Decoder, Exit, lower, stream
 from model import GPT, GPTConfig, load_checkpoint
 from storage import find_checkpoint
 
 LOOPS = 8
 
 
-def seconds(tokens):
-    """(seconds, list of the tokens)."""
-    start = time.perf_counter()
-    found = [token.tolist() for token in tokens]
-    return time.perf_counter() - start, found
-
-
-def against_recomputing(tokens=512, rounds=2):
-    sizes = dict(
-        n_prelude=2, n_block=2, n_coda=2, n_loop=4, n_embd=384, n_head=6, block_size=1024, vocab_size=65
+def medians(ways, rounds):
+    """{name: ...} of ways, functions that yield tokens, taking turns: the median seconds, the median ratio of
+    the first way's seconds and its own, the tokens. A first round is not counted."""
+    times, texts = {name: [] for name in ways}, {}
+    for _ in range(rounds + 1):
+        for name, tokens_of in ways.items():
+            start = time.perf_counter()
+            texts[name] = [token.tolist() for token in tokens_of()]
+            times[name].append(time.perf_counter() - start)
+    first, *_ = times.values()
+    ratios = {name: [a / b for a, b in zip(first, t, strict=True)] for name, t in times.items()}
+    seconds, ratios = (
+        {name: statistics.median(x[1:]) for name, x in found.items()} for found in (times, ratios)
     )
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(**sizes)).eval()
-    low = GPT(GPTConfig(**sizes)).eval()
-    low.load_state_dict(model.state_dict())
-    low.bfloat16()
-    idx, times = torch.zeros(1, 1, dtype=torch.long), {}
-    for _ in range(rounds):
-        for name, tokens_of in (
-            ('recomputing, float32', lambda: recompute_stream(model, idx, tokens)),
-            ('cached, float32', lambda: stream(model, idx, tokens, temperature=0)),
-            ('cached, bfloat16 weights', lambda: stream(low, idx, tokens, temperature=0)),
-        ):
-            with torch.no_grad():
-                times.setdefault(name, []).append(seconds(tokens_of())[0])
-    first = times['recomputing, float32']
-    for name, found in times.items():
-        ratios = [a / b for a, b in zip(first, found, strict=True)]
-        rates = ', '.join(f'{tokens / x:.1f}' for x in found)
-        print(f'{name:26} {rates} tokens/s, {statistics.median(ratios):.1f} times')
+    return seconds, ratios, texts
 
 
 @torch.no_grad()
-def losses(model, leaves, windows=64):
-    """Validation loss and loops per token under each of leaves, by the rule of decoding."""
-    c = model.config
+def against_recomputing(tokens=512, rounds=3):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(n_embd=384, n_head=6, vocab_size=65)).eval()
+    low = copy.deepcopy(model)
+    lower(low, torch.bfloat16)
+    idx = torch.zeros(1, 1, dtype=torch.long)
+
+    def sampled(model, dtype, **options):
+        with autocast('cpu', dtype):
+            yield from stream(model, idx, tokens, temperature=0, **options)
+
+    ways = {'recomputing, float32': lambda: recompute_stream(model, idx, tokens)}
+    for name, *args in (('float32', model, torch.float32), ('bfloat16 weights', low, torch.bfloat16)):
+        ways[f'cached, {name}'] = functools.partial(sampled, *args)
+        ways[f'compiled, {name}'] = functools.partial(sampled, *args, compile=True)
+    times, ratios, _ = medians(ways, rounds)
+    for name, t in times.items():
+        print(f'{name:26} {tokens / t:6.1f} tokens/s, {ratios[name]:5.2f} times')
+
+
+@torch.no_grad()
+def loss(model, windows=64, pieces=(10**9,), **options):
+    """(validation loss, loops per token) by the rule of decoding, pieces of so many tokens at a time."""
+    c, leave = model.config, options.get('leave')
     folder = find_data('shakespeare_char')
     split = Split(folder, read_meta(folder), 'val', c.block_size, c.vocab_size)
     x, y = (torch.from_numpy(a) for a in split.stack(split.fixed(windows), windows))
-    for name, leave in leaves.items():
-        nll = []
-        for part, targets in zip(x.split(16), y.split(16), strict=True):
-            decoder = Decoder(model, len(part), c.block_size, n_loop=LOOPS, leave=leave)
-            nll.append(model.nll(decoder.advance(part).flatten(0, 1), targets.flatten()))
-        nll = torch.cat(nll)
-        yield name, nll.mean().item(), mean_loops(leave)
+    decoder = Decoder(model, windows, c.block_size, **options)
+    read = torch.cat([decoder.advance(piece) for piece in x.split(*pieces, dim=1)], dim=1)
+    return model.nll(read.flatten(0, 1), y.flatten()).mean().item(), mean_loops(leave)
 
 
 def mean_loops(leave):
@@ -77,36 +82,45 @@ def mean_loops(leave):
     return sum(n * tokens for n, tokens in taken.items()) / sum(taken.values())
 
 
-def of_a_trained_model(path, tokens=200, rounds=5):
-    model, _ = load_checkpoint(find_checkpoint(path, path))
-    model.eval()
-    leaves = {'all loops': None}
-    leaves |= {f'diff {t}': Exit('diff', t) for t in (0.03, 0.1, 0.2, 0.3)}
-    leaves |= {f'kl {t}': Exit('kl', t) for t in (1e-4, 1e-3, 1e-2)}
-    for name, loss, loops in losses(model, leaves):
-        saved = 1 - loops / LOOPS
-        print(f'{name:10} validation loss {loss:.4f}, loops {loops:.2f} of {LOOPS}, saved {saved:.0%}')
-    idx, times, texts = torch.zeros(1, 1, dtype=torch.long), {}, {}
+def losses(model):
+    settings = {'all loops': {}, 'kv_budget 4': dict(kv_budget=4), 'kv_budget 1': dict(kv_budget=1)}
+    settings |= {f'diff {t}': dict(leave=Exit('diff', t)) for t in (0.03, 0.1, 0.2, 0.3)}
+    settings |= {f'kl {t}': dict(leave=Exit('kl', t)) for t in (1e-4, 1e-3, 1e-2)}
+    for name, options in settings.items():  # a prompt at once is exact with any budget
+        found, loops = loss(model, n_loop=LOOPS, pieces=(1 if 'kv_budget' in options else 10**9,), **options)
+        print(f'{name:11} validation loss {found:.5f}, loops {loops:.2f} of {LOOPS}')
+
+
+def speeds(model, rows, tokens=120, rounds=5):
+    """Exits and speculation against all loops and one, for so many rows."""
+    dice = torch.Generator().manual_seed(0)
+    idx = torch.randint(model.config.vocab_size, (rows, 8), generator=dice)
     leave = Exit('diff', 0.1)
-    for _ in range(rounds):
-        for name, options in {
-            'all loops': dict(n_loop=LOOPS),
-            'one loop': dict(n_loop=1),
-            'diff 0.1': dict(n_loop=LOOPS, leave=leave),
-            'speculate 4': dict(n_loop=LOOPS, speculate=4),
-            'speculate 8': dict(n_loop=LOOPS, speculate=8),
-        }.items():
-            leave.taken.clear()
-            taken, texts[name] = seconds(stream(model, idx, tokens, temperature=0, **options))
-            times.setdefault(name, []).append(taken)
-    t = {name: statistics.median(found) for name, found in times.items()}
-    for name, found in t.items():
-        print(f'{name:12} {tokens / found:6.1f} tokens/s, {t["all loops"] / found:.2f} times')
-    seconds(stream(model, idx, tokens, temperature=0, n_loop=LOOPS, leave=leave))
+    settings = {'all loops': {}, 'one loop': dict(n_loop=1), 'diff 0.1': dict(leave=leave)}
+    if rows == 1:
+        settings |= {f'speculate {k}': dict(speculate=k) for k in (4, 8)}
+    ways = {
+        name: functools.partial(
+            stream, model, idx, tokens, temperature=0, **dict(dict(n_loop=LOOPS), **options)
+        )
+        for name, options in settings.items()
+    }
+    t, ratios, texts = medians(ways, rounds)
+    for name in ways:
+        print(f'{rows:2} rows, {name:12} {rows * tokens / t[name]:7.1f} tokens/s, {ratios[name]:.2f} times')
     skipped = (LOOPS - mean_loops(leave)) * (t['all loops'] - t['one loop']) / (LOOPS - 1)
-    print(f'diff 0.1: {(t["all loops"] - t["diff 0.1"]) / skipped:.0%} of the skipped time is saved')
-    same = texts['speculate 4'] == texts['all loops'] == texts['speculate 8']
-    print(f'speculation gives the same text: {same}')
+    saved = (t['all loops'] - t['diff 0.1']) / skipped
+    print(f'{rows:2} rows, diff 0.1: {mean_loops(leave):.2f} loops, {saved:.0%} of the skipped time is saved')
+    if rows == 1:
+        same = texts['speculate 4'] == texts['all loops'] == texts['speculate 8']
+        print(f'speculation gives the same text: {same}')
+
+
+def of_a_trained_model(path):
+    model, _ = load_checkpoint(find_checkpoint(path, path))
+    losses(model.eval())
+    for rows in (1, 8, 64):
+        speeds(model, rows)
 
 
 if __name__ == '__main__':

@@ -51,11 +51,10 @@ def test_stop_ends_each_sample_before_it(call, flags):
 
 def test_text_keeps_back_what_may_become_the_stop_and_what_is_half_a_character():
     text = Text(Characters('abcd'), stop='abc')
-    parts = [text.add(i, False) for i in (3, 0, 1, 3, 0, 1, 2, 3)]
+    parts = [text.add(i) for i in (3, 0, 1, 3, 0, 1, 2, 3)]
     assert parts == ['d', '', '', 'abd', '', '', '', ''] and text.done
     text = Text(Bytes(), stop='')
-    ids = zip('é'.encode() + b'\xe2', (False, False, True), strict=True)
-    assert [text.add(i, last) for i, last in ids] == ['', 'é', '\ufffd']
+    assert [text.add(i) for i in 'é'.encode() + b'\xe2'] == ['', 'é', ''] and text.rest() == '\ufffd'
 
 
 def test_bench_reports_both_settings_and_their_ratio(call, flags):
