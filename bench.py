@@ -24,7 +24,7 @@ from checks import check, check_least
 from configurator import command, configure, peak_memory, setup
 from count import flops, parameters
 from data.dataset import find_data, read_meta
-from generate import Exit, stream
+from generate import Exit, lower, stream
 from model import GPT, GPTConfig, load_checkpoint
 from objective import OBJECTIVE, Objective, check_loops, loops_at
 from optimizer import make_optimizers
@@ -126,6 +126,8 @@ def decoding_ways(model, c):
 
     ways['recomputing all'] = functools.partial(recompute_stream, model, max_new_tokens=c.tokens), None, {}
     add('cached')
+    if c.compile is True:
+        add('compiled', compile=True)
     if loops > 1:
         add('kv_budget=1', kv_budget=1)
         for rule in ('kl', 'diff'):
@@ -148,7 +150,8 @@ def measure_decoding(c, m):
             checkpoint, m.device, **{k: c[k] for k in c.given & {'n_loop', 'block_size'}}
         )
     prompts = torch.randint(model.config.vocab_size, (c.sequences, 16), device=m.device)
-    ways = decoding_ways(model.eval(), c)
+    lower(model.eval(), m.dtype)
+    ways = decoding_ways(model, c)
     seconds, firsts = {name: [] for name in ways}, {name: [] for name in ways}
     for _ in range(c.rounds + 1):  # the first is not counted
         for name, (way, leave, _) in ways.items():

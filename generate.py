@@ -12,10 +12,10 @@ Beyond block_size: with learned positions, when the window is full, the last blo
 processed anew; otherwise every layer sees the last block_size keys.
 """
 
+import collections
 import contextlib
 import functools
 import math
-from collections import Counter
 from typing import NamedTuple
 
 import torch
@@ -25,7 +25,7 @@ from model import Context, rotary, upcast
 
 CHUNK = 512  # tokens of a prompt that are processed at once
 FEW = 2  # tokens at once, see few_tokens
-SPAN = 128  # a compiled step sees a multiple of so many tokens
+SPAN = 32  # a compiled step sees a multiple of so many tokens
 
 
 def lower(model, dtype):
@@ -83,7 +83,7 @@ class Exit:
 
     def __init__(self, rule, threshold, least=1):
         self.rule, self.threshold, self.least, self.reads = EXIT[rule], threshold, least, rule == 'kl'
-        self.taken = Counter()  # {loops: tokens that took so many}
+        self.taken = collections.Counter()  # {loops: tokens that took so many}
 
     def __call__(self, model, i, before, s, read, memory):
         """(which of the tokens leave after loop i, (n, T); the rule's memory)."""
@@ -180,16 +180,19 @@ class Decoder:
         for i, row in enumerate(who):
             self.lengths[row] += counts[i] if counts else T
         start, end = starts[0], max(starts) + T
-        single = self.compile and T == 1
+        single = self.compile and T == 1 and rows is None
         if rows is None and counts is None and len({*starts}) == 1 and end <= self.capacity and not single:
             pos = start + steps
             return Place(pos, None, slice(start, end), self.context(pos, end, plain=T in (1, end)))
         pos = torch.tensor(starts, device=device)[:, None] + steps
         real = steps < torch.tensor(counts, device=device)[:, None] if counts else None
         rows = rows if rows is None else torch.tensor(rows, device=device)
-        if single:  # one graph serves many lengths
-            end = math.ceil(end / SPAN) * SPAN
-        return self.aim(rows, pos, real, min(end, self.capacity))
+        if not single:
+            return self.aim(rows, pos, real, min(end, self.capacity))
+        place = self.aim(rows, pos, real, min(math.ceil(end / SPAN) * SPAN, self.capacity))
+        for mask in place.context[1:]:
+            torch._dynamo.maybe_mark_dynamic(mask, 3)  # one graph serves all lengths
+        return place
 
     def aim(self, rows, pos, real, seen):
         """The Place of tokens of rows at pos (n, T); what is not real (n, T) is dropped."""
@@ -225,10 +228,11 @@ class Decoder:
         place = self.place(T, rows, counts)
         s = self.last[:, None] if self.warm_start and T == 1 and max(self.lengths) > 1 else None
         s = s if s is None or rows is None else s[rows]
+        step = self.step if self.compile and T == 1 and rows is None else self.pass_through
         if self.leave is not None:
             s, x = self.leave_by_themselves(idx, place, s, counts)
         else:
-            s, x = (self.step if T == 1 and self.compile else self.pass_through)(idx, place, s)
+            s, x = step(idx, place, s)
         if self.warm_start:
             put_last(self.last, rows or range(self.size), s, counts or [T] * n)
         return x
@@ -236,7 +240,7 @@ class Decoder:
     @functools.cached_property
     def step(self):
         """pass_through of single tokens, compiled."""
-        return torch.compile(self.pass_through)
+        return torch.compile(self.pass_through, options={'cpp_wrapper': self.k.device.type == 'cpu'})
 
     def pass_through(self, idx, place, s=None):
         """(the last state, what the head reads) of tokens idx (n, T), of which all take all loops from s."""
@@ -330,13 +334,12 @@ class Sequences:
         self.block_size, self.learned = model.config.block_size, model.config.pos == 'learned'
         lengths = [idx.size(1)] * len(idx) if lengths is None else lengths
         self.decoder = Decoder(model, len(idx), max(lengths) + more, **options)
-        if self.learned:  # what is left of the prompts, and what may be processed anew
-            kept = [row[n - window(n, self.block_size) : n] for row, n in zip(idx, lengths, strict=True)]
-            lengths = [len(row) for row in kept]
-            self.recent = idx.new_zeros(len(idx), self.block_size)
-            for row, tokens in zip(self.recent, kept, strict=True):
-                row[: len(tokens)] = tokens
-            idx = self.recent
+        self.kept = idx
+        if self.learned:
+            self.kept = [row[n - window(n, self.block_size) : n] for row, n in zip(idx, lengths, strict=True)]
+            lengths = [len(row) for row in self.kept]
+            idx = torch.nn.utils.rnn.pad_sequence(self.kept, batch_first=True)
+        self.new = collections.deque(maxlen=self.block_size // 2 + 1)  # what may be processed anew
         self.read = model.transformer.wte.weight.new_zeros(len(idx), model.config.n_embd)
         for a in range(0, max(lengths), CHUNK):
             piece = idx[:, a : min(a + CHUNK, max(lengths))]
@@ -349,21 +352,22 @@ class Sequences:
 
     def append(self, token):
         """The next token of every row, (B,)."""
-        d, half = self.decoder, self.block_size // 2
-        if not self.learned:
+        d, all_rows = self.decoder, range(len(token))
+        self.new.append(token)
+        full = [row for row in all_rows if self.learned and d.lengths[row] == self.block_size]
+        if not full:
             self.read = d.advance(token[:, None])[:, -1]
             return
-        full = [length == self.block_size for length in d.lengths]
-        for overflows in {*full}:
-            rows = [row for row, is_full in enumerate(full) if is_full == overflows]
-            if overflows:
-                self.recent[rows, :half] = self.recent[rows, self.block_size - half :]
-                for row in rows:
-                    d.lengths[row] = 0
-            at = [half if overflows else d.lengths[row] for row in rows]
-            self.recent[rows, at] = token[rows]
-            idx = self.recent[rows, : half + 1] if overflows else token[rows, None]
-            self.read[rows] = d.advance(idx, rows)[:, -1]
+        for row in full:
+            d.lengths[row] = 0
+        for rows, n in (full, self.new.maxlen), ([row for row in all_rows if row not in full], 1):
+            if rows:
+                self.read[rows] = d.advance(torch.stack([self.tail(row, n) for row in rows]), rows)[:, -1]
+
+    def tail(self, row, n):
+        """A row's last n tokens."""
+        new = torch.stack([*self.new])[:, row]
+        return torch.cat((self.kept[row], new))[-n:]
 
 
 # -----------------------------------------------------------------------------
@@ -393,10 +397,12 @@ class Sampler:
             logits = logits.masked_fill(beyond.scatter(-1, place, beyond), -math.inf)
         return logits.softmax(dim=-1)
 
+    def sample(self, x):
+        """The next token of each row, (n,), given what the head reads, x (n, C)."""
+        return self.model.logits(x).argmax(dim=-1) if self.temperature == 0 else self.draw(self.predict(x))
+
     def draw(self, p):
         """A token for each row of p (n, V), (n,)."""
-        if self.temperature == 0:
-            return p.argmax(dim=-1)
         return torch.multinomial(p, 1, generator=self.generator)[:, 0]
 
     def verify(self, p, q, drafts):
@@ -438,7 +444,7 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, 
     if info is not None:
         info['cache_bytes'] = d.bytes()
     sampler, left = Sampler(model, temperature, top_k, top_p, generator), max_new_tokens - 1
-    token = sampler.draw(sampler.predict(rows.read))
+    token = sampler.sample(rows.read)
     yield token
     while left:
         n = min(speculate, left, rows.room()) if speculate else 0
@@ -447,7 +453,7 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, 
         else:
             with few_tokens(len(idx)):
                 rows.append(token)
-                tokens = [sampler.draw(sampler.predict(rows.read))]
+                tokens = [sampler.sample(rows.read)]
         yield from tokens
         token, left = tokens[-1], left - len(tokens)
 
@@ -473,6 +479,6 @@ def speculation(rows, token, n, draft_loops, sampler):
     p = sampler.predict(d.finish(s, place)[0])
     tokens = sampler.verify(p, torch.cat(guesses), torch.cat(drafts[1:]))
     d.lengths = [start + len(tokens)]
-    if rows.learned:
-        rows.recent[0, start : start + len(tokens)] = torch.cat((token, tokens[:-1]))
-    return list(tokens[:, None])
+    tokens = list(tokens[:, None])
+    rows.new.extend([token, *tokens[:-1]])
+    return tokens

@@ -8,7 +8,7 @@ from helpers import randomize
 from test_model import PAIRS
 
 import generate
-from generate import Decoder, Exit, Sampler, Sequences, stream, window
+from generate import Decoder, Exit, Sampler, Sequences, lower, stream, window
 from model import ACT, GPT, NORM, PLACE, POS, GPTConfig
 
 SIZES = dict(block_size=12, vocab_size=23, n_head=2, n_embd=12, n_prelude=1, n_block=2, n_coda=1, n_loop=2)
@@ -69,6 +69,30 @@ def test_groups_windows_and_long_prompts_in_chunks(keys, pos, lengths, monkeypat
     monkeypatch.setattr(generate, 'CHUNK', 5)
     check_decoding(make(pos=pos, **keys), lengths, 9)
     check_decoding(make(double=False, pos=pos, **keys), lengths, 9, atol=1e-4)
+
+
+@torch.no_grad()
+def test_compiled_steps_are_the_same_steps(monkeypatch):
+    """Ragged rows, beyond block_size, in float32."""
+    monkeypatch.setattr(generate, 'SPAN', 8)
+    model, steps = make(double=False, pos='rope', window_pattern='LS', n_kv_head=1, n_prelude=0, n_coda=0), 9
+    rows = [Sequences(model, IDX[:, :9], [3, 9, 5], steps, compile=compile) for compile in (True, False)]
+    for token in IDX[:, 9 : 9 + steps].T:
+        for sequences in rows:
+            sequences.append(token)
+        assert torch.allclose(rows[0].read, rows[1].read, atol=1e-5)
+    assert 'step' in vars(rows[0].decoder) and 'step' not in vars(rows[1].decoder)
+
+
+@torch.no_grad()
+def test_lowered_weights_are_what_autocast_makes_of_them():
+    model, low = (make(double=False, pos='rope', exit_gate=True) for _ in range(2))
+    lower(low, torch.bfloat16)
+    assert low.transformer.wte.weight.dtype == low.exit_gate.weight.dtype == torch.float32
+    assert low.lm_head.weight.dtype == low.inject.weight.dtype == torch.bfloat16
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        tokens = [torch.stack([*stream(m, IDX[:, :5], 12, temperature=0)]) for m in (model, low)]
+        assert torch.equal(*tokens) and torch.equal(*(m(IDX[:, :9])[0] for m in (model, low)))
 
 
 # -----------------------------------------------------------------------------

@@ -1,8 +1,12 @@
+import itertools
+
 import torch
 
 import bench
+import sample
 import train
 from data.dataset import Bytes, Characters
+from generate import stream
 from sample import Text, main
 
 
@@ -99,6 +103,20 @@ def test_seeds_and_an_empty_prompt(call, flags):
     assert call(main, *options, '--seed=1')[1] != call(main, *options, '--seed=2')[1]
     greedy = [call(main, *options, '--temperature=0', f'--start={start}')[1] for start in ('', '\n', 'a')]
     assert '\n' + greedy[0] == greedy[1] != 'a' + greedy[0]
+
+
+def test_an_interrupt_leaves_the_text_so_far(call, flags, monkeypatch):
+    def interrupted(*args, **options):
+        yield from itertools.islice(real(*args, **options), 7)
+        raise KeyboardInterrupt
+
+    options, real = [*trained(call, flags), '--start=abc', '--num_samples=2', '--temperature=0'], stream
+    whole = call(main, *options)[1].split('\n---------------\n')[:2]
+    monkeypatch.setattr(sample, 'stream', interrupted)
+    for key in ('--stream=False', '--stream=True', '--stop=' + whole[0][9:11]):
+        status, out, _ = call(main, *options, key)
+        texts = out.split('\n---------------\n')
+        assert status == 130 and texts[0] == whole[0][:10] and len(texts) == (2 if 'stream=T' in key else 3)
 
 
 def test_what_may_have_become_the_stop_is_printed_at_the_end(call, flags):
