@@ -68,7 +68,9 @@ class SampleConfig:
         fits = threshold is not None and threshold >= 0 if self.exit else threshold is None
         check(fits, 'exit_threshold', threshold, wanted)
         check(self.min_loops >= 1, 'min_loops', self.min_loops, 'at least 1')
+        check(self.exit or self.min_loops == 1, 'min_loops', self.min_loops, '1 without an exit')
         check(self.speculate >= 0, 'speculate', self.speculate, 'at least 0')
+        check(self.speculate or self.draft_loops == 1, 'draft_loops', self.draft_loops, '1 without speculate')
 
 
 def find_model(c, device):
