@@ -159,19 +159,22 @@ class Decoder:
         weight, G = model.lm_head.weight, c.n_kv_head or c.n_head
         kind = weight.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        zeros = functools.partial(torch.zeros, dtype=dtype, device=weight.device)
         # by position modulo the capacity; the last column takes what nobody will see
-        shape = sum(sections), size, G, self.capacity + 1, c.n_embd // c.n_head
-        self.k, self.v = (torch.zeros(shape, dtype=dtype, device=weight.device) for _ in 'kv')
-        slots = iter(zip(self.k, self.v, strict=True))
-        if compile:  # which would copy all of them at every write to one of several views
-            slots = iter([(k.clone(), v.clone()) for k, v in slots])
+        shape, n = (size, G, self.capacity + 1, c.n_embd // c.n_head), sum(sections)
+        if compile:  # of views of one tensor it would copy all at every write to one
+            self.all = [(zeros(shape), zeros(shape)) for _ in range(n)]
+        else:
+            self.k, self.v = zeros(n, *shape), zeros(n, *shape)
+            self.all = list(zip(self.k, self.v, strict=True))
+        slots = iter(self.all)
         self.prelude, *self.recur = ([next(slots) for _ in range(n)] for n in sections[: self.budget + 1])
         self.coda = [[next(slots) for _ in range(n)] for n in sections[self.budget + 1 :]]
         self.last = model.transformer.wte.weight.new_zeros(size, c.n_embd)  # of warm_start: every row's state
 
     def bytes(self):
         """Bytes of all slots."""
-        return self.k.nbytes + self.v.nbytes
+        return sum(x.nbytes for slot in self.all for x in slot)
 
     def place(self, T, rows=None, counts=None):
         """The Place of the next T tokens of rows, of which counts are real; both lists, None = all."""
@@ -240,7 +243,7 @@ class Decoder:
     @functools.cached_property
     def step(self):
         """pass_through of single tokens, compiled."""
-        return torch.compile(self.pass_through, options={'cpp_wrapper': self.k.device.type == 'cpu'})
+        return torch.compile(self.pass_through, options={'cpp_wrapper': self.last.device.type == 'cpu'})
 
     def pass_through(self, idx, place, s=None):
         """(the last state, what the head reads) of tokens idx (n, T), of which all take all loops from s."""
