@@ -16,7 +16,7 @@ import itertools
 import shlex
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -144,11 +144,12 @@ def measure_decoding(c, m):
     checkpoint = find_checkpoint(c.init_from, c.out_dir, {key: c[key] for key in c.given})
     torch.manual_seed(c.seed)
     if checkpoint is None:
-        model = GPT(c.build(GPTConfig)).to(m.device)
+        model, name = GPT(c.build(GPTConfig)).to(m.device), 'random weights'
     else:
-        model, _ = load_checkpoint(
-            checkpoint, m.device, **{k: c[k] for k in c.given & {'n_loop', 'block_size'}}
-        )
+        given = {field.name for field in fields(GPTConfig)} & c.given
+        model, checkpoint = load_checkpoint(checkpoint, m.device, **{key: c[key] for key in given})
+        name = f'{checkpoint.get("path", c.init_from)}, step {int(checkpoint["iter_num"])}'
+    print(f'{name}: {model.get_num_params():,} parameters, n_loop {model.config.n_loop}')
     prompts = torch.randint(model.config.vocab_size, (c.sequences, 16), device=m.device)
     lower(model.eval(), m.dtype)
     ways = decoding_ways(model, c)
@@ -210,16 +211,21 @@ def main(argv):
                 setting['vocab_size'] = read_meta(find_data(setting.dataset))['vocab_size']
             except ValueError:
                 print(f'vocab_size: {setting.vocab_size}, as the data set {setting.dataset} is not prepared')
+    decoding = c.mode == 'decode' and not c.count_only
+    check(decoding or c.init_from == 'scratch', 'init_from', c.init_from, 'scratch, or --mode=decode')
+    check(not (decoding and c.vs), 'vs', c.vs, 'nothing with --mode=decode')
     if c.count_only:
         for setting, name in zip(settings, ('this', c.vs), strict=False):
             if c.vs:
                 print(f'{name}:')
             print_counts(setting)
         return
+    if decoding:  # the blocks of a whole model are not compiled then, but a step if asked for
+        c['compile'] = c.compile is True
     m = setup(c)
     check(m.world == 1, 'processes', m.world, '1')
     print(m.line)
-    if c.mode == 'decode':
+    if decoding:
         return measure_decoding(c, m)
     fixed = ('device', 'dtype', 'compile', 'deterministic', 'seed')
     changed = ', '.join(key for key in fixed if settings[-1][key] != c[key])

@@ -146,7 +146,9 @@ def typed(key, value, hint):
         return float(value)
     if int in accepted and type(value) is float and value.is_integer():
         return int(value)
-    names = ' or '.join(kind.__name__.replace('NoneType', 'None') for kind in accepted)
+    names = ' or '.join(
+        {'NoneType': 'None', 'bool': 'True or False'}.get(k.__name__, k.__name__) for k in accepted
+    )
     raise Mistake(f'{key}={value!r}, expected {names}')
 
 
@@ -177,14 +179,14 @@ def command(main):
         except BrokenPipeError:  # python sample.py | head
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             sys.exit(128 + signal.SIGPIPE)
-        except (OSError, RuntimeError) as error:  # a CPU out of memory has no class of its own
+        except (OSError, RuntimeError, MemoryError) as error:  # torch's CPU out of memory has no class
             memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
             if isinstance(error, RuntimeError) and not memory:
                 raise
             failure, status, told = error, 1, True
         if told:
             script = Path(inspect.getfile(main)).name
-            print(f'{script}: {" ".join(str(failure).split())}', file=sys.stderr, flush=True)
+            print(f'{script}: {" ".join(str(failure).split()) or "out of memory"}', file=sys.stderr, flush=True)
         sys.exit(status)
 
     return wrapped

@@ -24,7 +24,7 @@ from sample import find_model, find_tokenizer
 @dataclass
 class ExportConfig:
     out_dir: str = 'out'  # the run: its best.pt, else its ckpt.pt; or the path of a checkpoint
-    init_from: str = 'resume'  # resume: from out_dir; or gpt2, gpt2-medium, ..., a folder of GPT-2
+    init_from: str = 'resume'  # resume: from out_dir; or another path, gpt2, gpt2-medium, ...
     to: str = ''  # the folder to write
 
 
@@ -42,14 +42,18 @@ def main(argv):
         from safetensors.torch import save_model
     except ImportError:
         raise Mistake('exporting needs safetensors: pip install safetensors') from None
-    model, checkpoint, path = find_model(c, 'cpu')
-    tokenizer, folder = find_tokenizer(checkpoint), Path(c.to)
+    folder = Path(c.to)
+    free = not folder.exists() or (folder.is_dir() and not (folder / 'ckpt.pt').exists())
+    check(free, 'to', c.to, 'a folder for the model alone')
+    model, checkpoint = find_model(c, 'cpu')
+    tokenizer = find_tokenizer(checkpoint)
     folder.mkdir(parents=True, exist_ok=True)
     save_model(model, str(folder / 'model.safetensors.tmp'))
-    os.replace(folder / 'model.safetensors.tmp', folder / 'model.safetensors')
     write(folder / 'tokenizer.json', tokenizer.dict)
     write(folder / 'config.json', asdict(model.config))
-    size = (folder / 'model.safetensors').stat().st_size / 2**20
+    (folder / 'model.safetensors.tmp').chmod((folder / 'config.json').stat().st_mode)  # it was for us alone
+    os.replace(folder / 'model.safetensors.tmp', folder / 'model.safetensors')
+    size, path = (folder / 'model.safetensors').stat().st_size / 2**20, checkpoint.get('path', c.init_from)
     print(f'{path}: {model.get_num_params():,} parameters, {size:,.1f} MiB in {folder}')
 
 

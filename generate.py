@@ -409,7 +409,8 @@ class Sampler:
         return torch.multinomial(p, 1, generator=self.generator)[:, 0]
 
     def verify(self, p, q, drafts):
-        """Drafts (n,), drawn from q (n, V), until the first that p (n, V) refuses, then what p has instead.
+        """(drafts (n,), drawn from q (n, V), until the first that p (n, V) refuses, then what p has instead;
+        how many of the drafts were kept).
 
         A draft stays with probability min(1, p / q), else one is drawn from max(0, p - q): that makes
         them draws from p. Source: arXiv:2211.17192.
@@ -419,8 +420,8 @@ class Sampler:
         kept = chance * q.gather(1, at)[:, 0] < p.gather(1, at)[:, 0]
         first = int(kept.int().cumprod(0).sum())
         if first == len(drafts):
-            return drafts
-        return torch.cat((drafts[:first], self.draw((p[first] - q[first]).clamp(min=0)[None])))
+            return drafts, first
+        return torch.cat((drafts[:first], self.draw((p[first] - q[first]).clamp(min=0)[None]))), first
 
 
 @torch.no_grad()
@@ -431,7 +432,8 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, 
     temperature, top_k, top_p, generator: see Sampler. lengths: how many of each row of idx are its prompt, a
     list, the others fill it up; None = all. speculate: of one row, so many tokens are drafted with
     draft_loops loops and then verified by all; what comes out stays the same. options: of Decoder. info: a
-    dict that is told the bytes of the cache. Raises ValueError for what does not go together.
+    Counter that is told cache_bytes, and of speculation how many were drafted and kept. Raises ValueError
+    for what does not go together.
     """
     if max_new_tokens < 1:
         return
@@ -439,20 +441,22 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, 
     d = rows.decoder
     if speculate:
         check(len(idx) == 1, 'speculate', speculate, '0 for several rows')
+        check(d.n_loop > 1, 'speculate', speculate, '0 with n_loop=1, where there is nothing to save')
         check(d.leave is None, 'speculate', speculate, '0 with an exit')
         check(d.budget == d.n_loop, 'speculate', speculate, f'0 with kv_budget={d.budget}')
         check(not d.warm_start, 'speculate', speculate, '0 with warm_start')
         check(not d.compile, 'compile', d.compile, f'False with speculate={speculate}')
         check(1 <= draft_loops < d.n_loop, 'draft_loops', draft_loops, f'at least 1, below n_loop={d.n_loop}')
-    if info is not None:
-        info['cache_bytes'] = d.bytes()
+    info = collections.Counter() if info is None else info
+    info['cache_bytes'] = d.bytes()
     sampler, left = Sampler(model, temperature, top_k, top_p, generator), max_new_tokens - 1
     token = sampler.sample(rows.read)
     yield token
     while left:
         n = min(speculate, left, rows.room()) if speculate else 0
         if n:
-            tokens = speculation(rows, token, n, draft_loops, sampler)
+            tokens, kept = speculation(rows, token, n, draft_loops, sampler)
+            info.update(drafted=n, kept=kept)
         else:
             with few_tokens(len(idx)):
                 rows.append(token)
@@ -462,7 +466,8 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, 
 
 
 def speculation(rows, token, n, draft_loops, sampler):
-    """The tokens after token (1,), 1 to n of them, each (1,): drafted with draft_loops, verified by all.
+    """(the tokens after token (1,), 1 to n of them, each (1,), drafted with draft_loops and verified by all;
+    how many of them are drafts).
 
     The prelude and the first loops of the draft are those of the verification and not computed again.
     """
@@ -480,8 +485,8 @@ def speculation(rows, token, n, draft_loops, sampler):
     place = d.place(n)
     s = d.loop(torch.cat(entered, dim=1), torch.cat(states, dim=1), place, draft_loops, d.n_loop)
     p = sampler.predict(d.finish(s, place)[0])
-    tokens = sampler.verify(p, torch.cat(guesses), torch.cat(drafts[1:]))
+    tokens, kept = sampler.verify(p, torch.cat(guesses), torch.cat(drafts[1:]))
     d.lengths = [start + len(tokens)]
     tokens = list(tokens[:, None])
     rows.new.extend([token, *tokens[:-1]])
-    return tokens
+    return tokens, kept

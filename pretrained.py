@@ -48,7 +48,7 @@ def read_checkpoint(path):
         isinstance(checkpoint.get(k), dict) for k in ('model', 'model_args')
     )
     check(whole, 'checkpoint', str(path), 'a file with model and model_args')
-    return checkpoint
+    return checkpoint | dict(path=str(path))
 
 
 def load(path, device='cpu', **changes):
@@ -109,26 +109,30 @@ def find_pretrained(name, given):
     """
     if name.startswith('ouro:'):
         return read_ouro(Path(name.removeprefix('ouro:')))
-    if (Path(name) / 'tokenizer.json').exists() and (Path(name) / 'model.safetensors').exists():
-        with contextlib.suppress(ValueError, OSError):
-            args = json.loads((Path(name) / 'config.json').read_text())
-            if 'n_loop' in args:
-                return read_export(Path(name), args)
+    args = {}
+    with contextlib.suppress(ValueError, OSError):
+        args = json.loads((Path(name) / 'config.json').read_text())
+    if 'n_loop' in args:
+        return read_export(Path(name), args)
     return read_gpt2(name, given) if name in GPT2 or (Path(name) / 'config.json').exists() else None
 
 
 def read_export(folder, args):
     """What export.py has written."""
     try:
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
     except ImportError:
-        raise Mistake(f'init_from={str(folder)!r} needs safetensors: pip install safetensors') from None
-    model = load_file(folder / 'model.safetensors')
+        raise Mistake(f'{folder} needs safetensors: pip install safetensors') from None
+    try:
+        model = load_file(folder / 'model.safetensors')
+        tokenizer = json.loads((folder / 'tokenizer.json').read_text())
+    except (OSError, ValueError, SafetensorError) as error:
+        raise Mistake(f'the exported model in {folder} cannot be read: {error}') from None
     if args['tie_weights']:  # kept once, under either name
         for ours, other in itertools.permutations(('transformer.wte.weight', 'lm_head.weight')):
             model.setdefault(ours, model.get(other))
-    tokenizer = json.loads((folder / 'tokenizer.json').read_text())
-    return dict(model=model, model_args=args, tokenizer=tokenizer, config={}, iter_num=0)
+    return dict(model=model, model_args=args, tokenizer=tokenizer, config={}, iter_num=0, path=str(folder))
 
 
 def read_gpt2(name, given):

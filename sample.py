@@ -7,10 +7,12 @@ The text and a line of dashes per sample go to stdout, everything else to stderr
 """
 
 import codecs
+import collections
 import math
+import signal
 import sys
+import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -19,13 +21,13 @@ from configurator import autocast, choose_compile, choose_device, choose_dtype, 
 from data.dataset import find_data, make_tokenizer, read_meta, read_text
 from generate import EXIT, Exit, lower, stream
 from model import load_checkpoint
-from pretrained import GPT2, find_pretrained
+from storage import find_checkpoint
 
 
 @dataclass
 class SampleConfig:
     out_dir: str = 'out'  # the run to sample from: its best.pt, else its ckpt.pt; or the path of a checkpoint
-    init_from: str = 'resume'  # resume: from out_dir; or gpt2, gpt2-medium, ..., a folder of GPT-2
+    init_from: str = 'resume'  # resume: from out_dir; or a path as there, an exported folder, gpt2, gpt2-xl
     start: str = ''  # the text to go on with; FILE:path reads a file; nothing = a new line or document
     num_samples: int = 1  # drawn together in one batch
     max_new_tokens: int = 500  # per sample
@@ -63,7 +65,9 @@ class SampleConfig:
         check(self.exit in ('', *EXIT), 'exit', self.exit, f'nothing, {", ".join(EXIT)}')
         threshold, wanted = (
             self.exit_threshold,
-            'a number, at least 0' if self.exit else 'None without an exit',
+            'at least 0: try 0.001 for kl, 0.1 for diff, 0.5 for gate'
+            if self.exit
+            else 'None without an exit',
         )
         fits = threshold is not None and threshold >= 0 if self.exit else threshold is None
         check(fits, 'exit_threshold', threshold, wanted)
@@ -74,22 +78,12 @@ class SampleConfig:
 
 
 def find_model(c, device):
-    """(model, checkpoint, path) of a run's folder, its best checkpoint that loads, a checkpoint, or GPT-2."""
-    if c.init_from != 'resume':
-        here = not c.init_from.startswith('ouro:')  # whose tokenizer is not
-        pretrained = find_pretrained(c.init_from, {}) if here else None
-        check(pretrained, 'init_from', c.init_from, f'resume, {", ".join(GPT2)}, or a folder of GPT-2')
-        return *load_checkpoint(pretrained, device), c.init_from
-    path = Path(c.out_dir)
-    paths = [path / name for name in ('best.pt', 'ckpt.pt', 'prev.pt')] if path.is_dir() else [path]
-    paths = [path for path in paths if path.exists()]
-    check(paths, 'out_dir', c.out_dir, 'the folder of a run with a checkpoint, or the path of one')
-    for path in paths[:-1]:
-        try:
-            return *load_checkpoint(path, device), path
-        except ValueError as error:
-            print(error, file=sys.stderr)
-    return *load_checkpoint(paths[-1], device), paths[-1]
+    """(model, checkpoint) of out_dir, of which the best one that loads is taken, or of init_from."""
+    key = 'out_dir' if c.init_from == 'resume' else 'init_from'
+    there = c[key] not in ('scratch', 'auto') and not c[key].startswith('ouro:')  # whose tokenizer is not
+    check(there, key, c[key], "a run's folder, the path of a checkpoint, or a model with its tokenizer")
+    names = ('best.pt', 'ckpt.pt', 'prev.pt')
+    return load_checkpoint(find_checkpoint(c[key], c.out_dir, {}, key, names), device)
 
 
 def find_tokenizer(checkpoint):
@@ -135,19 +129,21 @@ class Text:
 
 
 def write(tokens, texts, start, live):
-    """Prints start and the texts that grow by tokens, (B,) each; live: as they come. A Ctrl-C ends them."""
-    parts, interrupted = [[start] for _ in texts], None
+    """Prints start and the texts that grow by tokens, (B,) each; live: as they come. A Ctrl-C ends them.
+    Returns how many tokens came."""
+    parts, interrupted, count = [[start] for _ in texts], None, 0
     if live:
         print(start, end='', flush=True)
     try:
         for new in tokens:
+            count += len(new)
             for text, part, token in zip(texts, parts, new.tolist(), strict=True):
                 part.append(text.add(token))
             if live:
                 print(parts[0][-1], end='', flush=True)
             if all(text.done for text in texts):
                 break
-    except KeyboardInterrupt as error:
+    except (KeyboardInterrupt, SystemExit) as error:
         interrupted = error
     for text, part in zip(texts, parts, strict=True):
         end = text.rest()
@@ -155,6 +151,7 @@ def write(tokens, texts, start, live):
         print('---------------', flush=True)
     if interrupted:
         raise interrupted
+    return count
 
 
 @command
@@ -164,12 +161,13 @@ def main(argv):
     device, _ = choose_device(c.device)
     dtype, _ = choose_dtype(c.dtype, device.type)
     compile, _ = choose_compile(c.compile, device.type, 0)
-    model, checkpoint, path = find_model(c, device)
+    model, checkpoint = find_model(c, device)
     model.eval()
     n_loop = c.n_loop or model.config.n_loop
     trained = checkpoint.get('loops_trained', [model.config.n_loop])
     note = '' if n_loop in trained else f', trained with {", ".join(map(str, trained))}'
-    print(f'{path}: step {int(checkpoint["iter_num"])}, {n_loop} loops{note}', file=sys.stderr)
+    path, step = checkpoint.get('path', c.init_from), int(checkpoint['iter_num'])
+    print(f'{path}: {f"step {step}, " * (step > 0)}n_loop {n_loop}{note}', file=sys.stderr)
     tokenizer = find_tokenizer(checkpoint)
     start = c.start
     if start.startswith('FILE:'):
@@ -178,21 +176,29 @@ def main(argv):
     check(max(prompt) < model.config.vocab_size, 'start', start, 'text in the tokens of the checkpoint')
 
     keys = ('temperature', 'top_k', 'top_p', 'n_loop', 'kv_budget', 'warm_start', 'speculate', 'draft_loops')
-    info, leave = {}, Exit(c.exit, c.exit_threshold, c.min_loops) if c.exit else None
+    info, leave = collections.Counter(), Exit(c.exit, c.exit_threshold, c.min_loops) if c.exit else None
     options = {key: c[key] for key in keys} | dict(info=info, leave=leave, compile=compile)
     options['generator'] = torch.Generator(device).manual_seed(c.seed)
     lower(model, dtype)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    if compile:
+        print('compiling the step of a token, which pays from about 10,000 tokens on', file=sys.stderr)
+    began = time.perf_counter()
     with autocast(device.type, dtype):
         for size in [1] * c.num_samples if c.stream or c.speculate else [c.num_samples]:
             idx = torch.tensor([prompt] * size, device=device)
             tokens = stream(model, idx, c.max_new_tokens, **options)
-            write(tokens, [Text(tokenizer, c.stop) for _ in range(size)], start, c.stream)
-    print(f'keys and values: {info["cache_bytes"] / 2**20:.1f} MiB', file=sys.stderr)
+            info['tokens'] += write(tokens, [Text(tokenizer, c.stop) for _ in range(size)], start, c.stream)
+    seconds = time.perf_counter() - began
+    rate = f'{info["tokens"]:,} tokens in {seconds:.1f} s, {info["tokens"] / seconds:,.1f} tokens/s'
+    print(f'{rate}, keys and values: {info["cache_bytes"] / 2**20:.1f} MiB', file=sys.stderr)
+    if c.speculate:
+        print(f'drafts: {info["kept"]:,} of {info["drafted"]:,} kept', file=sys.stderr)
     if leave:
         taken, tokens = sorted(leave.taken.items()), sum(leave.taken.values())
         mean = sum(loops * n for loops, n in taken) / tokens
         shares = ', '.join(f'{loops}: {n / tokens:.1%}' for loops, n in taken)
-        print(f'loops per token: {mean:.2f} on average, of {tokens:,} tokens ({shares})', file=sys.stderr)
+        print(f'loops per token: {mean:.2f} on average, of {tokens:,} processed ({shares})', file=sys.stderr)
 
 
 if __name__ == '__main__':

@@ -68,28 +68,28 @@ def save_checkpoint(out_dir, checkpoint, log, best):
         raise OSError(f'the checkpoint cannot be saved: {reason}; the last good one: {kept}') from None
 
 
-def find_checkpoint(init_from, out_dir, given=()):
+def find_checkpoint(init_from, out_dir, given=(), key='init_from', names=('ckpt.pt', 'prev.pt')):
     """The checkpoint init_from names, None for scratch. Raises ValueError if there is none that loads.
 
-    given: {key: value} of GPTConfig, which decide how GPT-2's weights are used.
+    given: {key: value} of GPTConfig, which decide how GPT-2's weights are used; key: what the user calls
+    init_from; names: of files in a run's folder, the first that loads is taken.
     """
     if init_from == 'scratch':
         return None
     if pretrained := find_pretrained(init_from, given):
         return pretrained
     named = init_from not in ('resume', 'auto')
+    wanted = 'the folder of a run with a checkpoint, the path of one, a model that export.py wrote'
+    if key == 'init_from':
+        wanted = f'scratch, resume, auto, {wanted}, {", ".join(GPT2)}, a folder of such, ouro:FOLDER'
     if named and not Path(init_from).is_dir():
-        wanted = (
-            "scratch, resume, auto, the path (this one is none) of a checkpoint, of a run's folder or of "
-        )
-        wanted += f'a GPT-2 that transformers saved, {", ".join(GPT2)}, ouro:FOLDER'
-        check(Path(init_from).exists(), 'init_from', init_from, wanted)
+        check(Path(init_from).exists(), key, init_from, wanted)
         return read_checkpoint(init_from)
     folder = Path(init_from if named else out_dir)
-    paths = [path for name in ('ckpt.pt', 'prev.pt') if (path := folder / name).exists()]
+    paths = [path for name in names if (path := folder / name).exists()]
     if not paths and init_from == 'auto':
         return None
-    check(paths, 'init_from', init_from, f'a checkpoint in {folder}, there is none')
+    check(paths, key, init_from, wanted if named else f'a checkpoint in {folder}, there is none')
     for path in paths:
         try:
             return read_checkpoint(path)

@@ -269,10 +269,10 @@ def read_text(path, errors='strict'):
     try:
         return Path(path).read_bytes().decode('utf-8', errors)
     except OSError as error:
-        raise Mistake(f'{path} cannot be read: {error.strerror}') from None
+        raise Mistake(f'{str(path)!r} cannot be read: {error.strerror}') from None
     except UnicodeDecodeError as error:
         where = f'{error.reason} at byte {error.start}'
-        raise Mistake(f'{path} is not UTF-8 ({where}): use the byte tokenizer') from None
+        raise Mistake(f'{path} is not UTF-8 ({where}), which only --tokenizer=byte prepares') from None
 
 
 def fetch(url, path):

@@ -79,7 +79,7 @@ def test_values_are_read_as_their_keys_say(flag, value):
         (['--max_iters', '10'], '--max_iters=value'),
         (['-max_iters=10'], '--key=value'),
         (['--dropout=None'], "dropout='None', expected float"),
-        (['--eval_only=1'], "eval_only='1', expected bool"),
+        (['--eval_only=1'], "eval_only='1', expected True or False"),
         (['config/nowhere.py'], 'there is no config file config/nowhere.py'),
     ],
 )

@@ -43,6 +43,31 @@ def test_an_exported_model_is_the_same(call, flags, tmp_path, keys):
     assert status == 0, err
 
 
+def test_a_broken_export_is_told(call, flags, tmp_path):
+    pytest.importorskip('safetensors')
+    call(main, *flags)
+    for target in ('out', 'out/ckpt.pt'):
+        status, _, err = call(export.main, f'--out_dir={tmp_path}/out', f'--to={tmp_path}/{target}')
+        assert status == 2 and 'expected a folder for the model alone' in err
+    call(export.main, f'--out_dir={tmp_path}/out', f'--to={tmp_path}/to')
+    assert (
+        len({(tmp_path / 'to' / name).stat().st_mode for name in ('config.json', 'model.safetensors')}) == 1
+    )
+    whole = (tmp_path / 'to' / 'model.safetensors').read_bytes()
+    for name, content in (
+        ('model.safetensors', whole[:-9]),
+        ('model.safetensors', None),
+        ('tokenizer.json', None),
+    ):
+        (tmp_path / 'to' / 'model.safetensors').write_bytes(whole)
+        path = tmp_path / 'to' / name
+        path.unlink() if content is None else path.write_bytes(content)
+        status, _, err = call(sample.main, f'--init_from={tmp_path}/to', '--device=cpu')
+        assert status == 2 and err.splitlines()[-1].startswith(
+            f'sample.py: the exported model in {tmp_path}/to'
+        )
+
+
 def test_an_export_without_a_folder_is_refused(call, tmp_path):
     status, _, err = call(export.main, f'--out_dir={tmp_path}')
     assert status == 2 and "to='', expected a folder to write" in err

@@ -1,5 +1,10 @@
 import itertools
+import os
+import re
+import signal
+import time
 
+import pytest
 import torch
 
 import bench
@@ -21,7 +26,7 @@ def test_samples_of_a_batch_end_in_a_line_of_dashes_and_nothing_else_is_on_stdou
     samples = out.split('\n---------------\n')
     assert status == 0 and len(samples) == 4 and samples[-1] == '' and len(set(samples[:3])) == 3
     assert all(len(text) == 23 and text.startswith('abc') for text in samples[:3])
-    assert 'step 4, 2 loops' in err and out == call(main, *argv)[1]
+    assert 'step 4, n_loop 2' in err and out == call(main, *argv)[1]
 
 
 def test_a_stream_prints_the_same_text(call, flags):
@@ -43,7 +48,7 @@ def test_prompts_come_from_files(call, flags, tmp_path):
 def test_another_number_of_loops_is_noted_and_changes_the_text(call, flags):
     options = [*trained(call, flags), '--max_new_tokens=60', '--temperature=2']
     status, out, err = call(main, *options, '--n_loop=9')
-    assert status == 0 and '9 loops, trained with 2' in err and out != call(main, *options)[1]
+    assert status == 0 and 'n_loop 9, trained with 2' in err and out != call(main, *options)[1]
 
 
 def test_stop_ends_each_sample_before_it(call, flags):
@@ -105,10 +110,12 @@ def test_seeds_and_an_empty_prompt(call, flags):
     assert '\n' + greedy[0] == greedy[1] != 'a' + greedy[0]
 
 
-def test_an_interrupt_leaves_the_text_so_far(call, flags, monkeypatch):
+@pytest.mark.parametrize('number, expected', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_the_text_so_far(call, flags, monkeypatch, number, expected):
     def interrupted(*args, **options):
         yield from itertools.islice(real(*args, **options), 7)
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), number)
+        time.sleep(10)
 
     options, real = [*trained(call, flags), '--start=abc', '--num_samples=2', '--temperature=0'], stream
     whole = call(main, *options)[1].split('\n---------------\n')[:2]
@@ -116,7 +123,8 @@ def test_an_interrupt_leaves_the_text_so_far(call, flags, monkeypatch):
     for key in ('--stream=False', '--stream=True', '--stop=' + whole[0][9:11]):
         status, out, _ = call(main, *options, key)
         texts = out.split('\n---------------\n')
-        assert status == 130 and texts[0] == whole[0][:10] and len(texts) == (2 if 'stream=T' in key else 3)
+        assert status == expected and texts[0] == whole[0][:10] and len(texts) == 3 - ('stream=T' in key)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def test_what_may_have_become_the_stop_is_printed_at_the_end(call, flags):
@@ -159,8 +167,20 @@ def test_exits_and_the_cache_are_reported(call, flags):
     status, out, err = call(main, *options, '--exit=diff', '--exit_threshold=1e9', '--min_loops=2')
     assert status == 0 and 'loops per token: 2.00 on average, of ' in err and '(2: 100.0%)' in err
     assert call(main, *options, '--exit=kl', '--exit_threshold=0')[1] == plain[1]
-    assert call(main, *options, '--speculate=3', '--draft_loops=2')[1] == plain[1]
+    fast = call(main, *options, '--speculate=3', '--draft_loops=2')
+    kept, of = map(int, re.search(r'drafts: (\d+) of (\d+) kept', fast[2]).groups())
+    assert fast[1] == plain[1] and 0 < kept <= of <= 3 * 39 and '40 tokens in' in fast[2]
     assert call(main, *options, '--speculate=3', '--num_samples=2')[1] == plain[1] * 2
+
+
+def test_bench_measures_no_weights_but_in_decoding(call, flags, tmp_path):
+    for keys, told in [
+        (['--init_from=x'], "init_from='x', expected scratch, or --mode=decode"),
+        (['--init_from=x', '--count_only=True'], "init_from='x', expected scratch"),
+        (['--mode=decode', '--vs=--n_loop=8'], "vs='--n_loop=8', expected nothing with --mode=decode"),
+    ]:
+        status, _, err = call(bench.main, *flags, *keys)
+        assert status == 2 and told in err
 
 
 def test_bench_sets_ways_of_decoding_side_by_side(call, flags, tmp_path):
@@ -168,6 +188,7 @@ def test_bench_sets_ways_of_decoding_side_by_side(call, flags, tmp_path):
     options = [f'--init_from={tmp_path}/out', '--device=cpu', '--compile=False', '--dtype=float32']
     status, out, err = call(bench.main, '--mode=decode', *options, '--tokens=6', '--rounds=1')
     assert status == 0, err
+    assert f'{tmp_path}/out/ckpt.pt, step 2: ' in out and 'compile: False' in out
     table = out[out.index('decoding ') :].splitlines()[1:]
     names = [
         'recomputing all',
