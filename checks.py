@@ -1,28 +1,10 @@
 """
-What a user can get wrong, and the one line that says so.
+What a configuration of the model must fulfil, and the line that says what does not.
 """
 
 import math
 
-
-class Mistake(ValueError):
-    """What a user can get wrong: the scripts tell it in one line and end with status 2."""
-
-    alike = True  # every rank makes it, the first one tells it
-
-
-def check(holds, key, got, wanted):
-    """Raises Mistake unless holds."""
-    if not holds:
-        raise Mistake(f'{key}={got!r}, expected {wanted}')
-
-
-def check_least(config, least, *keys):
-    """Raises Mistake for keys below least, infinite, or None where that is not the default."""
-    for key in keys:
-        value = getattr(config, key)
-        fits = getattr(type(config), key) is None if value is None else least <= value < math.inf
-        check(fits, key, value, f'at least {least}')
+from model import check, check_least
 
 
 def check_config(c, tables):

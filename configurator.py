@@ -26,7 +26,7 @@ from typing import get_args, get_type_hints
 import torch
 import torch.distributed as dist
 
-from checks import Mistake, check
+from model import Mistake, check
 
 ROOT = Path(__file__).resolve().parent
 
@@ -186,7 +186,9 @@ def command(main):
             failure, status, told = error, 1, True
         if told:
             script = Path(inspect.getfile(main)).name
-            print(f'{script}: {" ".join(str(failure).split()) or "out of memory"}', file=sys.stderr, flush=True)
+            print(
+                f'{script}: {" ".join(str(failure).split()) or "out of memory"}', file=sys.stderr, flush=True
+            )
         sys.exit(status)
 
     return wrapped

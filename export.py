@@ -16,8 +16,8 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from checks import Mistake, check
 from configurator import command, configure
+from model import Mistake, check
 from sample import find_model, find_tokenizer
 
 

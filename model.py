@@ -18,6 +18,7 @@ Huginn, arXiv:2502.05171; Ouro, arXiv:2510.25741; RMSNorm, arXiv:1910.07467; RoP
 Shapes: B sequences, T positions, C = n_embd, H heads, G = n_kv_head, D = C / H, V = vocab_size, R loops.
 """
 
+import contextlib
 import functools
 import itertools
 import math
@@ -29,8 +30,6 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-
-from checks import check, check_config, check_least
 
 HEAD_CHUNK = 2**25  # logits alive at a time, 128 MiB in float32: more tokens are read out in chunks
 
@@ -324,12 +323,35 @@ class GPTConfig:
                 mine, wanted = getattr(self, key), f'no value with size={self.size}, which makes it {value}'
                 check(mine in (getattr(GPTConfig, key), value), key, mine, wanted)
                 setattr(self, key, value)
-        check_config(self, TABLES)
+        with contextlib.suppress(ImportError):  # model.py also works alone
+            from checks import check_config
+
+            check_config(self, TABLES)
 
     @property
     def depth(self):
         """Executed layers."""
         return self.n_prelude + self.n_block * self.n_loop + self.n_coda
+
+
+class Mistake(ValueError):
+    """What a user can get wrong: the scripts tell it in one line and end with status 2."""
+
+    alike = True  # every rank makes it, the first one tells it
+
+
+def check(holds, key, got, wanted):
+    """Raises Mistake unless holds."""
+    if not holds:
+        raise Mistake(f'{key}={got!r}, expected {wanted}')
+
+
+def check_least(config, least, *keys):
+    """Raises Mistake for keys below least, infinite, or None where that is not the default."""
+    for key in keys:
+        value = getattr(config, key)
+        fits = getattr(type(config), key) is None if value is None else least <= value < math.inf
+        check(fits, key, value, f'at least {least}')
 
 
 # -----------------------------------------------------------------------------
@@ -377,7 +399,7 @@ class GPT(nn.Module):
         if c.tie_weights:
             self.lm_head.weight = self.transformer.wte.weight
         self.rope_width = c.n_embd // c.n_head if rotated else 0
-        self.window = c.window_size or c.block_size // 2
+        self.window = min(c.window_size or c.block_size // 2, c.block_size - 1)  # keys before its own
         self.init_weights()
 
     @torch.no_grad()
@@ -510,9 +532,10 @@ class GPT(nn.Module):
         return logits, F.cross_entropy(upcast(logits).flatten(0, 1), targets.flatten(), ignore_index=-1)
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, **options):
-        """idx (B, T) continued by max_new_tokens tokens; options: as of generate.py's stream."""
+        """idx (B, T) continued by max_new_tokens tokens; options: as of generate.py's stream, but lengths."""
         from generate import stream
 
+        check('lengths' not in options, 'lengths', options.get('lengths'), 'none: see stream')
         tokens = stream(self, idx, max_new_tokens, temperature, top_k, **options)
         return torch.cat((idx, *(token[:, None] for token in tokens)), dim=1)
 

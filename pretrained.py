@@ -13,8 +13,7 @@ from pathlib import Path
 
 import torch
 
-from checks import Mistake, check
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, Mistake, check
 
 # what a run may change while the weights keep their meaning
 FREE = 'dropout bptt_k n_loop state_init state_std rope_base block_size recompute'.split()

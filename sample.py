@@ -16,11 +16,10 @@ from dataclasses import dataclass
 
 import torch
 
-from checks import check
 from configurator import autocast, choose_compile, choose_device, choose_dtype, command, configure
 from data.dataset import find_data, make_tokenizer, read_meta, read_text
 from generate import EXIT, Exit, lower, stream
-from model import load_checkpoint
+from model import check, load_checkpoint
 from storage import find_checkpoint
 
 

@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
-from checks import Mistake
+from model import Mistake
 
 ROOT = Path(__file__).resolve().parent
 SHARD_TOKENS = 10**8
