@@ -154,10 +154,8 @@ def measure_decoding(c, m):
     ways = decoding_ways(model, c)
     seconds, firsts = {name: [] for name in ways}, {name: [] for name in ways}
     for _ in range(c.rounds + 1):  # the first is not counted
-        for name, (way, leave, _) in ways.items():
+        for name, (way, _, _) in ways.items():
             start = time.perf_counter()
-            if leave:
-                leave.taken.clear()
             with torch.no_grad(), m.autocast():
                 for i, token in enumerate(way(prompts)):
                     if i == 0:
@@ -170,8 +168,7 @@ def measure_decoding(c, m):
         rate = c.tokens * c.sequences / statistics.median(seconds[name][1:])
         pairs = zip(seconds['cached'][1:], seconds[name][1:], strict=True)
         ratio = statistics.median(cached / mine for cached, mine in pairs)
-        taken = leave.taken if leave else {model.config.n_loop: 1}
-        loops = sum(n * tokens for n, tokens in taken.items()) / sum(taken.values())
+        loops = leave.mean() if leave else model.config.n_loop
         size = f'{info["cache_bytes"] / 2**20:.2f}' if info else '-'
         first = 1000 * statistics.median(firsts[name][1:])
         print(f'{name:22} {rate:9.1f} {ratio:6.2f} {first:9.1f} {size:>10} {loops:6.2f}')

@@ -48,7 +48,8 @@ def main(argv):
     model, checkpoint = find_model(c, 'cpu')
     tokenizer = find_tokenizer(checkpoint)
     folder.mkdir(parents=True, exist_ok=True)
-    save_model(model, str(folder / 'model.safetensors.tmp'))
+    trained = {key: json.dumps(checkpoint[key]) for key in ('iter_num', 'loops_trained') if key in checkpoint}
+    save_model(model, str(folder / 'model.safetensors.tmp'), trained)
     write(folder / 'tokenizer.json', tokenizer.dict)
     write(folder / 'config.json', asdict(model.config))
     (folder / 'model.safetensors.tmp').chmod((folder / 'config.json').stat().st_mode)  # it was for us alone

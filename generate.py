@@ -6,10 +6,11 @@ pass computes at that position, whatever the number of loops. kv_budget = m lets
 of iteration i mod m: m = n_loop is exact, less is an approximation, with m / n_loop of the loop's memory.
 
 With an Exit every token leaves the loop by itself; its slots of deeper loops get its last keys and values.
-What a token does depends on those before it alone: a prompt is processed as if token by token.
+What a token does depends on those before it alone: a prompt is processed as if token by token (with slots of
+their own for all iterations).
 
-Beyond block_size: with learned positions, when the window is full, the last block_size // 2 tokens are
-processed anew; otherwise every layer sees the last block_size keys.
+Beyond block_size: with learned positions, when the window is full, the last block_size // 2 tokens and the
+new one are processed anew; otherwise every layer sees the last block_size keys.
 """
 
 import collections
@@ -31,9 +32,7 @@ def lower(model, dtype):
     """Keeps the weights of a model's matrix products in dtype, which autocast then need not cast for every
     token: it can only be sampled from. What autocast leaves in float32 stays."""
     if dtype != torch.float32:
-        model.lm_head.weight = torch.nn.Parameter(
-            model.lm_head.weight.detach().clone()
-        )  # not the embedding's
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach())  # not the embedding's
         for module in model.modules():
             if isinstance(module, torch.nn.Linear) and module is not model.exit_gate:
                 module.to(dtype)
@@ -84,6 +83,10 @@ class Exit:
         self.rule, self.threshold, self.least, self.reads = EXIT[rule], threshold, least, rule == 'kl'
         self.taken = collections.Counter()  # {loops: tokens that took so many}
 
+    def mean(self):
+        """Loops per token."""
+        return sum(loops * n for loops, n in self.taken.items()) / self.taken.total()
+
     def __call__(self, model, i, before, s, read, memory):
         """(which of the tokens leave after loop i, (n, T); the rule's memory)."""
         value, memory = self.rule(model, before, s, read, memory)
@@ -129,13 +132,22 @@ def put_last(kept, rows, x, counts):
     kept[[rows[i] for i in some]] = x[some, [counts[i] - 1 for i in some]].to(kept.dtype)
 
 
+def moved_to_the_front(left):
+    """The indices that take from (n, T, ...) the rows in which left (n, T) is true somewhere, there first."""
+    count = left.sum(dim=1)
+    rows = count.nonzero()[:, 0]
+    order = left[rows].int().argsort(dim=1, descending=True, stable=True)
+    return rows[:, None], order[:, : count.max()]
+
+
 class Decoder:
     """Runs a model over rows of tokens, piece by piece.
 
     size: rows; total: the most tokens that a row will have; leave: an Exit, or None: every token takes n_loop
-    loops; warm_start: a single token's loop starts from its predecessor's last state, an approximation
-    (Huginn's continuous thought); compile: the step of single tokens is compiled, once. lengths: the tokens
-    of every row so far. loops: how many every token of the last piece took, (n, T), or an int.
+    loops; warm_start: the loop of a token after the prompt starts from its predecessor's last state, an
+    approximation (Huginn's continuous thought); compile: the step of single tokens is compiled, once.
+    lengths: the tokens of every row so far. loops: how many every token of the last piece took, (n, T), or
+    an int.
     """
 
     def __init__(self, model, size, total, n_loop=None, kv_budget=None, leave=None, warm_start=False,
@@ -176,7 +188,8 @@ class Decoder:
         return sum(x.nbytes for slot in self.all for x in slot)
 
     def place(self, T, rows=None, counts=None):
-        """The Place of the next T tokens of rows, of which counts are real; both lists, None = all."""
+        """The Place of the next T tokens of rows, of which counts are real, both lists, None = all; it adds
+        them to lengths."""
         device, who = self.model.lm_head.weight.device, range(self.size) if rows is None else rows
         starts, steps = [self.lengths[row] for row in who], torch.arange(T, device=device)
         for i, row in enumerate(who):
@@ -219,17 +232,18 @@ class Decoder:
         """What the blocks of a group call with their keys and values."""
         return [functools.partial(keep, slot, place) for slot in group]
 
-    def advance(self, idx, rows=None, counts=None):
+    def advance(self, idx, rows=None, counts=None, warm=False):
         """(n, T, C), what the head reads after the next tokens idx (n, T) of rows, a list, None = of all.
 
-        counts: how many of each row of idx are real, the others fill it up, a list; None = all.
+        counts: how many of each row of idx are real, the others fill it up, a list; None = all. warm: the
+        loops start from the last states, if this is a decoder that does so.
         """
         n, T = idx.shape
-        rows = None if rows is not None and len(rows) == self.size else rows
+        rows = None if rows == list(range(self.size)) else rows
         counts = None if counts is not None and min(counts) == T else counts
         place = self.place(T, rows, counts)
-        s = self.last[:, None] if self.warm_start and T == 1 and max(self.lengths) > 1 else None
-        s = s if s is None or rows is None else s[rows]
+        warm = warm and self.warm_start
+        s = (self.last if rows is None else self.last[rows])[:, None] if warm else None
         step = self.step if self.compile and T == 1 and rows is None else self.pass_through
         if self.leave is not None:
             s, x = self.leave_by_themselves(idx, place, s, counts)
@@ -277,7 +291,7 @@ class Decoder:
         if counts is not None:
             left = steps < torch.tensor(counts, device=device)[:, None]
         grid = torch.arange(n, device=device)[:, None].expand(n, T), steps  # which of idx are still moving
-        last, self.loops = torch.zeros_like(e), torch.zeros_like(pos)
+        final, self.loops = torch.zeros_like(e), torch.zeros_like(pos)
         out = torch.zeros_like(e) if leave.reads else None
         for i in range(self.n_loop):
             before, s = s, self.loop(e, s, here, i, i + 1)
@@ -288,7 +302,7 @@ class Decoder:
             if not len(at[0]):
                 continue
             done = tuple(x[at] for x in grid)
-            last[done], self.loops[done] = s[at], i + 1
+            final[done], self.loops[done] = s[at], i + 1
             if leave.reads:
                 out[done] = x[at]
             leave.taken[i + 1] += len(at[0])
@@ -297,15 +311,11 @@ class Decoder:
             if not moving:
                 break
             left = left & ~gone
-            # those that are left, row by row moved to the front
-            count = left.sum(dim=1)
-            rows = count.nonzero()[:, 0]
-            order = left[rows].int().argsort(dim=1, descending=True, stable=True)
-            take = rows[:, None], order[:, : count.max()]
+            take = moved_to_the_front(left)
             e, s, left, *grid = (x[take] for x in (e, s, left, *grid))
             memory = memory if memory is None else memory[take]
             here = self.aim(who[grid[0][:, 0]], pos[tuple(grid)], left, place.seen)
-        return last, self.finish(last, place) if out is None else out
+        return final, self.finish(final, place) if out is None else out
 
     def fill(self, rows, at, i):
         """The slots of the loops after i get, of tokens at (rows, at), what loop i has computed last."""
@@ -316,7 +326,7 @@ class Decoder:
             for x in (self.k, self.v):
                 groups = x[start : start + self.budget * width].unflatten(0, (self.budget, width))
                 latest = groups[mine, :, rows, :, at]  # (tokens, blocks, G, D)
-                groups[min(later) : max(later) + 1, :, rows, :, at] = latest[:, None]
+                groups[torch.tensor([*later])[:, None], :, rows, :, at] = latest
 
 
 def window(length, block_size):
@@ -334,7 +344,8 @@ class Sequences:
 
     def __init__(self, model, idx, lengths, more, **options):
         self.block_size, self.learned = model.config.block_size, model.config.pos == 'learned'
-        lengths = [idx.size(1)] * len(idx) if lengths is None else lengths
+        lengths, T = [idx.size(1)] * len(idx) if lengths is None else lengths, idx.size(1)
+        check(all(1 <= n <= T for n in lengths), 'lengths', lengths, f'from 1 to the {T} tokens of idx')
         self.decoder = Decoder(model, len(idx), max(lengths) + more, **options)
         self.kept = idx
         if self.learned:
@@ -358,13 +369,15 @@ class Sequences:
         self.new.append(token)
         full = [row for row in all_rows if self.learned and d.lengths[row] == self.block_size]
         if not full:
-            self.read = d.advance(token[:, None])[:, -1]
+            self.read = d.advance(token[:, None], warm=True)[:, -1]
             return
         for row in full:
             d.lengths[row] = 0
-        for rows, n in (full, self.new.maxlen), ([row for row in all_rows if row not in full], 1):
+        others = [row for row in all_rows if row not in full]
+        for rows, n, warm in (full, self.new.maxlen, False), (others, 1, True):
             if rows:
-                self.read[rows] = d.advance(torch.stack([self.tail(row, n) for row in rows]), rows)[:, -1]
+                idx = torch.stack([self.tail(row, n) for row in rows])
+                self.read[rows] = d.advance(idx, rows, warm=warm)[:, -1]
 
     def tail(self, row, n):
         """A row's last n tokens."""
@@ -381,7 +394,8 @@ class Sampler:
     likely, top_p the fewest that make up that share of the probability. generator: on the model's device."""
 
     def __init__(self, model, temperature=1.0, top_k=None, top_p=None, generator=None):
-        self.model, self.temperature, self.top_k, self.top_p = model, temperature, top_k, top_p
+        self.model, self.top_k, self.top_p = model, top_k, top_p
+        self.temperature = temperature if temperature > 1e-6 else 0  # float32 cannot divide by less
         self.generator = generator
 
     def predict(self, x):
@@ -420,7 +434,9 @@ class Sampler:
         first = int(kept.int().cumprod(0).sum())
         if first == len(drafts):
             return drafts, first
-        return torch.cat((drafts[:first], self.draw((p[first] - q[first]).clamp(min=0)[None]))), first
+        rest = (p[first] - q[first]).clamp(min=0)
+        rest = rest if rest.any() else p[first]  # they differ in rounding only
+        return torch.cat((drafts[:first], self.draw(rest[None]))), first
 
 
 @torch.no_grad()
@@ -436,18 +452,19 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, 
     """
     if max_new_tokens < 1:
         return
-    rows = Sequences(model, idx, lengths, max_new_tokens, **options)
-    d = rows.decoder
     if speculate:
+        n_loop, budget = options.get('n_loop') or model.config.n_loop, options.get('kv_budget')
+        check(speculate > 0, 'speculate', speculate, 'at least 0')
         check(len(idx) == 1, 'speculate', speculate, '0 for several rows')
-        check(d.n_loop > 1, 'speculate', speculate, '0 with n_loop=1, where there is nothing to save')
-        check(d.leave is None, 'speculate', speculate, '0 with an exit')
-        check(d.budget == d.n_loop, 'speculate', speculate, f'0 with kv_budget={d.budget}')
-        check(not d.warm_start, 'speculate', speculate, '0 with warm_start')
-        check(not d.compile, 'compile', d.compile, f'False with speculate={speculate}')
-        check(1 <= draft_loops < d.n_loop, 'draft_loops', draft_loops, f'at least 1, below n_loop={d.n_loop}')
+        check(n_loop > 1, 'speculate', speculate, '0 with n_loop=1, where there is nothing to save')
+        check(options.get('leave') is None, 'speculate', speculate, '0 with an exit')
+        check(budget in (None, n_loop), 'speculate', speculate, f'0 with kv_budget={budget}')
+        check(not options.get('warm_start'), 'speculate', speculate, '0 with warm_start')
+        check(not options.get('compile'), 'compile', True, f'False with speculate={speculate}')
+        check(1 <= draft_loops < n_loop, 'draft_loops', draft_loops, f'at least 1, below n_loop={n_loop}')
+    rows = Sequences(model, idx, lengths, max_new_tokens, **options)
     info = collections.Counter() if info is None else info
-    info['cache_bytes'] = d.bytes()
+    info['cache_bytes'] = rows.decoder.bytes()
     sampler, left = Sampler(model, temperature, top_k, top_p, generator), max_new_tokens - 1
     token = sampler.sample(rows.read)
     yield token

@@ -63,8 +63,9 @@ def load(path, device='cpu', **changes):
         config = GPTConfig(**args)
     except TypeError as error:
         raise Mistake(f'the checkpoint is of another program: {error}') from None
-    if config.window_size is None and 'S' in config.window_pattern:
-        config.window_size = config.block_size // 2  # of theirs, not of a block_size given now
+    if 'S' in config.window_pattern:  # theirs, not half of a block_size given now, which may be shorter
+        window = config.window_size or max(1, config.block_size // 2)
+        config.window_size = min(window, changes.get('block_size', window))
     changed = GPTConfig(**dict(asdict(config), **changes))
     for key, theirs in asdict(config).items():
         value = getattr(changed, key)
@@ -119,19 +120,22 @@ def find_pretrained(name, given):
 def read_export(folder, args):
     """What export.py has written."""
     try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        from safetensors import SafetensorError, safe_open
     except ImportError:
         raise Mistake(f'{folder} needs safetensors: pip install safetensors') from None
     try:
-        model = load_file(folder / 'model.safetensors')
+        with safe_open(folder / 'model.safetensors', 'pt') as file:
+            model = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+            told = file.metadata() or {}
+            trained = {key: json.loads(told[key]) for key in ('iter_num', 'loops_trained') if key in told}
         tokenizer = json.loads((folder / 'tokenizer.json').read_text())
     except (OSError, ValueError, SafetensorError) as error:
         raise Mistake(f'the exported model in {folder} cannot be read: {error}') from None
-    if args['tie_weights']:  # kept once, under either name
+    if args.get('tie_weights', True):  # kept once, under either name
         for ours, other in itertools.permutations(('transformer.wte.weight', 'lm_head.weight')):
             model.setdefault(ours, model.get(other))
-    return dict(model=model, model_args=args, tokenizer=tokenizer, config={}, iter_num=0, path=str(folder))
+    found = dict(model=model, model_args=args, tokenizer=tokenizer, config={}, iter_num=0, path=str(folder))
+    return found | trained
 
 
 def read_gpt2(name, given):

@@ -94,7 +94,7 @@ def find_tokenizer(checkpoint):
         folder = find_data(dataset)
         prepared = dataset and any((folder / name).exists() for name in ('meta.json', 'meta.pkl'))
         wanted = 'a checkpoint with a tokenizer, or with its data set in data/'
-        check(prepared or vocab in (50257, 50304), 'out_dir', dataset, wanted)
+        check(prepared or vocab in (50257, 50304), 'dataset', dataset, wanted)
         plain = read_meta(folder)['tokenizer'] if prepared else dict(kind='tiktoken', name='gpt2')
     return make_tokenizer(plain)
 
@@ -121,32 +121,30 @@ class Text:
         self.done = end >= 0 or last
         safe = len(self.text) if end < 0 else end
         if not self.done:
-            begun = (n for n in range(min(len(self.stop), safe), 0, -1) if self.text.endswith(self.stop[:n]))
+            begun = (n for n in range(len(self.stop) - 1, 0, -1) if self.text.endswith(self.stop[:n]))
             safe -= next(begun, 0)
-        new, self.printed = self.text[self.printed : safe], max(safe, self.printed)
+        new, self.printed = self.text[self.printed : safe], safe
         return new
 
 
 def write(tokens, texts, start, live):
     """Prints start and the texts that grow by tokens, (B,) each; live: as they come. A Ctrl-C ends them.
     Returns how many tokens came."""
-    parts, interrupted, count = [[start] for _ in texts], None, 0
-    if live:
-        print(start, end='', flush=True)
+    parts, interrupted, count, shown = [[start] for _ in texts], None, 0, 0
     try:
         for new in tokens:
             count += len(new)
             for text, part, token in zip(texts, parts, new.tolist(), strict=True):
                 part.append(text.add(token))
             if live:
-                print(parts[0][-1], end='', flush=True)
+                print(''.join(parts[0][shown:]), end='', flush=True)
+                shown = len(parts[0])
             if all(text.done for text in texts):
                 break
     except (KeyboardInterrupt, SystemExit) as error:
         interrupted = error
     for text, part in zip(texts, parts, strict=True):
-        end = text.rest()
-        print(end if live else ''.join(part) + end)
+        print(''.join(part[shown:]) + text.rest())
         print('---------------', flush=True)
     if interrupted:
         raise interrupted
@@ -172,7 +170,7 @@ def main(argv):
     if start.startswith('FILE:'):
         start = read_text(start[5:])
     prompt = tokenizer.encode(start) or [tokenizer.start]
-    check(max(prompt) < model.config.vocab_size, 'start', start, 'text in the tokens of the checkpoint')
+    check(max(prompt) < model.config.vocab_size, 'start', start[:40], 'text in the tokens of the checkpoint')
 
     keys = ('temperature', 'top_k', 'top_p', 'n_loop', 'kv_budget', 'warm_start', 'speculate', 'draft_loops')
     info, leave = collections.Counter(), Exit(c.exit, c.exit_threshold, c.min_loops) if c.exit else None
@@ -194,10 +192,10 @@ def main(argv):
     if c.speculate:
         print(f'drafts: {info["kept"]:,} of {info["drafted"]:,} kept', file=sys.stderr)
     if leave:
-        taken, tokens = sorted(leave.taken.items()), sum(leave.taken.values())
-        mean = sum(loops * n for loops, n in taken) / tokens
-        shares = ', '.join(f'{loops}: {n / tokens:.1%}' for loops, n in taken)
-        print(f'loops per token: {mean:.2f} on average, of {tokens:,} processed ({shares})', file=sys.stderr)
+        tokens = leave.taken.total()
+        shares = ', '.join(f'{loops}: {n / tokens:.1%}' for loops, n in sorted(leave.taken.items()))
+        told = f'loops per token: {leave.mean():.2f} on average, of {tokens:,} processed ({shares})'
+        print(told, file=sys.stderr)
 
 
 if __name__ == '__main__':

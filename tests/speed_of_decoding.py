@@ -74,12 +74,7 @@ def loss(model, windows=64, pieces=(10**9,), **options):
     x, y = (torch.from_numpy(a) for a in split.stack(split.fixed(windows), windows))
     decoder = Decoder(model, windows, c.block_size, **options)
     read = torch.cat([decoder.advance(piece) for piece in x.split(*pieces, dim=1)], dim=1)
-    return model.nll(read.flatten(0, 1), y.flatten()).mean().item(), mean_loops(leave)
-
-
-def mean_loops(leave):
-    taken = leave.taken if leave else {LOOPS: 1}
-    return sum(n * tokens for n, tokens in taken.items()) / sum(taken.values())
+    return model.nll(read.flatten(0, 1), y.flatten()).mean().item(), (leave.mean() if leave else LOOPS)
 
 
 def losses(model):
@@ -108,9 +103,9 @@ def speeds(model, rows, tokens=120, rounds=5):
     t, ratios, texts = medians(ways, rounds)
     for name in ways:
         print(f'{rows:2} rows, {name:12} {rows * tokens / t[name]:7.1f} tokens/s, {ratios[name]:.2f} times')
-    skipped = (LOOPS - mean_loops(leave)) * (t['all loops'] - t['one loop']) / (LOOPS - 1)
+    skipped = (LOOPS - leave.mean()) * (t['all loops'] - t['one loop']) / (LOOPS - 1)
     saved = (t['all loops'] - t['diff 0.1']) / skipped
-    print(f'{rows:2} rows, diff 0.1: {mean_loops(leave):.2f} loops, {saved:.0%} of the skipped time is saved')
+    print(f'{rows:2} rows, diff 0.1: {leave.mean():.2f} loops, {saved:.0%} of the skipped time is saved')
     if rows == 1:
         same = texts['speculate 4'] == texts['all loops'] == texts['speculate 8']
         print(f'speculation gives the same text: {same}')

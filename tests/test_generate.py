@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+import torch._dynamo.utils
 from helpers import randomize
 from test_model import PAIRS
 
@@ -76,11 +77,14 @@ def test_compiled_steps_are_the_same_steps(monkeypatch):
     """Ragged rows, beyond block_size, in float32."""
     monkeypatch.setattr(generate, 'SPAN', 8)
     model, steps = make(double=False, pos='rope', window_pattern='LS', n_kv_head=1, n_prelude=0, n_coda=0), 9
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     rows = [Sequences(model, IDX[:, :9], [3, 9, 5], steps, compile=compile) for compile in (True, False)]
     for token in IDX[:, 9 : 9 + steps].T:
         for sequences in rows:
             sequences.append(token)
         assert torch.allclose(rows[0].read, rows[1].read, atol=1e-5)
+    assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 1  # for all lengths
     assert 'step' in vars(rows[0].decoder) and 'step' not in vars(rows[1].decoder)
 
 
@@ -105,12 +109,13 @@ def gated(**keys):
     return model
 
 
-def token_by_token(model, row, leave, n_loop, warm=99):
+def token_by_token(model, row, leave, n_loop, warm=99, budget=None):
     """(logits, loops) of a row's tokens: the rule written out, with a dictionary of keys and values.
 
     warm: the first token whose loop starts from its predecessor's last state.
     """
-    kept, logits, loops, s = {}, [], [], None
+    kept, logits, loops, s, budget = {}, [], [], None, budget or n_loop
+    c = model.config
 
     class Store:
         def __init__(self, name):
@@ -118,7 +123,7 @@ def token_by_token(model, row, leave, n_loop, warm=99):
 
         def __call__(self, k, v):
             kept.setdefault(self.name, {})[t] = k, v
-            found = [kept[self.name][j] for j in range(t + 1)]
+            found = [kept[self.name][j] for j in range(max(0, t + 1 - c.block_size), t + 1)]
             return tuple(torch.cat(parts, dim=2) for parts in zip(*found, strict=True))
 
     def stores(part, blocks):
@@ -133,17 +138,17 @@ def token_by_token(model, row, leave, n_loop, warm=99):
         )
         s, memory = model.start(model, e, pos) if t < warm else s, None
         for i in range(n_loop):
-            before, s = s, model.iterate(e, s, context, stores(('recur', i), m.recur))
+            before, s = s, model.iterate(e, s, context, stores(('recur', i % budget), m.recur))
             if leave.reads:
-                read = model.readout(s, context, stores(('coda', i), m.coda))
+                read = model.readout(s, context, stores(('coda', i % budget), m.coda))
             gone, memory = leave(model, i, before, s, read if leave.reads else s, memory)
             if gone.item():
                 break
         for later in range(i + 1, n_loop):
             for j in range(len(m.recur)):
-                kept.setdefault(('recur', later, j), {})[t] = kept['recur', i, j][t]
+                kept.setdefault(('recur', later % budget, j), {})[t] = kept['recur', i % budget, j][t]
             for j in range(len(m.coda) if leave.reads else 0):
-                kept.setdefault(('coda', later, j), {})[t] = kept['coda', i, j][t]
+                kept.setdefault(('coda', later % budget, j), {})[t] = kept['coda', i % budget, j][t]
         if not leave.reads:
             read = model.readout(s, context, stores(('coda', 0), m.coda))
         logits.append(model.logits(read)[0, 0])
@@ -175,6 +180,55 @@ def test_exits_are_those_of_single_tokens(rule, threshold, keys):
             assert torch.allclose(model.logits(rows.read)[i], expected[i][0][n + step - 1], atol=1e-10)
         rows.append(torch.stack([IDX[i, n + step] for i, n in enumerate(lengths)]))
         assert rows.decoder.loops[:, 0].tolist() == [expected[i][1][n + step] for i, n in enumerate(lengths)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('rule, threshold, keys', RULES, ids=str)
+@pytest.mark.parametrize('budget', [1, 2, 4, None])
+def test_exits_with_shared_slots_far_beyond_block_size(rule, threshold, keys, budget, monkeypatch):
+    """One token at a time, as shared slots depend on what is processed at once."""
+    monkeypatch.setattr(generate, 'CHUNK', 3)
+    model, leave = gated(block_size=5, **keys), Exit(rule, threshold)
+    expected, loops = token_by_token(model, IDX[0, :20], leave, 5, budget=budget)
+    assert len({*loops}) > 1
+    decoder = Decoder(model, 1, 20, kv_budget=budget, leave=leave)
+    for t in range(20):
+        read = decoder.advance(IDX[:1, t : t + 1])
+        assert torch.allclose(model.logits(read)[0, 0], expected[t], atol=1e-10), t
+        assert decoder.loops.item() == loops[t]
+    assert leave.mean() == pytest.approx(sum(loops) / 20)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('leave', [None, Exit('diff', 0.9)], ids=['all', 'diff'])
+def test_rows_that_overflow_do_not_change_their_neighbours(leave):
+    """Learned positions, far beyond block_size, with a warm start."""
+    model, lengths, steps = gated(pos='learned'), [3, 12, 5], 16
+    together = Sequences(model, IDX[:, :12], lengths, steps, leave=leave, warm_start=True)
+    alone = [
+        Sequences(model, IDX[[i], :n], None, steps, leave=leave, warm_start=True)
+        for i, n in enumerate(lengths)
+    ]
+    for step in range(steps):
+        tokens = torch.stack([IDX[i, n + step] for i, n in enumerate(lengths)])
+        together.append(tokens)
+        for i, rows in enumerate(alone):
+            rows.append(tokens[[i]])
+            assert torch.allclose(rows.read[0], together.read[i], atol=1e-10), (step, i)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('length', [1, 5, 6, 7])
+def test_a_prompt_is_not_warm_however_it_is_cut(length, monkeypatch):
+    monkeypatch.setattr(generate, 'CHUNK', 5)
+    model = gated(block_size=64)
+    cold, warm = (
+        Sequences(model, IDX[:2, :length], [length, 1], 3, warm_start=warm) for warm in (False, True)
+    )
+    assert torch.equal(cold.read, warm.read)
+    for rows in (cold, warm):
+        rows.append(IDX[:2, length])
+    assert not torch.allclose(cold.read, warm.read, atol=1e-6)
 
 
 @torch.no_grad()
@@ -226,6 +280,18 @@ def test_a_row_does_not_depend_on_its_neighbours(rule, threshold, keys):
     assert torch.allclose(one[1], other[0], atol=1e-10) and torch.allclose(one[2], other[2], atol=1e-10)
 
 
+@torch.no_grad()
+def test_thresholds_are_compared_as_they_say():
+    model = gated()
+    s = torch.ones(1, 1, 12, dtype=torch.double)
+    model.exit_gate.weight.data.zero_()  # a half, exactly
+    for rule, threshold, expected in (('diff', 0.0, False), ('gate', 0.5, True), ('diff', 1e-9, True)):
+        gone, _ = Exit(rule, threshold)(model, 0, s, s, s, None)
+        assert gone.item() is expected
+    p = model.logits(s).log_softmax(dim=-1)
+    assert not Exit('kl', 0.0)(model, 1, s, s, s, p)[0].item()
+
+
 # -----------------------------------------------------------------------------
 # shared slots
 
@@ -248,6 +314,16 @@ def test_a_budget_shares_the_slots_of_the_loop():
     assert not torch.allclose(
         model.logits(shared.advance(IDX[:, 4:5])[:, 0]), model(IDX[:, :5])[0][:, 0], atol=1e-3
     )
+
+
+@torch.no_grad()
+def test_slots_are_of_the_precision_and_number_that_are_needed():
+    model = gated(double=False, n_coda=1)
+    plain = Decoder(model, 2, 12).bytes()
+    assert Decoder(model, 2, 12, leave=Exit('diff', 0.1)).bytes() == plain
+    assert Decoder(model, 2, 12, leave=Exit('kl', 0.1)).bytes() == plain * (1 + 10 + 5) // (1 + 10 + 1)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        assert Decoder(model, 2, 12).bytes() == plain // 2
 
 
 # -----------------------------------------------------------------------------
@@ -277,6 +353,60 @@ def test_greedy_speculation_is_greedy_decoding(keys, monkeypatch):
         fast = stream(model, prompt, 7, temperature=0, speculate=3 + i % 3, draft_loops=1 + i % 2)
         assert [int(x) for x in fast] == plain
     assert len(sizes) > 3  # some drafts were kept, some were not
+
+
+REFUSED = [
+    (dict(speculate=2), 2, 'speculate=2, expected 0 for several rows'),
+    (dict(speculate=2, compile=True), 1, 'compile=True, expected False with speculate=2'),
+    (dict(speculate=2, n_loop=1), 1, 'speculate=2, expected 0 with n_loop=1'),
+    (dict(speculate=-1), 1, 'speculate=-1, expected at least 0'),
+    (dict(speculate=2, kv_budget=2), 1, 'speculate=2, expected 0 with kv_budget=2'),
+    (dict(speculate=2, warm_start=True), 1, 'speculate=2, expected 0 with warm_start'),
+    (dict(speculate=2, draft_loops=4), 1, 'draft_loops=4, expected at least 1, below n_loop=4'),
+    (dict(leave=Exit('diff', 0.1), compile=True), 1, 'compile=True, expected False with an exit'),
+    (dict(lengths=[0, 2]), 2, 'lengths=\\[0, 2\\], expected from 1 to the 4 tokens'),
+    (dict(lengths=[5]), 1, 'lengths=\\[5\\], expected from 1 to the 4 tokens'),
+]
+
+
+@pytest.mark.parametrize('options, rows, told', REFUSED, ids=[told for _, _, told in REFUSED])
+def test_what_does_not_go_together_is_refused_before_the_prompt(options, rows, told, monkeypatch):
+    monkeypatch.setattr(Decoder, 'pass_through', None)
+    with pytest.raises(ValueError, match=told):
+        next(stream(confident(), IDX[:rows, :4], 5, **options))
+
+
+def test_no_tokens_and_lengths_of_generate():
+    model = confident()
+    assert torch.equal(model.generate(IDX[:1, :4], 0), IDX[:1, :4])
+    with pytest.raises(ValueError, match='lengths'):
+        model.generate(IDX[:2, :4], 3, lengths=[2, 4])
+
+
+def test_few_tokens_leave_the_settings_as_they_were():
+    before = torch.backends.mkldnn.enabled
+    for _ in stream(confident(), IDX[:1, :4], 3, speculate=2):
+        assert torch.backends.mkldnn.enabled == before
+
+
+def test_drawing_at_the_edges():
+    model = confident()
+    x = torch.ones(1, 12)
+    for temperature in (1e-38, 1e-50, 1e-5):
+        p = Sampler(model, temperature=temperature).predict(x)
+        assert p.isfinite().all() and p.sum() == 1 and p.max() == 1
+    model.lm_head = torch.nn.Identity()
+    even = torch.tensor([[0.5, 0.5]]).log()
+    assert Sampler(model, top_p=0.5).predict(even).count_nonzero() == 1
+    p, q = torch.tensor([[0.5 - 2**-24, 0.5]]), torch.tensor([[0.5, 0.5]])
+    sampler, one = Sampler(model), torch.zeros(1, dtype=torch.long)
+    monkey = torch.rand
+    try:
+        torch.rand = lambda n, **options: torch.full((n,), 1 - 2**-24)
+        tokens, kept = sampler.verify(p, q, one)
+    finally:
+        torch.rand = monkey
+    assert kept == 0 and tokens.item() in (0, 1)
 
 
 def chi_square(counts, p):
