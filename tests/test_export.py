@@ -1,6 +1,7 @@
 """What is exported loads back, with model.py alone, and is the same model."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -33,9 +34,13 @@ def test_an_exported_model_is_the_same(call, flags, tmp_path, keys):
     assert torch.equal(alone.eval()(idx, idx)[0], expected) and torch.equal(
         found.eval()(idx, idx)[0], expected
     )
+    assert json.loads((tmp_path / 'to' / 'config.json').read_text()) == asdict(before.config)
+    assert call(export.main, f'--out_dir={tmp_path}/out', f'--to={tmp_path}/to')[0] == 0  # once more
     options = ['--device=cpu', '--dtype=float32', '--max_new_tokens=20']
     text = call(sample.main, f'--out_dir={tmp_path}/out', *options)[1]
-    assert call(sample.main, f'--init_from={tmp_path}/to', *options)[1] == text
+    for key in ('init_from', 'out_dir'):
+        _, out, err = call(sample.main, f'--{key}={tmp_path}/to', *options, '--n_loop=2')
+        assert out == text and 'step 4' in err and 'trained with' not in err
     small = [flag for flag in TINY if flag.startswith(('--device', '--compile', '--batch_size'))]
     status, out, err = call(
         main, *flags[:1], *small, f'--init_from={tmp_path}/to', f'--out_dir={tmp_path}/b', '--max_iters=1'

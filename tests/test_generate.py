@@ -57,9 +57,15 @@ def test_cached_decoding_equals_whole_forward_passes(injection, state, place):
         check_decoding(model, [3, 11, 5], 9, n_loop)
 
 
-EXTRAS = [dict(n_kv_head=1), dict(window_pattern='LS'), dict(window_pattern='S', window_size=3, n_kv_head=1),
-          dict(qk_norm=True, softcap=4.0, emb_scale=2.0, norm_emb=True), dict(bias=True, block_size=1),
-          dict(n_prelude=0, n_coda=0)]  # fmt: skip
+EXTRAS = [
+    dict(n_kv_head=1),
+    dict(window_pattern='LS'),
+    dict(window_pattern='LS', window_size=12),
+    dict(window_pattern='S', window_size=3, n_kv_head=1),
+    dict(qk_norm=True, softcap=4.0, emb_scale=2.0, norm_emb=True),
+    dict(bias=True, block_size=1),
+    dict(n_prelude=0, n_coda=0),
+]
 
 
 @torch.no_grad()

@@ -171,9 +171,10 @@ def test_a_checkpoint_refuses_what_changes_its_meaning(tmp_path):
 
 
 def test_a_shorter_context_keeps_the_first_positions():
-    model = make(double=True)
+    model = make(double=True, window_pattern='LS')
     saved = dict(model=model.state_dict(), model_args=vars(model.config))
     shorter, _ = load_checkpoint(saved, block_size=8)
+    assert load_checkpoint(saved, block_size=2)[0].config.window_size == 2  # all that is left
     idx = tokens()[0][:, :8]
     assert torch.allclose(shorter.double().eval()(idx, idx)[0], model(idx, idx)[0], atol=1e-10)
 

@@ -173,6 +173,22 @@ def test_exits_and_the_cache_are_reported(call, flags):
     assert call(main, *options, '--speculate=3', '--num_samples=2')[1] == plain[1] * 2
 
 
+def test_what_the_keys_say_reaches_the_model(call, flags, monkeypatch):
+    def told(model, idx, n, **options):
+        drawn.append(dict(options, dtype=model.lm_head.weight.dtype))
+        for token in real(model, idx, n, **dict(options, compile=False)):
+            drawn[-1]['tokens'] = drawn[-1].get('tokens', 0) + 1
+            yield token
+
+    options, real, drawn = trained(call, flags)[:-1], stream, []
+    monkeypatch.setattr(sample, 'stream', told)
+    keys = ['--n_loop=3', '--kv_budget=2', '--warm_start=True', '--compile=True', '--dtype=bfloat16']
+    assert call(main, *options, *keys, '--max_new_tokens=30', '--stop=a', '--temperature=3')[0] == 0
+    (found,) = drawn
+    assert found['dtype'] == torch.bfloat16 and found['compile'] and found['warm_start']
+    assert (found['n_loop'], found['kv_budget']) == (3, 2) and found['tokens'] < 30
+
+
 def test_bench_measures_no_weights_but_in_decoding(call, flags, tmp_path):
     for keys, told in [
         (['--init_from=x'], "init_from='x', expected scratch, or --mode=decode"),
@@ -199,4 +215,6 @@ def test_bench_sets_ways_of_decoding_side_by_side(call, flags, tmp_path):
         'exit=gate at 0.5',
     ]
     assert [line[:22].strip() for line in table] == [*names, 'speculate=4']
+    out = call(bench.main, '--mode=decode', *options, '--tokens=6', '--rounds=1', '--sequences=2')[1]
+    assert [line[:22].strip() for line in out[out.index('decoding ') :].splitlines()[1:]] == names
     assert float(table[1].split()[2]) == 1.0
