@@ -221,7 +221,7 @@ class Decoder:
         if self.model.rope_width:
             rope = rotary(pos, self.model.rope_width, c.rope_base)
             rope = rope if pos.dim() == 1 else tuple(x[:, None] for x in rope)  # for all heads
-        if plain and seen <= (self.model.window + 1 if self.windowed else c.block_size):
+        if plain and seen <= min(c.block_size, self.model.window + 1 if self.windowed else seen):
             return Context(rope, None, None)
         pos = pos[:, None] if pos.dim() == 1 else pos[:, None, :, None]
         back = (pos - torch.arange(seen, device=pos.device)) % self.capacity

@@ -399,7 +399,7 @@ class GPT(nn.Module):
         if c.tie_weights:
             self.lm_head.weight = self.transformer.wte.weight
         self.rope_width = c.n_embd // c.n_head if rotated else 0
-        self.window = min(c.window_size or c.block_size // 2, c.block_size - 1)  # keys before its own
+        self.window = c.window_size or c.block_size // 2
         self.init_weights()
 
     @torch.no_grad()
@@ -436,7 +436,8 @@ class GPT(nn.Module):
         rope = rotary(pos, self.rope_width, self.config.rope_base) if self.rope_width else None
         last, windowed = len(pos) - 1, any(block.windowed for block in self.blocks())
         full = band(pos, self.config.block_size - 1) if last >= self.config.block_size else None
-        return Context(rope, full, band(pos, self.window) if windowed and last > self.window else full)
+        window = min(self.window, self.config.block_size - 1)
+        return Context(rope, full, band(pos, window) if windowed and last > window else full)
 
     def embed(self, idx, pos):
         """(B, T, C), what enters the prelude, of tokens idx (B, T) at positions pos (T,) or (B, T)."""

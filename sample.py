@@ -131,6 +131,7 @@ def write(tokens, texts, start, live):
     """Prints start and the texts that grow by tokens, (B,) each; live: as they come. A Ctrl-C ends them.
     Returns how many tokens came."""
     parts, interrupted, count, shown = [[start] for _ in texts], None, 0, 0
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         for new in tokens:
             count += len(new)
@@ -143,6 +144,8 @@ def write(tokens, texts, start, live):
                 break
     except (KeyboardInterrupt, SystemExit) as error:
         interrupted = error
+    finally:
+        signal.signal(signal.SIGTERM, before)
     for text, part in zip(texts, parts, strict=True):
         print(''.join(part[shown:]) + text.rest())
         print('---------------', flush=True)
@@ -177,7 +180,6 @@ def main(argv):
     options = {key: c[key] for key in keys} | dict(info=info, leave=leave, compile=compile)
     options['generator'] = torch.Generator(device).manual_seed(c.seed)
     lower(model, dtype)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     if compile:
         print('compiling the step of a token, which pays from about 10,000 tokens on', file=sys.stderr)
     began = time.perf_counter()

@@ -117,6 +117,7 @@ def test_a_signal_leaves_the_text_so_far(call, flags, monkeypatch, number, expec
         os.kill(os.getpid(), number)
         time.sleep(10)
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest-xdist's processes ignore it
     options, real = [*trained(call, flags), '--start=abc', '--num_samples=2', '--temperature=0'], stream
     whole = call(main, *options)[1].split('\n---------------\n')[:2]
     monkeypatch.setattr(sample, 'stream', interrupted)
@@ -124,7 +125,8 @@ def test_a_signal_leaves_the_text_so_far(call, flags, monkeypatch, number, expec
         status, out, _ = call(main, *options, key)
         texts = out.split('\n---------------\n')
         assert status == expected and texts[0] == whole[0][:10] and len(texts) == 3 - ('stream=T' in key)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    signal.signal(signal.SIGINT, before)
 
 
 def test_what_may_have_become_the_stop_is_printed_at_the_end(call, flags):
