@@ -439,7 +439,7 @@ class Sampler:
         return torch.cat((drafts[:first], self.draw(rest[None]))), first
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None, lengths=None,
            speculate=0, draft_loops=1, info=None, **options):  # fmt: skip
     """Yields the next token of every row of idx (B, T), as (B,), max_new_tokens times.
@@ -447,8 +447,8 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, 
     temperature, top_k, top_p, generator: see Sampler. lengths: how many of each row of idx are its prompt, a
     list, the others fill it up; None = all. speculate: of one row, so many tokens are drafted with
     draft_loops loops and then verified by all; what comes out stays the same. options: of Decoder. info: a
-    Counter that is told cache_bytes, and of speculation how many were drafted and kept. Raises ValueError
-    for what does not go together.
+    Counter that is told cache_bytes, and of speculation how many were drafted and kept. The tokens are
+    made in inference mode: clone() them for a graph. Raises ValueError for what does not go together.
     """
     if max_new_tokens < 1:
         return

@@ -385,6 +385,8 @@ def test_what_does_not_go_together_is_refused_before_the_prompt(options, rows, t
 def test_no_tokens_and_lengths_of_generate():
     model = confident()
     assert torch.equal(model.generate(IDX[:1, :4], 0), IDX[:1, :4])
+    drawn = model.generate(IDX[:1, :4], 3)
+    model(drawn, drawn)[1].backward()  # as reinforcement learning does
     with pytest.raises(ValueError, match='lengths'):
         model.generate(IDX[:2, :4], 3, lengths=[2, 4])
 
