@@ -4,7 +4,15 @@ What a configuration of the model must fulfil, and the line that says what does 
 
 import math
 
-from model import check, check_least
+from model import check
+
+
+def check_least(config, least, *keys):
+    """Raises Mistake for keys below least, infinite, or None where that is not the default."""
+    for key in keys:
+        value = getattr(config, key)
+        fits = getattr(type(config), key) is None if value is None else least <= value < math.inf
+        check(fits, key, value, f'at least {least}')
 
 
 def check_config(c, tables):

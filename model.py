@@ -326,7 +326,7 @@ class GPTConfig:
             check(self.state_init in ('prelude', 'random'), 'state_init', self.state_init, 'random')
             self.input_injection, self.state_init = 'inject', 'random'
         if self.size is not None:
-            check_least(self, 1, 'size')
+            check(1 <= self.size < math.inf, 'size', self.size, 'at least 1')
             heads = math.ceil(self.size / 2)
             for key, value in dict(n_embd=128 * heads, n_head=heads).items():
                 mine, wanted = getattr(self, key), f'no value with size={self.size}, which makes it {value}'
@@ -353,14 +353,6 @@ def check(holds, key, got, wanted):
     """Raises Mistake unless holds."""
     if not holds:
         raise Mistake(f'{key}={got!r}, expected {wanted}')
-
-
-def check_least(config, least, *keys):
-    """Raises Mistake for keys below least, infinite, or None where that is not the default."""
-    for key in keys:
-        value = getattr(config, key)
-        fits = getattr(type(config), key) is None if value is None else least <= value < math.inf
-        check(fits, key, value, f'at least {least}')
 
 
 # -----------------------------------------------------------------------------

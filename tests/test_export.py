@@ -1,6 +1,9 @@
 """What is exported loads back, with model.py alone, and is the same model."""
 
 import json
+import shutil
+import subprocess
+import sys
 from dataclasses import asdict
 
 import pytest
@@ -46,6 +49,20 @@ def test_an_exported_model_is_the_same(call, flags, tmp_path, keys):
         main, *flags[:1], *small, f'--init_from={tmp_path}/to', f'--out_dir={tmp_path}/b', '--max_iters=1'
     )
     assert status == 0, err
+
+
+def test_model_py_copied_alone_takes_an_export(call, flags, tmp_path):
+    pytest.importorskip('safetensors')
+    call(main, *flags)
+    call(export.main, f'--out_dir={tmp_path}/out', f'--to={tmp_path}')
+    shutil.copy(export.__file__.replace('export.py', 'model.py'), tmp_path)
+    code = """import json, safetensors.torch, torch, model
+m = model.GPT(model.GPTConfig(**json.load(open('config.json')))).eval()
+safetensors.torch.load_model(m, 'model.safetensors')
+print(m(torch.tensor([[1, 2, 3]]))[0].argmax().item())"""
+    found = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True)
+    best, _ = load_checkpoint(tmp_path / 'out' / 'best.pt')
+    assert found.stdout == f'{best.eval()(torch.tensor([[1, 2, 3]]))[0].argmax().item()}\n', found.stderr
 
 
 def test_a_broken_export_is_told(call, flags, tmp_path):
