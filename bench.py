@@ -10,6 +10,7 @@ Utilisation counts every executed layer, the loop's backward pass only for the l
 taken against the device's dense peak, on a CPU against its own matrix products, measured here.
 """
 
+import collections
 import functools
 import io
 import itertools
@@ -106,6 +107,7 @@ def matmul_rate(m, size=2048):
     return 2 * size**3 / min(seconds)
 
 
+@torch.inference_mode()
 def recompute_stream(model, idx, max_new_tokens):
     """nanoGPT's way: every token anew over all that is in sight."""
     for _ in range(max_new_tokens):
@@ -120,7 +122,7 @@ def decoding_ways(model, c):
     loops, ways = model.config.n_loop, {}
 
     def add(name, rule=None, threshold=0.0, **options):
-        leave, info = rule and Exit(rule, threshold), {}
+        leave, info = rule and Exit(rule, threshold), collections.Counter()
         options = dict(temperature=0, info=info, leave=leave, **options)
         ways[name] = functools.partial(stream, model, max_new_tokens=c.tokens, **options), leave, info
 
@@ -148,7 +150,7 @@ def measure_decoding(c, m):
     else:
         given = {field.name for field in fields(GPTConfig)} & c.given
         model, checkpoint = load_checkpoint(checkpoint, m.device, **{key: c[key] for key in given})
-        name = f'{checkpoint.get("path", c.init_from)}, step {int(checkpoint["iter_num"])}'
+        name = f'{checkpoint["path"]}, step {int(checkpoint["iter_num"])}'
     print(f'{name}: {model.get_num_params():,} parameters, n_loop {model.config.n_loop}')
     prompts = torch.randint(model.config.vocab_size, (c.sequences, 16), device=m.device)
     lower(model.eval(), m.dtype)
@@ -157,7 +159,7 @@ def measure_decoding(c, m):
     for _ in range(c.rounds + 1):  # the first is not counted
         for name, (way, _, _) in ways.items():
             start = time.perf_counter()
-            with torch.no_grad(), m.autocast():
+            with m.autocast():
                 for i, token in enumerate(way(prompts)):
                     if i == 0:
                         token.tolist()
@@ -209,7 +211,12 @@ def main(argv):
             except ValueError:
                 print(f'vocab_size: {setting.vocab_size}, as the data set {setting.dataset} is not prepared')
     decoding = c.mode == 'decode' and not c.count_only
-    check(decoding or c.init_from == 'scratch', 'init_from', c.init_from, 'scratch, or --mode=decode')
+    check(
+        decoding or c.init_from == 'scratch',
+        'init_from',
+        c.init_from,
+        'scratch, or --mode=decode without count_only',
+    )
     check(not (decoding and c.vs), 'vs', c.vs, 'nothing with --mode=decode')
     if c.count_only:
         for setting, name in zip(settings, ('this', c.vs), strict=False):

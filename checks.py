@@ -22,16 +22,16 @@ def check_config(c, tables):
     check_least(c, 1, 'block_size', 'vocab_size', 'n_head', 'n_kv_head', 'n_embd', 'n_block', 'n_loop')
     check_least(c, 1, 'bptt_k', 'n_hidden', 'window_size')
     check_least(c, 0, 'n_prelude', 'n_coda')
-    D, G = c.n_embd / c.n_head, c.n_kv_head or c.n_head
+    D, G = c.n_embd // c.n_head, c.n_kv_head or c.n_head
     injection, (_, rotated) = tables['input_injection'][c.input_injection], tables['pos'][c.pos]
     truncated = c.bptt_k is not None and c.bptt_k < c.n_loop
     # fmt: off
     for holds, key, wanted in (
         (0 <= c.dropout < 1, 'dropout', 'at least 0 and below 1'),
         (c.norm_eps is None or 0 < c.norm_eps < 1, 'norm_eps', 'above 0 and below 1'),
-        (D == int(D), 'n_head', f'a divisor of n_embd={c.n_embd}'),
+        (c.n_embd % c.n_head == 0, 'n_head', f'a divisor of n_embd={c.n_embd}'),
         (c.n_head % G == 0, 'n_kv_head', f'a divisor of n_head={c.n_head}'),
-        (not rotated or D % 2 == 0, 'pos', f'learned or none: rope rotates pairs, a head is {D:g} wide'),
+        (not rotated or D % 2 == 0, 'pos', f'learned or none: rope rotates pairs, a head is {D} wide'),
         (0 < c.rope_base < math.inf, 'rope_base', 'above 0'),
         (rotated or c.rope_base == type(c).rope_base, 'rope_base', f'none with pos={c.pos!r}'),
         (c.state_init in injection.states, 'state_init',

@@ -54,7 +54,7 @@ def main(argv):
     write(folder / 'config.json', asdict(model.config))
     (folder / 'model.safetensors.tmp').chmod((folder / 'config.json').stat().st_mode)  # it was for us alone
     os.replace(folder / 'model.safetensors.tmp', folder / 'model.safetensors')
-    size, path = (folder / 'model.safetensors').stat().st_size / 2**20, checkpoint.get('path', c.init_from)
+    size, path = (folder / 'model.safetensors').stat().st_size / 2**20, checkpoint['path']
     print(f'{path}: {model.get_num_params():,} parameters, {size:,.1f} MiB in {folder}')
 
 

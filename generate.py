@@ -187,7 +187,7 @@ class Decoder:
         """Bytes of all slots."""
         return sum(x.nbytes for slot in self.all for x in slot)
 
-    def place(self, T, rows=None, counts=None):
+    def place(self, T, rows=None, counts=None, new=False):
         """The Place of the next T tokens of rows, of which counts are real, both lists, None = all; it adds
         them to lengths."""
         device, who = self.model.lm_head.weight.device, range(self.size) if rows is None else rows
@@ -195,7 +195,7 @@ class Decoder:
         for i, row in enumerate(who):
             self.lengths[row] += counts[i] if counts else T
         start, end = starts[0], max(starts) + T
-        single = self.compile and T == 1 and rows is None
+        single = self.compile and new and rows is None
         if rows is None and counts is None and len({*starts}) == 1 and end <= self.capacity and not single:
             pos = start + steps
             return Place(pos, None, slice(start, end), self.context(pos, end, plain=T in (1, end)))
@@ -232,23 +232,23 @@ class Decoder:
         """What the blocks of a group call with their keys and values."""
         return [functools.partial(keep, slot, place) for slot in group]
 
-    def advance(self, idx, rows=None, counts=None, warm=False):
+    def advance(self, idx, rows=None, counts=None, new=False):
         """(n, T, C), what the head reads after the next tokens idx (n, T) of rows, a list, None = of all.
 
-        counts: how many of each row of idx are real, the others fill it up, a list; None = all. warm: the
-        loops start from the last states, if this is a decoder that does so.
+        counts: how many of each row of idx are real, the others fill it up, a list; None = all. new: it is
+        one after the prompt, whose loop may start warm and whose step may be compiled.
         """
         n, T = idx.shape
         rows = None if rows == list(range(self.size)) else rows
         counts = None if counts is not None and min(counts) == T else counts
-        place = self.place(T, rows, counts)
-        warm = warm and self.warm_start
-        s = (self.last if rows is None else self.last[rows])[:, None] if warm else None
-        step = self.step if self.compile and T == 1 and rows is None else self.pass_through
-        if self.leave is not None:
-            s, x = self.leave_by_themselves(idx, place, s, counts)
-        else:
-            s, x = step(idx, place, s)
+        place = self.place(T, rows, counts, new)
+        s = (self.last if rows is None else self.last[rows])[:, None] if new and self.warm_start else None
+        step = self.step if self.compile and new and rows is None else self.pass_through
+        with few_tokens(n * T):
+            if self.leave is not None:
+                s, x = self.leave_by_themselves(idx, place, s, counts)
+            else:
+                s, x = step(idx, place, s)
         if self.warm_start:
             put_last(self.last, rows or range(self.size), s, counts or [T] * n)
         return x
@@ -369,15 +369,15 @@ class Sequences:
         self.new.append(token)
         full = [row for row in all_rows if self.learned and d.lengths[row] == self.block_size]
         if not full:
-            self.read = d.advance(token[:, None], warm=True)[:, -1]
+            self.read = d.advance(token[:, None], new=True)[:, -1]
             return
         for row in full:
             d.lengths[row] = 0
         others = [row for row in all_rows if row not in full]
-        for rows, n, warm in (full, self.new.maxlen, False), (others, 1, True):
+        for rows, n, new in (full, self.new.maxlen, False), (others, 1, True):
             if rows:
                 idx = torch.stack([self.tail(row, n) for row in rows])
-                self.read[rows] = d.advance(idx, rows, warm=warm)[:, -1]
+                self.read[rows] = d.advance(idx, rows, new=new)[:, -1]
 
     def tail(self, row, n):
         """A row's last n tokens."""
@@ -474,8 +474,8 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, 
             tokens, kept = speculation(rows, token, n, draft_loops, sampler)
             info.update(drafted=n, kept=kept)
         else:
+            rows.append(token)
             with few_tokens(len(idx)):
-                rows.append(token)
                 tokens = [sampler.sample(rows.read)]
         yield from tokens
         token, left = tokens[-1], left - len(tokens)

@@ -5,7 +5,6 @@ model, GPT's state dict.
 """
 
 import contextlib
-import itertools
 import json
 import pickle
 from dataclasses import asdict
@@ -109,12 +108,13 @@ def find_pretrained(name, given):
     """
     if name.startswith('ouro:'):
         return read_ouro(Path(name.removeprefix('ouro:')))
-    args = {}
+    args = None
     with contextlib.suppress(ValueError, OSError):
         args = json.loads((Path(name) / 'config.json').read_text())
-    if 'n_loop' in args:
+    there = isinstance(args, dict)
+    if there and 'n_loop' in args:
         return read_export(Path(name), args)
-    return read_gpt2(name, given) if name in GPT2 or (Path(name) / 'config.json').exists() else None
+    return read_gpt2(name, given) if there or name in GPT2 else None
 
 
 def read_export(folder, args):
@@ -132,8 +132,8 @@ def read_export(folder, args):
     except (OSError, ValueError, SafetensorError) as error:
         raise Mistake(f'the exported model in {folder} cannot be read: {error}') from None
     if args.get('tie_weights', True):  # kept once, under either name
-        for ours, other in itertools.permutations(('transformer.wte.weight', 'lm_head.weight')):
-            model.setdefault(ours, model.get(other))
+        ours, other = 'transformer.wte.weight', 'lm_head.weight'
+        model[ours] = model[other] = model.get(ours, model.get(other))
     found = dict(model=model, model_args=args, tokenizer=tokenizer, config={}, iter_num=0, path=str(folder))
     return found | trained
 
@@ -185,7 +185,7 @@ def read_gpt2(name, given):
     args.update(vocab_size=c.vocab_size, bias=True, tie_weights=c.tie_word_embeddings, norm='layernorm')
     args.update(norm_eps=c.layer_norm_epsilon, norm_loop=False, mlp=activations[c.activation_function])
     tokenizer = dict(kind='tiktoken', name='gpt2') if c.vocab_size == 50257 else None
-    return dict(model=model, model_args=args, tokenizer=tokenizer, config={}, iter_num=0)
+    return dict(model=model, model_args=args, tokenizer=tokenizer, config={}, iter_num=0, path=name)
 
 
 def read_ouro(folder):
@@ -226,4 +226,4 @@ def read_ouro(folder):
     except (ValueError, TypeError, RuntimeError, AttributeError, SafetensorError) as error:
         raise Mistake(f'init_from=ouro:{folder} cannot be read: {str(error).splitlines()[0]}') from None
     args.update(norm='rmsnorm', norm_place='branch', norm_final=False, tie_weights=False, exit_gate=True)
-    return dict(model=model, model_args=args, tokenizer=None, config={}, iter_num=0)
+    return dict(model=model, model_args=args, tokenizer=None, config={}, iter_num=0, path=str(folder))

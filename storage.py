@@ -26,6 +26,8 @@ from configurator import RANK, ROOT, tell
 from model import Mistake, check
 from pretrained import GPT2, find_pretrained, read_checkpoint
 
+PLACES = 'the folder of a run with a checkpoint, the path of one, of a model by export.py or of a GPT-2'
+
 # -----------------------------------------------------------------------------
 # checkpoints
 
@@ -68,35 +70,40 @@ def save_checkpoint(out_dir, checkpoint, log, best):
         raise OSError(f'the checkpoint cannot be saved: {reason}; the last good one: {kept}') from None
 
 
-def find_checkpoint(init_from, out_dir, given=(), key='init_from', names=('ckpt.pt', 'prev.pt')):
-    """The checkpoint init_from names, None for scratch. Raises ValueError if there is none that loads.
+def find_paths(path, names=('ckpt.pt', 'prev.pt')):
+    """The checkpoints there are at path: the file itself, or those of names in a run's folder."""
+    path = Path(path)
+    return [path] if path.is_file() else [path / name for name in names if (path / name).exists()]
 
-    given: {key: value} of GPTConfig, which decide how GPT-2's weights are used; key: what the user calls
-    init_from; names: of files in a run's folder, the first that loads is taken.
-    """
-    if init_from == 'scratch':
-        return None
-    if pretrained := find_pretrained(init_from, given):
-        return pretrained
-    named = init_from not in ('resume', 'auto')
-    wanted = 'the folder of a run with a checkpoint, the path of one, a model that export.py wrote'
-    if key == 'init_from':
-        wanted = f'scratch, resume, auto, {wanted}, {", ".join(GPT2)}, a folder of such, ouro:FOLDER'
-    if named and not Path(init_from).is_dir():
-        check(Path(init_from).exists(), key, init_from, wanted)
-        return read_checkpoint(init_from)
-    folder = Path(init_from if named else out_dir)
-    paths = [path for name in names if (path := folder / name).exists()]
-    if not paths and init_from == 'auto':
-        return None
-    check(paths, key, init_from, wanted if named else f'a checkpoint in {folder}, there is none')
-    for path in paths:
+
+def read_first(paths):
+    """The first of these checkpoints that loads; of those before it is told why not."""
+    *others, last = paths
+    for path in others:
         try:
             return read_checkpoint(path)
         except ValueError as error:
             if RANK == 0:
                 print(error, file=sys.stderr)
-    raise Mistake(f'no checkpoint in {folder} can be read')
+    return read_checkpoint(last)
+
+
+def find_checkpoint(init_from, out_dir, given=()):
+    """The checkpoint init_from names, None for scratch. Raises ValueError if there is none that loads.
+
+    given: {key: value} of GPTConfig, which decide how GPT-2's weights are used.
+    """
+    if init_from == 'scratch':
+        return None
+    named = init_from not in ('resume', 'auto')
+    if paths := find_paths(init_from if named else out_dir):
+        return read_first(paths)
+    if init_from == 'auto':
+        return None
+    check(named, 'init_from', init_from, f'a checkpoint in {out_dir}, there is none')
+    found = find_pretrained(init_from, given)
+    check(found, 'init_from', init_from, f'scratch, resume, auto, {PLACES}, {", ".join(GPT2)}, ouro:FOLDER')
+    return found
 
 
 def set_broken_aside(out_dir):

@@ -272,7 +272,7 @@ def read_text(path, errors='strict'):
         raise Mistake(f'{str(path)!r} cannot be read: {error.strerror}') from None
     except UnicodeDecodeError as error:
         where = f'{error.reason} at byte {error.start}'
-        raise Mistake(f'{path} is not UTF-8 ({where}), which only --tokenizer=byte prepares') from None
+        raise Mistake(f'{path} is not UTF-8 ({where}); only prepare.py --tokenizer=byte takes it') from None
 
 
 def fetch(url, path):

@@ -91,6 +91,7 @@ def test_compiled_steps_are_the_same_steps(monkeypatch):
             sequences.append(token)
         assert torch.allclose(rows[0].read, rows[1].read, atol=1e-5)
     assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 1  # for all lengths
+    assert 'step' not in vars(Sequences(model, IDX[:1, :1], None, 2, compile=True).decoder)  # the prompt
     assert 'step' in vars(rows[0].decoder) and 'step' not in vars(rows[1].decoder)
 
 
@@ -389,6 +390,21 @@ def test_no_tokens_and_lengths_of_generate():
     model(drawn, drawn)[1].backward()  # as reinforcement learning does
     with pytest.raises(ValueError, match='lengths'):
         model.generate(IDX[:2, :4], 3, lengths=[2, 4])
+
+
+def test_only_few_tokens_go_without_onednn(monkeypatch):
+    """With learned positions half a block is processed anew now and then."""
+    seen, model = [], confident(pos='learned', block_size=16)
+    real = Decoder.pass_through
+
+    def told(self, idx, *args):
+        seen.append((idx.numel(), torch.backends.mkldnn.enabled))
+        return real(self, idx, *args)
+
+    monkeypatch.setattr(Decoder, 'pass_through', told)
+    list(stream(model, IDX[:1, :4], 20))
+    before = torch.backends.mkldnn.enabled
+    assert {(1, False), (9, before), (4, before)} == {*seen}
 
 
 def test_few_tokens_leave_the_settings_as_they_were():

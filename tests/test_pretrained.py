@@ -197,7 +197,7 @@ def test_weights_that_cannot_be_had_are_told(call, gpt2, ouro, tiny_data, tmp_pa
     assert 'cannot be read' in told(f'--init_from=ouro:{theirs}')
     assert 'cannot be loaded' in told(f'--init_from={theirs}')
     status, _, err = call(sample.main, '--init_from=gpt3', '--device=cpu')
-    assert status == 2 and 'gpt2-xl, a folder of such' in err
+    assert status == 2 and 'expected resume, the folder of a run' in err and 'gpt2-xl' in err
     monkeypatch.setitem(sys.modules, 'transformers', None)
     monkeypatch.setitem(sys.modules, 'safetensors', None)
     assert 'needs transformers: pip install transformers' in told(f'--init_from={folder}')

@@ -1,6 +1,7 @@
 import itertools
 import os
 import re
+import shutil
 import signal
 import time
 
@@ -101,6 +102,23 @@ def test_the_best_checkpoint_is_sampled_from(call, flags, tmp_path):
         and 'step 4,' in err
         and out
     )
+
+
+def test_a_run_in_a_folder_of_any_name(call, flags, tmp_path, monkeypatch):
+    """Its checkpoints come before what its name, or an older export in it, might mean."""
+    options = trained(call, flags)[1:]
+    monkeypatch.chdir(tmp_path)
+    for name in ('gpt2', 'scratch', 'auto'):
+        shutil.copytree('out', name)
+        (tmp_path / name / 'config.json').write_text('{"n_loop": 2}')
+        status, _, err = call(main, f'--out_dir={name}', *options)
+        assert status == 0 and f'{name}/best.pt: step 4' in err
+        assert call(train.main, *flags[:1], f'--init_from=./{name}', '--out_dir=b', '--max_iters=0')[0] == 0
+    (tmp_path / 'b' / 'config.json').write_text('3')
+    for path in (tmp_path / 'b').glob('*.pt'):
+        path.unlink()
+    status, _, err = call(main, '--out_dir=b', *options)
+    assert status == 2 and err.splitlines()[-1].startswith('sample.py: ')
 
 
 def test_seeds_and_an_empty_prompt(call, flags):

@@ -280,7 +280,11 @@ def test_two_broken_checkpoints_are_not_overwritten(call, flags, tmp_path):
         (tmp_path / 'out' / name).unlink()
         (tmp_path / 'out' / name).write_bytes(b'x')
     status, _, err = call(main, *flags, '--init_from=auto')
-    assert status == 2 and 'no checkpoint in' in err and (tmp_path / 'out' / 'ckpt.pt').read_bytes() == b'x'
+    assert (
+        status == 2
+        and 'prev.pt cannot be read' in err
+        and (tmp_path / 'out' / 'ckpt.pt').read_bytes() == b'x'
+    )
 
 
 FULL = OSError(errno.ENOSPC, 'No space left on device')
