@@ -419,6 +419,8 @@ class Sampler:
 
     def draw(self, p):
         """A token for each row of p (n, V), (n,)."""
+        if self.temperature == 0:
+            return p.argmax(dim=-1)
         return torch.multinomial(p, 1, generator=self.generator)[:, 0]
 
     def verify(self, p, q, drafts):
