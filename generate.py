@@ -187,22 +187,21 @@ class Decoder:
         """Bytes of all slots."""
         return sum(x.nbytes for slot in self.all for x in slot)
 
-    def place(self, T, rows=None, counts=None, new=False):
+    def place(self, T, rows=None, counts=None, compiled=False):
         """The Place of the next T tokens of rows, of which counts are real, both lists, None = all; it adds
-        them to lengths."""
+        them to lengths. compiled: for a step that is."""
         device, who = self.model.lm_head.weight.device, range(self.size) if rows is None else rows
         starts, steps = [self.lengths[row] for row in who], torch.arange(T, device=device)
         for i, row in enumerate(who):
             self.lengths[row] += counts[i] if counts else T
         start, end = starts[0], max(starts) + T
-        single = self.compile and new and rows is None
-        if rows is None and counts is None and len({*starts}) == 1 and end <= self.capacity and not single:
+        if rows is None and counts is None and len({*starts}) == 1 and end <= self.capacity and not compiled:
             pos = start + steps
             return Place(pos, None, slice(start, end), self.context(pos, end, plain=T in (1, end)))
         pos = torch.tensor(starts, device=device)[:, None] + steps
         real = steps < torch.tensor(counts, device=device)[:, None] if counts else None
         rows = rows if rows is None else torch.tensor(rows, device=device)
-        if not single:
+        if not compiled:
             return self.aim(rows, pos, real, min(end, self.capacity))
         place = self.aim(rows, pos, real, min(math.ceil(end / SPAN) * SPAN, self.capacity))
         for mask in place.context[1:]:
@@ -241,9 +240,10 @@ class Decoder:
         n, T = idx.shape
         rows = None if rows == list(range(self.size)) else rows
         counts = None if counts is not None and min(counts) == T else counts
-        place = self.place(T, rows, counts, new)
+        compiled = self.compile and new and rows is None
+        place = self.place(T, rows, counts, compiled)
         s = (self.last if rows is None else self.last[rows])[:, None] if new and self.warm_start else None
-        step = self.step if self.compile and new and rows is None else self.pass_through
+        step = self.step if compiled else self.pass_through
         with few_tokens(n * T):
             if self.leave is not None:
                 s, x = self.leave_by_themselves(idx, place, s, counts)
@@ -326,7 +326,7 @@ class Decoder:
             for x in (self.k, self.v):
                 groups = x[start : start + self.budget * width].unflatten(0, (self.budget, width))
                 latest = groups[mine, :, rows, :, at]  # (tokens, blocks, G, D)
-                groups[torch.tensor([*later])[:, None], :, rows, :, at] = latest
+                groups[torch.tensor([*later], device=at.device)[:, None], :, rows, :, at] = latest
 
 
 def window(length, block_size):

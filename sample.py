@@ -64,7 +64,8 @@ class SampleConfig:
         check(self.exit or threshold is None, 'exit_threshold', threshold, 'None without an exit')
         check(self.exit or self.min_loops == 1, 'min_loops', self.min_loops, '1 without an exit')
         check(self.speculate or self.draft_loops == 1, 'draft_loops', self.draft_loops, '1 without speculate')
-        check(not (self.compile and self.exit), 'compile', True, 'False with an exit')
+        alone = not (self.compile and (self.exit or self.speculate))
+        check(alone, 'compile', True, 'False with an exit or speculate')
 
 
 def find_model(c, device):

@@ -147,6 +147,8 @@ SAMPLE = [
     (['--exit=entropy'], "exit='entropy', expected nothing, kl, diff, gate"),
     (['--min_loops=2'], 'min_loops=2, expected 1 without an exit'),
     (['--draft_loops=2'], 'draft_loops=2, expected 1 without speculate'),
+    (['--compile=True', '--speculate=2'], 'compile=True, expected False with an exit or speculate'),
+    (['--compile=True', '--exit=kl', '--exit_threshold=1'], 'compile=True, expected False with an exit or'),
     (['--init_from=ouro:x'], "init_from='ouro:x', expected resume, the folder of a run"),
     (['--exit=diff'], 'exit_threshold=None, expected at least 0: try 0.001 for kl'),
     (['--exit_threshold=0.1'], 'exit_threshold=0.1, expected None without an exit'),
