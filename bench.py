@@ -21,12 +21,12 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from checks import check_least
+from checks import check, check_least
 from configurator import command, configure, peak_memory, setup
 from count import flops, parameters
 from data.dataset import find_data, read_meta
 from generate import Exit, lower, stream
-from model import GPT, GPTConfig, check, load_checkpoint
+from model import GPT, GPTConfig, load_checkpoint
 from objective import OBJECTIVE, Objective, check_loops, loops_at
 from optimizer import make_optimizers
 from storage import find_checkpoint

@@ -1,10 +1,22 @@
 """
-What a configuration of the model must fulfil, and the line that says what does not.
+What a user can get wrong: the line that says so, and what a configuration of the model must fulfil.
 """
 
 import math
 
-from model import check
+from tables import INJECT, POS, TABLES
+
+
+class Mistake(ValueError):
+    """What a user can get wrong: the scripts tell it in one line and end with status 2."""
+
+    alike = True  # every rank makes it, the first one tells it
+
+
+def check(holds, key, got, wanted):
+    """Raises Mistake unless holds."""
+    if not holds:
+        raise Mistake(f'{key}={got!r}, expected {wanted}')
 
 
 def check_least(config, least, *keys):
@@ -15,15 +27,29 @@ def check_least(config, least, *keys):
         check(fits, key, value, f'at least {least}')
 
 
-def check_config(c, tables):
+def resolve(c):
+    """Sets what size and nanoLOOP's inject_random stand for; Mistake if a GPTConfig says otherwise there."""
+    if c.input_injection == 'inject_random':
+        check(c.state_init in ('prelude', 'random'), 'state_init', c.state_init, 'random')
+        c.input_injection, c.state_init = 'inject', 'random'
+    if c.size is not None:
+        check(1 <= c.size < math.inf, 'size', c.size, 'at least 1')
+        heads = math.ceil(c.size / 2)
+        for key, value in dict(n_embd=128 * heads, n_head=heads).items():
+            mine, wanted = getattr(c, key), f'no value with size={c.size}, which makes it {value}'
+            check(mine in (getattr(type(c), key), value), key, mine, wanted)
+            setattr(c, key, value)
+
+
+def check_config(c):
     """Raises Mistake for a value of a GPTConfig outside its table, and for one that would mean nothing."""
-    for key, table in tables.items():
+    for key, table in TABLES.items():
         check(getattr(c, key) in table, key, getattr(c, key), f'one of {", ".join(table)}')
     check_least(c, 1, 'block_size', 'vocab_size', 'n_head', 'n_kv_head', 'n_embd', 'n_block', 'n_loop')
     check_least(c, 1, 'bptt_k', 'n_hidden', 'window_size')
     check_least(c, 0, 'n_prelude', 'n_coda')
     D, G = c.n_embd // c.n_head, c.n_kv_head or c.n_head
-    injection, (_, rotated) = tables['input_injection'][c.input_injection], tables['pos'][c.pos]
+    injection, (_, rotated) = INJECT[c.input_injection], POS[c.pos]
     truncated = c.bptt_k is not None and c.bptt_k < c.n_loop
     # fmt: off
     for holds, key, wanted in (

@@ -26,7 +26,7 @@ from typing import get_args, get_type_hints
 import torch
 import torch.distributed as dist
 
-from model import Mistake, check
+from checks import Mistake, check
 
 ROOT = Path(__file__).resolve().parent
 

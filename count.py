@@ -6,7 +6,8 @@ window as full attention, since a dense mask computes it so; here a window count
 
 from torch import nn
 
-from model import Block, query
+from model import Block
+from tables import query
 
 
 def sections(model):

@@ -4,7 +4,7 @@ Writes a model as files that anyone can read without running code: weights, conf
     python export.py --out_dir=out-quickstart --to=my-model
 
 my-model gets model.safetensors, config.json and tokenizer.json; sample.py --init_from=my-model and train.py
---init_from=my-model take it, and so does model.py alone:
+--init_from=my-model take it, and so do model.py, tables.py and checks.py alone:
 
     model = GPT(GPTConfig(**json.load(open('my-model/config.json'))))
     safetensors.torch.load_model(model, 'my-model/model.safetensors')
@@ -16,8 +16,8 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from checks import Mistake, check
 from configurator import command, configure
-from model import Mistake, check
 from sample import find_model, find_tokenizer
 
 

@@ -1,5 +1,5 @@
 """
-A looped (depth-recurrent) GPT in one file: a few layers are applied many times with the same weights.
+A looped (depth-recurrent) GPT: a few layers are applied many times with the same weights.
 
     e = prelude(embed(idx))                    n_prelude blocks, once
     s = STATE[state_init](e)                   where the loop starts
@@ -9,7 +9,7 @@ A looped (depth-recurrent) GPT in one file: a few layers are applied many times 
     logits = lm_head(ln_f(coda(s)))            n_coda blocks, once
 
 Only the last bptt_k iterations record a graph. With n_prelude = n_coda = 0 and n_loop = 1 it is a plain GPT.
-Every model of config/ is a choice of table entries, integers and neutral values.
+Every model of config/ is a choice of entries of tables.py, integers and neutral values.
 
 References: GPT-2 as in nanoGPT, github.com/karpathy/nanoGPT; nanoLOOP, github.com/LoopedLMs/nanoLOOP;
 FLT and LT, github.com/FuRuF-11/FullyLoopedTransformer; looped nanochat, github.com/LoopedLMs/looped_nanochat;
@@ -18,11 +18,8 @@ Huginn, arXiv:2502.05171; Ouro, arXiv:2510.25741; RMSNorm, arXiv:1910.07467; RoP
 Shapes: B sequences, T positions, C = n_embd, H heads, G = n_kv_head, D = C / H, V = vocab_size, R loops.
 """
 
-import contextlib
 import functools
 import itertools
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,129 +28,16 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-HEAD_CHUNK = 2**25  # logits alive at a time, 128 MiB in float32: more tokens are read out in chunks
+from checks import check, check_config, resolve
+from tables import ACT, INIT, INJECT, NORM, PLACE, POS, STATE, unit
 
-# -----------------------------------------------------------------------------
-# the tables, an axis each
+HEAD_CHUNK = 2**25  # logits alive at a time, 128 MiB in float32: more tokens are read out in chunks
 
 
 def upcast(x):
     """x in float32 at least: no loss or probability is taken in a low precision, and double stays double."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
-
-def unit(x, config):
-    """RMSNorm without weight."""
-    return F.rms_norm(x, x.shape[-1:], eps=config.norm_eps or 1e-6)
-
-
-def swiglu(x):
-    gate, up = x.chunk(2, dim=-1)
-    return F.silu(gate) * up
-
-
-def noise(model, e, pos):
-    """N(0, state_std^2): in training from the default generator, else from one fixed table read by position,
-    so that evaluation repeats and a row does not depend on its batch."""
-    c = model.config
-    x = torch.randn_like(e) if model.training else model.noise[pos % c.block_size].expand_as(e)
-    return (c.n_embd**-0.5 if c.state_std is None else c.state_std) * x
-
-
-class Injection(NamedTuple):
-    """How the loop's state s comes into the next iteration."""
-
-    enter: Callable  # (model, e, s) -> u, the input of the first block
-    states: list  # of state_init that make sense
-    learned: bool = False  # enter uses the matrix model.inject
-    feed: Callable = lambda model, s: s  # what the blocks get of s, which take
-    first: Callable | None = None  # (x, what they get, config) -> (x, source of queries) in the first block
-    others: Callable | None = None  # the same in the other blocks
-    alone: bool = False  # e enters through s_0 alone: truncated, it would get no gradient
-
-
-def concat(model, e, s):
-    """W [e; s]; the first half of W's columns is for e."""
-    return model.inject(torch.cat((e, s), dim=-1)).to(e.dtype)  # autocast must not lower the stream
-
-
-def query(x, s, config):
-    return x, s
-
-
-def normed(model, s):
-    return s if s is None else unit(s, model.config)
-
-
-def residual(x, s, config):
-    return unit(x + s, config), None
-
-
-# fmt: off
-NORM = {
-    'layernorm': lambda c: nn.LayerNorm(c.n_embd, eps=c.norm_eps or 1e-5, bias=c.bias),
-    'rmsnorm': lambda c: nn.RMSNorm(c.n_embd, eps=c.norm_eps or 1e-6),
-    'rmsnorm_fixed': lambda c: nn.RMSNorm(c.n_embd, eps=c.norm_eps or 1e-6, elementwise_affine=False),
-}
-PLACE = {  # which of pre, post and out in x = out(x + post(f(pre(x)))) are norms
-    'pre': (True, False, False), 'branch': (True, True, False),
-    'around': (True, False, True), 'post': (False, False, True),
-}
-POS = {'learned': (True, False), 'rope': (False, True), 'none': (False, False)}  # wpe added; q, k rotated
-ACT = {  # the MLP's activation, the parts of c_fc it takes, the hidden width by C
-    'gelu': (F.gelu, 1, lambda C: 4 * C),
-    'gelu_tanh': (functools.partial(F.gelu, approximate='tanh'), 1, lambda C: 4 * C),  # of GPT-2's weights
-    'relu2': (lambda x: F.relu(x).square(), 1, lambda C: 4 * C),
-    'swiglu': (swiglu, 2, lambda C: math.ceil(C / 24) * 64),  # 8/3 C, in 64s
-}
-STATE = {  # s_0
-    'prelude': lambda model, e, pos: e,
-    'random': noise,
-    'zero': lambda model, e, pos: torch.zeros_like(e),
-    'none': lambda model, e, pos: None,  # the first iteration runs plainly on e
-}
-INJECT = {
-    'passthrough': Injection(lambda model, e, s: s, ['prelude'], alone=True),
-    'inject': Injection(concat, ['prelude', 'random', 'zero'], learned=True),
-    'add': Injection(lambda model, e, s: unit(e + s, model.config), ['prelude', 'random', 'zero', 'none']),
-    'query_first': Injection(lambda model, e, s: e, ['none', 'prelude', 'random'], feed=normed, first=query),
-    'query_all': Injection(
-        lambda model, e, s: e, ['none', 'prelude', 'random'], feed=normed, first=query, others=query),
-    'residual_all': Injection(lambda model, e, s: e, [*STATE], first=residual, others=residual),
-}
-# fmt: on
-
-
-def normal(std):
-    return functools.partial(nn.init.normal_, std=std)
-
-
-def uniform(std):
-    return functools.partial(nn.init.uniform_, a=-math.sqrt(3) * std, b=math.sqrt(3) * std)
-
-
-def truncated(std):
-    return functools.partial(nn.init.trunc_normal_, std=std, a=-3 * std, b=3 * std)
-
-
-def huginn(std, depth):
-    """Huginn's: what adds to the residual, and swiglu's up, scaled down by the executed layers."""
-    return dict(rest=truncated(std)) | dict.fromkeys(('c_proj', 'up'), truncated(std / math.sqrt(2 * depth)))
-
-
-# fmt: off
-INIT = {  # how the weights of each part start, by C and the executed layers; inject as [I 0] is u = e
-    'gpt2': lambda C, depth: dict(
-        rest=normal(0.02), c_proj=normal(0.02 / math.sqrt(2 * depth)), inject=nn.init.eye_),
-    'nanochat': lambda C, depth: dict(  # every block starts as the identity
-        rest=normal(0.02), c_attn=uniform(C**-0.5), c_fc=uniform(C**-0.5), c_proj=nn.init.zeros_,
-        wte=normal(1.0), lm_head=normal(0.001), inject=nn.init.eye_),
-    'huginn': lambda C, depth: huginn(math.sqrt(2 / (5 * C)), depth),
-}
-# fmt: on
-TABLES = dict(
-    input_injection=INJECT, state_init=STATE, norm=NORM, norm_place=PLACE, pos=POS, mlp=ACT, init=INIT
-)
 
 # -----------------------------------------------------------------------------
 # a block
@@ -203,7 +87,7 @@ def attend(q, k, v, mask, dropout):
 
 
 def same(x):
-    """Where a block has no norm or dropout: calling a module that does nothing takes microseconds."""
+    """Where a block has no norm: calling a module that does nothing takes microseconds."""
     return x
 
 
@@ -216,7 +100,6 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(C, C, bias=config.bias)
         self.qk_norm = functools.partial(unit, config=config) if config.qk_norm else same
         self.dropout = config.dropout
-        self.resid_dropout = nn.Dropout(config.dropout) if config.dropout else same
 
     def project(self, x, source):
         """c_attn(x), but its rows of q applied to source if there is one."""
@@ -236,7 +119,7 @@ class CausalSelfAttention(nn.Module):
         if slot is not None:
             k, v = slot(k, v)
         y = attend(q, k, v, mask, self.dropout if self.training else 0.0)
-        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+        return F.dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)), self.dropout, self.training)
 
 
 class MLP(nn.Module):
@@ -246,10 +129,10 @@ class MLP(nn.Module):
         hidden = config.n_hidden or width(config.n_embd)
         self.c_fc = nn.Linear(config.n_embd, parts * hidden, bias=config.bias)  # swiglu: rows of gate, of up
         self.c_proj = nn.Linear(hidden, config.n_embd, bias=config.bias)
-        self.dropout = nn.Dropout(config.dropout) if config.dropout else same
+        self.dropout = config.dropout
 
     def forward(self, x):
-        return self.dropout(self.c_proj(self.act(self.c_fc(x))))
+        return F.dropout(self.c_proj(self.act(self.c_fc(x))), self.dropout, self.training)
 
 
 class Block(nn.Module):
@@ -322,20 +205,8 @@ class GPTConfig:
 
     def __post_init__(self):
         """Raises ValueError for a value outside its table, and for one that would mean nothing."""
-        if self.input_injection == 'inject_random':  # nanoLOOP's name
-            check(self.state_init in ('prelude', 'random'), 'state_init', self.state_init, 'random')
-            self.input_injection, self.state_init = 'inject', 'random'
-        if self.size is not None:
-            check(1 <= self.size < math.inf, 'size', self.size, 'at least 1')
-            heads = math.ceil(self.size / 2)
-            for key, value in dict(n_embd=128 * heads, n_head=heads).items():
-                mine, wanted = getattr(self, key), f'no value with size={self.size}, which makes it {value}'
-                check(mine in (getattr(GPTConfig, key), value), key, mine, wanted)
-                setattr(self, key, value)
-        with contextlib.suppress(ImportError):  # model.py also works alone
-            from checks import check_config
-
-            check_config(self, TABLES)
+        resolve(self)
+        check_config(self)
 
     @property
     def depth(self):
@@ -343,26 +214,13 @@ class GPTConfig:
         return self.n_prelude + self.n_block * self.n_loop + self.n_coda
 
 
-class Mistake(ValueError):
-    """What a user can get wrong: the scripts tell it in one line and end with status 2."""
-
-    alike = True  # every rank makes it, the first one tells it
-
-
-def check(holds, key, got, wanted):
-    """Raises Mistake unless holds."""
-    if not holds:
-        raise Mistake(f'{key}={got!r}, expected {wanted}')
-
-
 # -----------------------------------------------------------------------------
 # the model
 
-recompute = functools.partial(checkpoint, use_reentrant=False)  # keeps f's arguments, not what it computes
 
-
-def call(f, *args):
-    return f(*args)
+def hold(again, f, *args):
+    """f(*args), of which args alone are held for the backward pass if that computes f again."""
+    return checkpoint(f, *args, use_reentrant=False) if again else f(*args)
 
 
 class GPT(nn.Module):
@@ -392,7 +250,6 @@ class GPT(nn.Module):
         fixed = dict(device='cpu', generator=torch.Generator('cpu').manual_seed(0))
         table = torch.randn(c.block_size, c.n_embd, **fixed) if c.state_init == 'random' else None
         self.register_buffer('noise', table, persistent=False)
-        self.hold = recompute if c.recompute else call
         self.inject = nn.Linear(2 * c.n_embd, c.n_embd, bias=c.bias) if injection.learned else None
         self.norm_recur = norm(c.norm_loop)
         self.exit_gate = nn.Linear(c.n_embd, 1) if c.exit_gate else None
@@ -473,8 +330,7 @@ class GPT(nn.Module):
         check(reached, 'n_loop', n_loop, f'at most bptt_k={c.bptt_k}: the prelude would get no gradient')
         for i in range(n_loop):
             with torch.set_grad_enabled(torch.is_grad_enabled() and i >= first):
-                hold = self.hold if torch.is_grad_enabled() else call
-                s = hold(self.iterate, e, s, context)
+                s = hold(c.recompute and torch.is_grad_enabled(), self.iterate, e, s, context)
             if i in rows or i - n_loop in rows:
                 read[i] = s
         return [read[row % n_loop] for row in rows], context
@@ -504,8 +360,8 @@ class GPT(nn.Module):
         """
         x, y = self.readout(s, context).flatten(0, 1), targets.flatten()
         n = max(1, HEAD_CHUNK // self.config.vocab_size)
-        chunks, hold = zip(x.split(n), y.split(n), strict=True), recompute if len(y) > n else call
-        return torch.cat([hold(self.nll, *chunk) for chunk in chunks]).view_as(targets)
+        chunks = zip(x.split(n), y.split(n), strict=True)
+        return torch.cat([hold(len(y) > n, self.nll, *chunk) for chunk in chunks]).view_as(targets)
 
     def table(self, idx, targets, n_loop=None, rows=(-1,)):
         """The loss table: the cross-entropy of every token, read out after each of the iterations in rows.
@@ -516,8 +372,7 @@ class GPT(nn.Module):
         of chunks and rows are summed in the low precision.
         """
         states, context = self.states(idx, n_loop, rows)
-        hold = recompute if len(rows) > 1 else call
-        ce = torch.stack([hold(self.cross_entropy, s, targets, context) for s in states])
+        ce = torch.stack([hold(len(rows) > 1, self.cross_entropy, s, targets, context) for s in states])
         return ce, torch.stack([self.halt(s) for s in states]) if self.exit_gate else None
 
     def forward(self, idx, targets=None, n_loop=None):

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from model import GPTConfig, check
+from checks import check
+from model import GPTConfig
 
 SIGMA = 0.5  # of the logarithm of poisson's rate
 SHARPNESS, WORTH = 50.0, 0.005  # of the gate's label: how sure it is of an improvement beyond so many nats

@@ -8,8 +8,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from checks import Mistake, check
 from configurator import command, configure
-from model import Mistake, check
 
 PANELS = (  # title, a pattern of keys with {} for the loop, whether the axis is logarithmic
     ('loss by loop, nats', 'loss/loop_{:02d}', False),

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from model import GPT, GPTConfig, Mistake, check
+from checks import Mistake, check
+from model import GPT, GPTConfig
 
 # what a run may change while the weights keep their meaning
 FREE = 'dropout bptt_k n_loop state_init state_std rope_base block_size recompute'.split()

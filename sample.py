@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 
-from checks import check_least
+from checks import check, check_least
 from configurator import autocast, choose_compile, choose_device, choose_dtype, command, configure
 from data.dataset import find_data, make_tokenizer, read_meta, read_text
 from generate import EXIT, Exit, lower, stream
-from model import check, load_checkpoint
+from model import load_checkpoint
 from pretrained import GPT2, find_pretrained
 from storage import PLACES, find_paths, read_first
 

@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from checks import Mistake, check
 from configurator import RANK, ROOT, tell
-from model import Mistake, check
 from pretrained import GPT2, find_pretrained, read_checkpoint
 
 PLACES = 'the folder of a run with a checkpoint, the path of one, of a model by export.py or of a GPT-2'

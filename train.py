@@ -28,13 +28,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from checks import check_least
+from checks import check, check_least
 from configurator import LOCAL_RANK, RANK, ROOT, command, configure, peak_memory, setup, tell
 from count import flops
 from data.dataset import Split, find_data, make_tokenizer, read_meta
 from diagnose import diagnose, norms_of_weights
 from generate import stream
-from model import GPT, GPTConfig, check, load_checkpoint
+from model import GPT, GPTConfig, load_checkpoint
 from objective import OBJECTIVE, SAMPLING, Objective, check_loops, loops_at
 from optimizer import OPTIMIZER, SCHEDULE, lr_at, make_optimizers, set_rates
 from storage import (

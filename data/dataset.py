@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
-from model import Mistake
+from checks import Mistake
 
 ROOT = Path(__file__).resolve().parent
 SHARD_TOKENS = 10**8

@@ -18,9 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 import train
+from checks import check
 from configurator import ROOT, command
 from data.dataset import Split, find_data, read_meta
-from model import check, load_checkpoint
+from model import load_checkpoint
 
 SMALL = (
     '--dataset=pystdlib --vocab_size=256 --block_size=64 --batch_size=8 --gradient_accumulation_steps=1 '

@@ -1,4 +1,4 @@
-"""What is exported loads back, with model.py alone, and is the same model."""
+"""What is exported loads back, with the model's files alone, and is the same model."""
 
 import json
 import shutil
@@ -51,11 +51,12 @@ def test_an_exported_model_is_the_same(call, flags, tmp_path, keys):
     assert status == 0, err
 
 
-def test_model_py_copied_alone_takes_an_export(call, flags, tmp_path):
+def test_the_models_files_copied_alone_take_an_export(call, flags, tmp_path):
     pytest.importorskip('safetensors')
     call(main, *flags)
     call(export.main, f'--out_dir={tmp_path}/out', f'--to={tmp_path}')
-    shutil.copy(export.__file__.replace('export.py', 'model.py'), tmp_path)
+    for name in ('model.py', 'tables.py', 'checks.py'):
+        shutil.copy(export.__file__.replace('export.py', name), tmp_path)
     code = """import json, safetensors.torch, torch, model
 m = model.GPT(model.GPTConfig(**json.load(open('config.json')))).eval()
 safetensors.torch.load_model(m, 'model.safetensors')

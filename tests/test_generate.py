@@ -10,7 +10,8 @@ from test_model import PAIRS
 
 import generate
 from generate import Decoder, Exit, Sampler, Sequences, lower, stream, window
-from model import ACT, GPT, NORM, PLACE, POS, GPTConfig
+from model import GPT, GPTConfig
+from tables import ACT, NORM, PLACE, POS
 
 SIZES = dict(block_size=12, vocab_size=23, n_head=2, n_embd=12, n_prelude=1, n_block=2, n_coda=1, n_loop=2)
 IDX = torch.randint(23, (3, 40), generator=torch.Generator().manual_seed(0))

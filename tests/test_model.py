@@ -10,9 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import model as model_file
 from count import flops
 from generate import Sampler, window
-from model import ACT, GPT, INIT, INJECT, NORM, PLACE, POS, GPTConfig, load_checkpoint
+from model import GPT, GPTConfig, load_checkpoint
 from objective import Objective
 from optimizer import make_optimizers
+from tables import ACT, INIT, INJECT, NORM, PLACE, POS
 from train import TrainConfig
 
 SIZES = dict(block_size=16, vocab_size=23, n_head=2, n_embd=12, n_prelude=1, n_block=2, n_coda=1, n_loop=3)
@@ -239,21 +240,23 @@ def test_initialisation_is_scaled_by_the_executed_depth_and_injects_the_input():
 
 
 def test_dropout_acts_everywhere_in_training_and_nowhere_else(monkeypatch):
-    shares, real, calls = [], F.scaled_dot_product_attention, []
+    shares, calls, real, dropout = [], [], F.scaled_dot_product_attention, F.dropout
 
     def attention(q, k, v, *args, dropout_p, **options):
         shares.append(dropout_p)
         return real(q, k, v, *args, dropout_p=dropout_p, **options)
 
+    def drop(x, p, training, *args):
+        calls.append(p * training)
+        return dropout(x, p, training, *args)
+
     monkeypatch.setattr(F, 'scaled_dot_product_attention', attention)
+    monkeypatch.setattr(F, 'dropout', drop)
     model = make(dropout=0.3, n_loop=2)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.register_forward_hook(lambda module, *_: calls.append(module.p))
     layers = model.config.depth
     expected = make(n_loop=2)(*tokens())[0]
     shares.clear()
-    assert torch.equal(model(*tokens())[0], expected) and shares == [0.0] * layers
+    assert torch.equal(model(*tokens())[0], expected) and shares == [0.0] * layers and not any(calls)
     calls.clear()
     shares.clear()
     model.train()(*tokens())

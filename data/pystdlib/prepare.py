@@ -12,9 +12,9 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
 
+from checks import Mistake  # noqa: E402
 from configurator import command  # noqa: E402
 from data.dataset import Bytes, write_text  # noqa: E402
-from model import Mistake  # noqa: E402
 
 LEFT_OUT = set('site-packages dist-packages test tests idle_test idlelib lib2to3 __pycache__'.split())
 

@@ -13,9 +13,9 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
 
+from checks import Mistake  # noqa: E402
 from configurator import command  # noqa: E402
 from data.dataset import Bytes, Characters, Tiktoken, read_text, write_text  # noqa: E402
-from model import Mistake  # noqa: E402
 
 TOKENIZERS = {
     'byte': lambda paths: Bytes(),
