@@ -30,7 +30,7 @@ from model import GPT, GPTConfig, load_checkpoint
 from objective import OBJECTIVE, Objective, check_loops, loops_at
 from optimizer import make_optimizers
 from storage import find_checkpoint
-from train import BASELINE, TrainConfig, flops_of, train_step
+from train import TrainConfig, apply_baseline, flops_of, train_step
 
 
 @dataclass
@@ -204,7 +204,7 @@ def main(argv):
     for setting in settings:
         setting.build(BenchConfig)
         setting.build(TrainConfig)
-        setting.update(BASELINE[setting.baseline](setting))
+        apply_baseline(setting)
         if 'vocab_size' not in setting.given:
             try:
                 setting['vocab_size'] = read_meta(find_data(setting.dataset))['vocab_size']

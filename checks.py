@@ -3,6 +3,8 @@ What a user can get wrong: the line that says so, and what a configuration of th
 """
 
 import math
+from numbers import Real
+from typing import get_args, get_type_hints
 
 from tables import INJECT, POS, TABLES
 
@@ -19,6 +21,22 @@ def check(holds, key, got, wanted):
         raise Mistake(f'{key}={got!r}, expected {wanted}')
 
 
+def typed(key, value, hint):
+    """value as the annotated type, 1 promoted to float and 1e3 to int. Raises ValueError if it is neither."""
+    accepted = get_args(hint) or (hint,)  # of int | None: both
+    if type(value) in accepted:
+        return value
+    number = isinstance(value, Real) and not isinstance(value, bool)  # numpy's, too
+    if float in accepted and number:
+        return float(value)
+    if int in accepted and number and float(value).is_integer():
+        return int(value)
+    names = ' or '.join(
+        {'NoneType': 'None', 'bool': 'True or False'}.get(k.__name__, k.__name__) for k in accepted
+    )
+    raise Mistake(f'{key}={value!r}, expected {names}')
+
+
 def check_least(config, least, *keys):
     """Raises Mistake for keys below least, infinite, or None where that is not the default."""
     for key in keys:
@@ -28,7 +46,9 @@ def check_least(config, least, *keys):
 
 
 def resolve(c):
-    """Sets what size and nanoLOOP's inject_random stand for; Mistake if a GPTConfig says otherwise there."""
+    """Gives a GPTConfig's values their types, and those that size and nanoLOOP's inject_random stand for."""
+    for key, hint in get_type_hints(type(c)).items():
+        setattr(c, key, typed(key, getattr(c, key), hint))
     if c.input_injection == 'inject_random':
         check(c.state_init in ('prelude', 'random'), 'state_init', c.state_init, 'random')
         c.input_injection, c.state_init = 'inject', 'random'
@@ -59,14 +79,14 @@ def check_config(c):
         (c.n_head % G == 0, 'n_kv_head', f'a divisor of n_head={c.n_head}'),
         (not rotated or D % 2 == 0, 'pos', f'learned or none: rope rotates pairs, a head is {D} wide'),
         (0 < c.rope_base < math.inf, 'rope_base', 'above 0'),
-        (rotated or c.rope_base == type(c).rope_base, 'rope_base', f'none with pos={c.pos!r}'),
+        (rotated or c.rope_base == type(c).rope_base, 'rope_base', f'no value with pos={c.pos!r}'),
         (c.state_init in injection.states, 'state_init',
          f'{" or ".join(injection.states)} with {c.input_injection}'),
         (c.state_std is None or 0 < c.state_std < math.inf, 'state_std', 'above 0, or None'),
         (c.state_std is None or c.state_init == 'random', 'state_std',
          f'None with state_init={c.state_init!r}'),
         (not (injection.alone and truncated), 'bptt_k',
-         f'None or at least n_loop={c.n_loop}: with passthrough the prelude would get no gradient'),
+         f'None or at least n_loop={c.n_loop}: with {c.input_injection} the prelude would get no gradient'),
         (c.window_pattern and not {*c.window_pattern} - {*'LS'}, 'window_pattern', 'letters L and S'),
         ((c.window_size or 1) <= c.block_size, 'window_size', f'at most block_size={c.block_size}'),
         (c.window_size is None or 'S' in c.window_pattern, 'window_size',

@@ -21,14 +21,15 @@ import signal
 import sys
 import types
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import get_type_hints
 
 import torch
 import torch.distributed as dist
 
-from checks import Mistake, check
+from checks import Mistake, check, typed
 
 ROOT = Path(__file__).resolve().parent
+RENAMED = {'n_layer': ('n_prelude', 'n_block', 'n_coda')}  # nanoGPT's keys that are others here
 
 
 class Config(dict):
@@ -123,8 +124,8 @@ def run_file(path, config, hints):
 
 def check_key(key, hints, where):
     if key not in hints:
-        close = difflib.get_close_matches(key, hints, n=1)
-        hint = f', did you mean {close[0]!r}?' if close else ', see --help'
+        close = RENAMED.get(key) or difflib.get_close_matches(key, hints, n=1)
+        hint = f', did you mean {" or ".join(map(repr, close))}?' if close else ', see --help'
         raise Mistake(f'{where}unknown key {key!r}{hint}')
 
 
@@ -135,21 +136,6 @@ def parse(key, text, hint):
         with contextlib.suppress(ValueError, SyntaxError):
             return typed(key, ast.literal_eval(literal), hint)
     return typed(key, text, hint)
-
-
-def typed(key, value, hint):
-    """value as the annotated type, 1 promoted to float and 1e3 to int. Raises ValueError if it is neither."""
-    accepted = get_args(hint) or (hint,)  # of int | None: both
-    if type(value) in accepted:
-        return value
-    if float in accepted and type(value) is int:
-        return float(value)
-    if int in accepted and type(value) is float and value.is_integer():
-        return int(value)
-    names = ' or '.join(
-        {'NoneType': 'None', 'bool': 'True or False'}.get(k.__name__, k.__name__) for k in accepted
-    )
-    raise Mistake(f'{key}={value!r}, expected {names}')
 
 
 def help_text(defaults):

@@ -31,7 +31,7 @@ def parameters(model):
     for name, part in sections(model).items():
         new = set(part.parameters()) - seen
         sizes[name], seen = sum(p.numel() for p in new), seen | new
-    assert seen == set(model.parameters())
+    assert seen == set(model.parameters()), 'sections() misses a parameter'
     total = sum(sizes.values())
     again = (model.config.n_loop - 1) * (sizes['recur'] + sizes['inject'])
     return dict(sizes, total=total, effective=total + again)

@@ -250,7 +250,7 @@ class GPT(nn.Module):
         fixed = dict(device='cpu', generator=torch.Generator('cpu').manual_seed(0))
         table = torch.randn(c.block_size, c.n_embd, **fixed) if c.state_init == 'random' else None
         self.register_buffer('noise', table, persistent=False)
-        self.inject = nn.Linear(2 * c.n_embd, c.n_embd, bias=c.bias) if injection.learned else None
+        self.inject = injection.module(c) if injection.module else None
         self.norm_recur = norm(c.norm_loop)
         self.exit_gate = nn.Linear(c.n_embd, 1) if c.exit_gate else None
         self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
@@ -265,7 +265,7 @@ class GPT(nn.Module):
         """Every parameter by one rule: norms 1, biases 0, the others as INIT says for their part."""
         rules = INIT[self.config.init](self.config.n_embd, self.config.depth)
         for name, p in self.named_parameters():
-            part = name.split('.')[-2]
+            part = name.split('.')[-2:][0]
             if name.endswith('bias'):
                 nn.init.zeros_(p)
             elif p.dim() == 1:
@@ -317,7 +317,7 @@ class GPT(nn.Module):
         """
         c, T = self.config, idx.size(1)
         n_loop = c.n_loop if n_loop is None else n_loop
-        check(isinstance(n_loop, int) and n_loop >= 1, 'n_loop', n_loop, 'at least 1')
+        check(isinstance(n_loop, int) and n_loop >= 1, 'n_loop', n_loop, 'an int, at least 1')
         check(all(-n_loop <= row < n_loop for row in rows), 'rows', rows, f'iterations of n_loop={n_loop}')
         fits = T <= c.block_size or self.transformer.wpe is None
         check(fits, 'length', T, f'at most block_size={c.block_size} tokens')
@@ -402,7 +402,7 @@ class GPT(nn.Module):
 
 
 def load_checkpoint(path, device='cpu', **changes):
-    """(GPT, checkpoint) from a file of train.py, of nanoGPT or of nanoLOOP: see pretrained.py's load."""
+    """(GPT, checkpoint) from a file of train.py, an exported folder or others' weights: see pretrained.py."""
     from pretrained import load
 
     return load(path, device, **changes)

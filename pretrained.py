@@ -53,11 +53,13 @@ def read_checkpoint(path):
 def load(path, device='cpu', **changes):
     """(GPT, checkpoint) from a file of this train.py, of nanoGPT, or of the original nanoLOOP.
 
-    path: may be the dict that such a file holds. changes: GPTConfig values to use instead of the file's; a
-    smaller block_size keeps the first positions, an exit_gate is added. Raises ValueError if it is broken,
-    does not fit, or the changes give the weights another meaning.
+    path: also what find_pretrained knows, or the dict that such a file holds. changes: GPTConfig values
+    instead of the file's; a smaller block_size keeps the first positions, an exit_gate is added. Raises
+    ValueError if it is broken, does not fit, or the changes give the weights another meaning.
     """
-    checkpoint = path if isinstance(path, dict) else read_checkpoint(path)
+    checkpoint = path
+    if not isinstance(path, dict):
+        checkpoint = find_pretrained(str(path), changes) or read_checkpoint(path)
     args, weights = translate(checkpoint['model_args'], checkpoint['model'])
     try:
         config = GPTConfig(**args)
@@ -162,12 +164,12 @@ def read_gpt2(name, given):
     check(plain and c.activation_function in activations, 'init_from', name, wanted)
     if cut := {key: given[key] for key in CUT if key in given}:
         sizes = {key: cut.get(key, getattr(GPTConfig, key)) for key in CUT}
+        ends = f'n_prelude={sizes["n_prelude"]}, n_coda={sizes["n_coda"]}'
         rest = c.n_layer - sizes['n_prelude'] - sizes['n_coda']
+        check(rest >= 1, 'n_layer', c.n_layer, f'more of {name}: {ends} leave none for the loop')
         sizes['n_block'] = cut.get('n_block', rest)
-        wanted = f'{rest}: it has {c.n_layer} layers, of which n_prelude={sizes["n_prelude"]}'
-        check(
-            sizes['n_block'] == rest >= 1, 'n_block', sizes['n_block'], f'{wanted}, n_coda={sizes["n_coda"]}'
-        )
+        wanted = f'{rest}: it has {c.n_layer} layers, of which {ends}'
+        check(sizes['n_block'] == rest, 'n_block', sizes['n_block'], wanted)
     else:
         sizes = dict(zip(CUT, (0, c.n_layer, 0, 1, 'passthrough'), strict=True))
     parts = dict(prelude=sizes['n_prelude'], recur=sizes['n_block'], coda=sizes['n_coda'])

@@ -43,7 +43,7 @@ class SampleConfig:
     exit_threshold: float | None = None  # of exit: nats, relative change, probability to have left
     min_loops: int = 1  # of exit: at least so many
     warm_start: bool = False  # start a token's loop from its predecessor's last state, an approximation
-    speculate: int = 0  # draft so many tokens with few loops, verify them by all: the same text, sooner
+    speculate: int = 0  # draft so many tokens with few loops, verify them by all: as likely a text, sooner
     draft_loops: int = 1  # of speculate
     seed: int = 1337  # of what is drawn
     device: str = 'auto'  # auto, cpu, cuda, cuda:N, mps
@@ -88,8 +88,8 @@ def find_tokenizer(checkpoint):
         vocab = checkpoint['model_args']['vocab_size']
         folder = find_data(dataset)
         prepared = dataset and any((folder / name).exists() for name in ('meta.json', 'meta.pkl'))
-        wanted = 'a checkpoint with a tokenizer, or with its data set in data/'
-        check(prepared or vocab in (50257, 50304), 'dataset', dataset, wanted)
+        wanted = f'one with a tokenizer, or with its data set in data/, which is {dataset!r}'
+        check(prepared or vocab in (50257, 50304), 'checkpoint', checkpoint['path'], wanted)
         plain = read_meta(folder)['tokenizer'] if prepared else dict(kind='tiktoken', name='gpt2')
     return make_tokenizer(plain)
 

@@ -37,7 +37,7 @@ class Injection(NamedTuple):
 
     enter: Callable  # (model, e, s) -> u, the input of the first block
     states: list  # of state_init that make sense
-    learned: bool = False  # enter uses the matrix model.inject
+    module: Callable | None = None  # config -> model.inject, what enter has of weights of its own
     feed: Callable = lambda model, s: s  # what the blocks get of s, which take
     first: Callable | None = None  # (x, what they get, config) -> (x, source of queries) in the first block
     others: Callable | None = None  # the same in the other blocks
@@ -47,6 +47,10 @@ class Injection(NamedTuple):
 def concat(model, e, s):
     """W [e; s]; the first half of W's columns is for e."""
     return model.inject(torch.cat((e, s), dim=-1)).to(e.dtype)  # autocast must not lower the stream
+
+
+def matrix(config):
+    return nn.Linear(2 * config.n_embd, config.n_embd, bias=config.bias)
 
 
 def query(x, s, config):
@@ -86,7 +90,7 @@ STATE = {  # s_0
 }
 INJECT = {
     'passthrough': Injection(lambda model, e, s: s, ['prelude'], alone=True),
-    'inject': Injection(concat, ['prelude', 'random', 'zero'], learned=True),
+    'inject': Injection(concat, ['prelude', 'random', 'zero'], matrix),
     'add': Injection(lambda model, e, s: unit(e + s, model.config), ['prelude', 'random', 'zero', 'none']),
     'query_first': Injection(lambda model, e, s: e, ['none', 'prelude', 'random'], feed=normed, first=query),
     'query_all': Injection(

@@ -152,6 +152,15 @@ BASELINE = {
     'same_flops': lambda c: dict(PLAIN, n_block=c.n_block * c.n_loop, window_pattern=unrolled(c)),
 }
 
+
+def apply_baseline(c):
+    """Sets c's keys to those of its baseline, and tells which change."""
+    for key, value in BASELINE[c.baseline](c).items():
+        if c[key] != value and RANK == 0:
+            tell(f'baseline {c.baseline}: {key} = {value!r}')
+        c[key] = value
+
+
 # -----------------------------------------------------------------------------
 # batches and steps
 
@@ -388,6 +397,8 @@ class Run:
             self.say(line)
         if c.warmup_iters > self.end:
             self.say(f'warmup_iters={c.warmup_iters}: the learning rate rises until the end, at {self.end}')
+        if self.model.exit_gate and not OBJECTIVE[c.objective].gated:
+            self.say(f'objective={c.objective} does not train the exit gate')
         if OBJECTIVE[c.objective].frozen and self.weights is None:
             self.say(f'objective={c.objective} leaves the model as it began, at random; see --init_from=PATH')
         if self.end < c.max_iters:
@@ -610,10 +621,7 @@ def main(argv):
     settings = c.build(TrainConfig)
     fresh = checkpoint is None or resuming
     check(fresh or not c.baseline, 'baseline', c.baseline, f'none with the weights of {c.init_from}')
-    for key, value in BASELINE[c.baseline](c).items():
-        if c[key] != value and RANK == 0:
-            tell(f'baseline {c.baseline}: {key} = {value!r}')
-        c[key] = value
+    apply_baseline(c)
     layers = c.n_prelude + c.n_block * c.n_loop + c.n_coda
     work = c.max_iters * c.gradient_accumulation_steps * c.batch_size * c.block_size * layers * c.n_embd
     m = setup(settings, work)

@@ -77,6 +77,18 @@ def softmax_attention(q, k, v, window=None):
     return torch.exp(scores - scores.logsumexp(-1, keepdim=True)) @ v
 
 
+# a new entry of a table needs its equation here, or below in by_hand
+
+PLACE = dict(pre=('pre',), branch=('pre', 'post'), around=('pre', 'out'), post=('out',))
+CENTRED = dict(layernorm=True, rmsnorm=False, rmsnorm_fixed=False)
+ENTER = dict(  # u of e, s, W, and the unweighted norm
+    passthrough=lambda e, s, W, unit: s,
+    inject=lambda e, s, W, unit: W(torch.cat((e, s), dim=-1)),
+    add=lambda e, s, W, unit: unit(e + s),
+    query_first=lambda e, s, W, unit: e,
+    query_all=lambda e, s, W, unit: e,
+    residual_all=lambda e, s, W, unit: e,
+)
 ACT = {
     'gelu': F.gelu,
     'gelu_tanh': lambda x: F.gelu(x, approximate='tanh'),
@@ -98,7 +110,7 @@ def by_hand(weights, c, idx, n_loop=None, cut=None, until='logits'):
     def norm(x, name, there=True):
         if not there:
             return x
-        if c.norm == 'layernorm':
+        if CENTRED[c.norm]:
             x = x - x.mean(-1, keepdim=True)
         return rms(x, eps) * weights.get(name + '.weight', 1.0) + weights.get(name + '.bias', 0.0)
 
@@ -123,9 +135,7 @@ def by_hand(weights, c, idx, n_loop=None, cut=None, until='logits'):
     def block(x, name, s=None, takes=None):
         letter = c.window_pattern[order.index(name) % len(c.window_pattern)]
         window = (c.window_size or c.block_size // 2) if letter == 'S' else None
-        pre, out, post = (
-            c.norm_place in sites for sites in (('pre', 'branch', 'around'), ('around', 'post'), ('branch',))
-        )
+        pre, out, post = (site in PLACE[c.norm_place] for site in ('pre', 'out', 'post'))
         source = None
         if takes == 'query':
             source = rms(s, small)
@@ -144,20 +154,14 @@ def by_hand(weights, c, idx, n_loop=None, cut=None, until='logits'):
     e = norm(x, 'transformer.norm_emb', c.norm_emb)
     for i in range(c.n_prelude):
         e = block(e, f'transformer.prelude.{i}.')
-    s = dict(prelude=e, zero=torch.zeros_like(e)).get(c.state_init)
-    if c.state_init == 'random':
-        table = torch.randn(c.block_size, c.n_embd, generator=torch.Generator().manual_seed(0))
-        s = (c.state_std or c.n_embd**-0.5) * table[: idx.size(1)].to(e.dtype).expand_as(e)
+    noise = torch.randn(c.block_size, c.n_embd, generator=torch.Generator().manual_seed(0)).to(e.dtype)
+    noise = (c.state_std or c.n_embd**-0.5) * noise[torch.arange(idx.size(1)) % c.block_size].expand_as(e)
+    s = dict(prelude=e, zero=torch.zeros_like(e), random=noise, none=None)[c.state_init]
     for i in range(n_loop or c.n_loop):
         s = s.detach() if i == cut else s
         u, takes = e, [None] * c.n_block
         if s is not None:
-            if c.input_injection == 'passthrough':
-                u = s
-            if c.input_injection == 'inject':
-                u = linear(torch.cat((e, s), dim=-1), 'inject')
-            if c.input_injection == 'add':
-                u = rms(e + s, small)
+            u = ENTER[c.input_injection](e, s, lambda x: linear(x, 'inject'), lambda x: rms(x, small))
             if c.input_injection == 'query_first':
                 takes[0] = 'query'
             if c.input_injection == 'query_all':

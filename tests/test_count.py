@@ -121,6 +121,7 @@ def test_a_window_counts_the_keys_it_sees():
 def counts(call, *flags):
     """What bench.py prints of FLT, {name: number}."""
     out = call(bench.main, 'config/train_flt.py', '--vocab_size=64', '--count_only=True', *flags)[1]
+    assert ('baseline same_' in out and ': n_loop = 1\n' in out) == bool(flags)
     lines = out[out.index('embedding parameters') :].splitlines()
     return {line[:24].strip(): float(line[24:41].replace(',', '')) for line in lines}
 

@@ -1,6 +1,8 @@
+import copy
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from helpers import by_hand, randomize
@@ -8,12 +10,12 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as model_file
-from count import flops
-from generate import Sampler, window
+from count import flops, parameters, sections
+from generate import Sampler, stream, window
 from model import GPT, GPTConfig, load_checkpoint
 from objective import Objective
 from optimizer import make_optimizers
-from tables import ACT, INIT, INJECT, NORM, PLACE, POS
+from tables import ACT, INIT, INJECT, NORM, PLACE, POS, TABLES, Injection
 from train import TrainConfig
 
 SIZES = dict(block_size=16, vocab_size=23, n_head=2, n_embd=12, n_prelude=1, n_block=2, n_coda=1, n_loop=3)
@@ -31,10 +33,7 @@ def tokens(B=3, T=16, seed=0):
     return ids[:, :-1].clone(), ids[:, 1:].clone()
 
 
-def pick(i):
-    """Entries of the tables with fewer neighbours, so that every pair of entries meets somewhere."""
-    norm, pos, mlp = (list(table) for table in (NORM, POS, ACT))
-    return dict(norm=norm[i % 3], pos=pos[i // 3 % 3], mlp=mlp[i % 4])
+KINDS = [dict(norm=norm, pos=pos, mlp=mlp) for norm, pos, mlp in itertools.product(NORM, POS, ACT)]
 
 
 @pytest.mark.parametrize('place', PLACE)
@@ -44,7 +43,8 @@ def test_logits_equal_the_equations_written_out(injection, state, place):
     rich = dict(norm_emb=True, qk_norm=True, n_kv_head=1, tie_weights=False, softcap=3.0, emb_scale=2.5)
     plain = dict(norm_loop=False, norm_final=False, bias=True, window_pattern='LSS', window_size=5)
     for i in range(4):
-        keys = dict(input_injection=injection, state_init=state, norm_place=place, **pick(first + 7 * i))
+        kind = KINDS[(first + 7 * i) % len(KINDS)]
+        keys = dict(input_injection=injection, state_init=state, norm_place=place, **kind)
         model = make(double=True, **keys, **(rich, plain)[i % 2])
         for n_loop in (1, 2, 5):
             logits, _ = model(*tokens(), n_loop=n_loop)
@@ -60,8 +60,8 @@ def test_every_accepted_combination_works(injection, state, place):
         keys = dict(
             input_injection=injection, state_init=state, norm_place=place, pos=pos, mlp=mlp, bias=True
         )
-        init = list(INIT)[i % 3]
-        keys.update(norm=list(NORM)[i % 3], init=init, tie_weights=init != 'nanochat')
+        init = list(INIT)[i % len(INIT)]
+        keys.update(norm=list(NORM)[i % len(NORM)], init=init, tie_weights=init != 'nanochat')
         model = GPT(GPTConfig(**SIZES | keys))
         with torch.no_grad():
             for p in model.parameters():
@@ -430,14 +430,77 @@ def test_compiled_equals_eager():
         (dict(input_injection='passthrough', bptt_k=2), 'the prelude would get no gradient'),
         (dict(input_injection='passthrough', state_init='zero'), "state_init='zero', expected prelude with"),
         (dict(state_std=0.5), "state_std=0.5, expected None with state_init='prelude'"),
-        (dict(rope_base=500.0), 'rope_base=500.0, expected none'),
+        (dict(rope_base=500.0), 'rope_base=500.0, expected no value'),
         (dict(norm_eps=0.0), 'norm_eps=0.0, expected above 0'),
+        (dict(bias='no'), "bias='no', expected True or False"),
+        (dict(n_loop='4'), "n_loop='4', expected int"),
+        (dict(n_loop=True), 'n_loop=True, expected int'),
+        (dict(bptt_k=2.5), 'bptt_k=2.5, expected int or None'),
+        (dict(bptt_k=math.inf), 'bptt_k=inf, expected int or None'),
     ],
 )
 def test_a_config_refuses_what_has_no_meaning(keys, told):
     with pytest.raises(ValueError) as error:
         GPTConfig(**keys)
     assert told in str(error.value)
+
+
+def test_numbers_of_other_kinds_become_those_of_the_field():
+    config = GPTConfig(n_loop=np.int64(3), n_head=2.0, n_embd=8, emb_scale=np.float32(2), dropout=0)
+    assert (config.n_loop, config.n_head, config.emb_scale) == (3, 2, 2.0)
+    assert [type(value) for value in (config.n_loop, config.n_head, config.dropout)] == [int, int, float]
+
+
+def gated(model, e, s):
+    return e + model.inject(s)
+
+
+class Scale(torch.nn.Module):
+    """A weight per channel, which starts as 1."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.empty(config.n_embd))
+
+    def forward(self, x):
+        return self.weight * x
+
+
+@pytest.mark.parametrize(
+    'table, entry, keys',
+    [
+        (INJECT, Injection(gated, ['prelude', 'zero'], Scale), {}),
+        (
+            INJECT,
+            Injection(lambda model, e, s: e, ['none', 'zero'], first=lambda x, s, config: (x - s, x)),
+            {},
+        ),
+        (ACT, (torch.sin, 1, lambda C: 3 * C), dict(init='huginn')),
+        (NORM, lambda c: torch.nn.LayerNorm(c.n_embd, bias=False), {}),
+        (PLACE, (True, True, True), {}),
+    ],
+)
+def test_a_variant_is_an_entry_of_a_table(table, entry, keys, monkeypatch):
+    """It trains all its weights, is counted, and is sampled with a cache."""
+    monkeypatch.setitem(table, 'new', entry)
+    key = next(key for key, known in TABLES.items() if known is table)
+    states = dict(state_init=entry.states[0]) if table is INJECT else {}
+    model = GPT(GPTConfig(**SIZES | {key: 'new'} | states | keys))
+    if table is INJECT and entry.module:
+        assert torch.equal(model.inject.weight, torch.ones(12))
+    randomize(model).train()
+    Objective(model, TrainConfig())(*tokens(), n_loop=3)[0].backward()
+    assert all(p.grad.abs().sum() > 0 for p in model.parameters())
+    assert sum(parameters(model)[part] for part in sections(model)) == model.get_num_params()
+    with FlopCounterMode(display=False) as counter:
+        copy.deepcopy(model).to('meta')(*(x.to('meta') for x in tokens(B=1)))
+    assert counter.get_total_flops() == 16 * sum(
+        flops(model)['forward'][kind] for kind in ('matmul', 'attention')
+    )
+    idx = tokens()[0][:, :6]
+    for token in stream(model.double().eval(), idx, 9, temperature=0):
+        assert torch.equal(token, model(idx)[0][:, -1].argmax(dim=-1))
+        idx = torch.cat((idx, token[:, None]), dim=1)
 
 
 def test_a_library_user_is_told_too():

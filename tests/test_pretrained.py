@@ -189,6 +189,7 @@ def test_weights_that_cannot_be_had_are_told(call, gpt2, ouro, tiny_data, tmp_pa
     assert 'n_block=3, expected 2: it has 6 layers, of which n_prelude=2, n_coda=2' in told(
         f'--init_from={folder}', '--n_block=3'
     )
+    assert 'n_prelude=4, n_coda=2 leave none for the loop' in told(f'--init_from={folder}', '--n_prelude=4')
     assert "norm='rmsnorm', expected 'layernorm'" in told(f'--init_from={folder}', '--norm=rmsnorm')
     assert 'expected a folder with config.json' in told('--init_from=ouro:nowhere')
     (theirs / 'model-00002-of-00002.safetensors').unlink()
