@@ -33,6 +33,14 @@ def tokens(B=3, T=16, seed=0):
     return ids[:, :-1].clone(), ids[:, 1:].clone()
 
 
+def check_optimized(model):
+    """Every parameter is in exactly one group."""
+    for optimizer in ('adamw', 'muon'):
+        optimizers, _ = make_optimizers(model, TrainConfig(optimizer=optimizer))
+        held = [p for o in optimizers for group in o.param_groups for p in group['params']]
+        assert sorted(map(id, held)) == sorted(map(id, model.parameters()))
+
+
 KINDS = [dict(norm=norm, pos=pos, mlp=mlp) for norm, pos, mlp in itertools.product(NORM, POS, ACT)]
 
 
@@ -68,10 +76,7 @@ def test_every_accepted_combination_works(injection, state, place):
                 p.fill_(math.nan)
         model.init_weights()
         assert all(p.isfinite().all() for p in model.parameters())
-        for optimizer in ('adamw', 'muon'):
-            optimizers, _ = make_optimizers(model, TrainConfig(optimizer=optimizer))
-            held = [p for o in optimizers for group in o.param_groups for p in group['params']]
-            assert sorted(map(id, held)) == sorted(map(id, model.parameters()))
+        check_optimized(model)
         randomize(model).eval()
         seen = []
         keep = lambda _, __, x, seen=seen: seen.append(x.retain_grad() or x)  # noqa: E731
@@ -481,7 +486,7 @@ class Scale(torch.nn.Module):
     ],
 )
 def test_a_variant_is_an_entry_of_a_table(table, entry, keys, monkeypatch):
-    """It trains all its weights, is counted, and is sampled with a cache."""
+    """It trains all its weights, with both optimizers, is counted, and is sampled with a cache."""
     monkeypatch.setitem(table, 'new', entry)
     key = next(key for key, known in TABLES.items() if known is table)
     states = dict(state_init=entry.states[0]) if table is INJECT else {}
@@ -491,6 +496,7 @@ def test_a_variant_is_an_entry_of_a_table(table, entry, keys, monkeypatch):
     randomize(model).train()
     Objective(model, TrainConfig())(*tokens(), n_loop=3)[0].backward()
     assert all(p.grad.abs().sum() > 0 for p in model.parameters())
+    check_optimized(model)
     assert sum(parameters(model)[part] for part in sections(model)) == model.get_num_params()
     with FlopCounterMode(display=False) as counter:
         copy.deepcopy(model).to('meta')(*(x.to('meta') for x in tokens(B=1)))
