@@ -53,7 +53,7 @@ def resolve(c):
         check(c.state_init in ('prelude', 'random'), 'state_init', c.state_init, 'random')
         c.input_injection, c.state_init = 'inject', 'random'
     if c.size is not None:
-        check(1 <= c.size < math.inf, 'size', c.size, 'at least 1')
+        check(c.size >= 1, 'size', c.size, 'at least 1')
         heads = math.ceil(c.size / 2)
         for key, value in dict(n_embd=128 * heads, n_head=heads).items():
             mine, wanted = getattr(c, key), f'no value with size={c.size}, which makes it {value}'

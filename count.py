@@ -51,7 +51,7 @@ def flops(model, n_loop=None, rows=1):
     def cost(*names):
         modules = [module for name in names for module in parts[name].modules()]
         blocks = [module for module in modules if isinstance(module, Block)]
-        seen = (min(model.window, c.block_size) if block.windowed else c.block_size for block in blocks)
+        seen = (model.window if block.windowed else c.block_size for block in blocks)
         matrices = (module.weight.numel() for module in modules if isinstance(module, nn.Linear))
         norms = [m for block in blocks for m in block.modules() if isinstance(m, nn.RMSNorm | nn.LayerNorm)]
         vectors = (norm.weight.numel() for norm in norms if norm.weight is not None)

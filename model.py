@@ -220,7 +220,7 @@ class GPTConfig:
 
 def hold(again, f, *args):
     """f(*args), of which args alone are held for the backward pass if that computes f again."""
-    return checkpoint(f, *args, use_reentrant=False) if again else f(*args)
+    return checkpoint(f, *args, use_reentrant=False) if again and torch.is_grad_enabled() else f(*args)
 
 
 class GPT(nn.Module):
@@ -330,7 +330,7 @@ class GPT(nn.Module):
         check(reached, 'n_loop', n_loop, f'at most bptt_k={c.bptt_k}: the prelude would get no gradient')
         for i in range(n_loop):
             with torch.set_grad_enabled(torch.is_grad_enabled() and i >= first):
-                s = hold(c.recompute and torch.is_grad_enabled(), self.iterate, e, s, context)
+                s = hold(c.recompute, self.iterate, e, s, context)
             if i in rows or i - n_loop in rows:
                 read[i] = s
         return [read[row % n_loop] for row in rows], context

@@ -266,14 +266,19 @@ def test_dropout_acts_everywhere_in_training_and_nowhere_else(monkeypatch):
     shares.clear()
     model.train()(*tokens())
     assert shares == [0.3] * layers and calls == [0.3] * (1 + 2 * layers)
+    model = make(dropout=0.5, norm_emb=True)
+    kept, dropped = (model.train(on).embed(tokens()[0], torch.arange(16)) for on in (False, True))
+    assert torch.allclose(dropped[dropped != 0], 2 * kept[dropped != 0])  # after the norm
 
 
 def test_bfloat16_weights_give_float32_losses_also_at_long_contexts():
-    model = make(block_size=300, pos='rope', qk_norm=True).bfloat16()
+    model = make(block_size=300, pos='rope', qk_norm=True, exit_gate=True).bfloat16()
     idx = torch.randint(23, (1, 300), generator=torch.Generator().manual_seed(0))
     ce, _ = model.table(idx, idx)
-    assert ce.dtype == torch.float32 and ce.isfinite().all()
+    assert ce.dtype == model(idx, idx)[1].dtype == torch.float32 and ce.isfinite().all()
     assert len(ce.unique()) > 250  # bfloat16 has few values
+    (s,), _ = model.states(idx)
+    assert s.dtype == torch.bfloat16 and model.halt(s).dtype == torch.float32
 
 
 @pytest.mark.parametrize('rows', [(-1,), (0, 1, 2), (2, 0)])
@@ -290,13 +295,14 @@ def test_the_table_holds_each_loops_cross_entropy(rows):
 
 def test_reading_out_in_chunks_changes_neither_loss_nor_gradient(monkeypatch):
     results = []
-    for chunk in (model_file.HEAD_CHUNK, 23 * 5):
+    for chunk in (model_file.HEAD_CHUNK, 23 * 5, 1):  # at least a token, however large the vocabulary
         monkeypatch.setattr(model_file, 'HEAD_CHUNK', chunk)
         model = make(double=True)
         ce, _ = model.table(*tokens(), rows=(0, 2))
         (ce * torch.linspace(0, 1, ce.numel(), dtype=ce.dtype).view_as(ce)).sum().backward()
         results.append([ce, *(p.grad for p in model.parameters())])
-    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(*results, strict=True))
+    for others in results[1:]:
+        assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(results[0], others, strict=True))
 
 
 def test_chunks_keep_the_heads_gradient_exact_under_autocast(monkeypatch):
@@ -437,6 +443,21 @@ def test_compiled_equals_eager():
         (dict(state_std=0.5), "state_std=0.5, expected None with state_init='prelude'"),
         (dict(rope_base=500.0), 'rope_base=500.0, expected no value'),
         (dict(norm_eps=0.0), 'norm_eps=0.0, expected above 0'),
+        *[
+            (dict(keys, **{key: math.inf}), f'{key}=inf, expected')
+            for key, keys in dict(
+                n_embd={},
+                size={},
+                softcap={},
+                emb_scale={},
+                rope_base=dict(pos='rope'),
+                norm_eps={},
+                state_std=dict(state_init='random'),
+            ).items()
+        ],
+        (dict(dropout=-0.1), 'dropout=-0.1, expected at least 0'),
+        (dict(vocab_size=0), 'vocab_size=0, expected at least 1'),
+        (dict(input_injection='inject_random', state_init='none'), "state_init='none', expected random"),
         (dict(bias='no'), "bias='no', expected True or False"),
         (dict(n_loop='4'), "n_loop='4', expected int"),
         (dict(n_loop=True), 'n_loop=True, expected int'),
@@ -448,6 +469,17 @@ def test_a_config_refuses_what_has_no_meaning(keys, told):
     with pytest.raises(ValueError) as error:
         GPTConfig(**keys)
     assert told in str(error.value)
+
+
+def test_the_states_that_go_with_an_injection():
+    """The pairs of the README's table, no other."""
+    accepted = dict(passthrough='prelude', inject='prelude random zero', add='prelude random zero none')
+    accepted |= dict.fromkeys(('query_first', 'query_all'), 'none prelude random')
+    accepted |= dict(residual_all='prelude random zero none')
+    assert sorted(PAIRS) == sorted(
+        (injection, s) for injection in accepted for s in accepted[injection].split()
+    )
+    assert make(state_init='prelude').noise is None
 
 
 def test_numbers_of_other_kinds_become_those_of_the_field():
@@ -512,11 +544,13 @@ def test_a_variant_is_an_entry_of_a_table(table, entry, keys, monkeypatch):
 def test_a_library_user_is_told_too():
     with pytest.raises(ValueError, match='n_loop=2.5'):
         make()(tokens()[0], n_loop=2.5)
-    with pytest.raises(ValueError, match=r'rows=\(3,\), expected iterations of n_loop=3'):
-        make().table(*tokens(), rows=(3,))
+    for row in (3, -4):
+        with pytest.raises(ValueError, match=rf'rows=\({row},\), expected iterations of n_loop=3'):
+            make().table(*tokens(), rows=(row,))
     with pytest.raises(ValueError, match='n_loop=None'):
         GPTConfig(n_loop=None)
     truncated = make(input_injection='passthrough', bptt_k=3)
+    assert truncated.train()(*tokens(), n_loop=2)[1] > 0 and truncated.eval()
     assert truncated(*tokens(), n_loop=5)[1] > 0  # to look further than trained is fine
     with pytest.raises(ValueError, match='n_loop=5, expected at most bptt_k=3: the prelude'):
         truncated.train()(*tokens(), n_loop=5)
@@ -611,25 +645,48 @@ def test_memory_neither_grows_with_rows_nor_with_loops_beyond_bptt_k(monkeypatch
 def test_too_long_an_input_and_no_loops_are_refused():
     with pytest.raises(ValueError, match='at most block_size=16 tokens'):
         make()(torch.zeros(1, 17, dtype=torch.long))
-    with pytest.raises(ValueError, match='n_loop=0'):
-        make()(tokens()[0], n_loop=0)
+    for n in (0, -1):
+        with pytest.raises(ValueError, match=f'n_loop={n}, expected'):
+            make()(tokens()[0], n_loop=n)
 
 
-def test_the_other_initialisations_are_their_papers():
-    keys = dict(SIZES, n_embd=128, n_head=2, mlp='swiglu', tie_weights=False)
-    stds = {}
-    for init in ('nanochat', 'huginn'):
-        model = GPT(GPTConfig(**keys, init=init))
-        block, weights = model.transformer.recur[0], {}
-        weights.update(
-            q=block.attn.c_attn.weight, down=block.mlp.c_proj.weight, wte=model.transformer.wte.weight
-        )
-        weights['gate'], weights['up'] = block.mlp.c_fc.weight.chunk(2)
-        weights.update(head=model.lm_head.weight, inject=model.inject.weight)
-        stds[init] = {name: w.std().item() for name, w in weights.items()}
+def test_initialisations_are_their_papers():
+    keys = dict(SIZES, block_size=128, vocab_size=256, n_embd=128, n_head=2, mlp='swiglu', tie_weights=False)
     wide, std, depth = 128**-0.5, (2 / (5 * 128)) ** 0.5, 1 + 2 * 3 + 1
-    expected = dict(q=wide, down=0.0, wte=1.0, gate=wide, up=wide, head=0.001, inject=wide / 2**0.5)
-    assert stds['nanochat'] == pytest.approx(expected, rel=0.06)
-    low = std / (2 * depth) ** 0.5
-    expected = dict(q=std, down=low, wte=std, gate=std, up=low, head=std, inject=std)
-    assert stds['huginn'] == pytest.approx(expected, rel=0.06)
+    low, eye = std / (2 * depth) ** 0.5, (1 / 256) ** 0.5
+    normal, uniform, truncated = (3.4, 6.0), (1.7, 1.735), (2.9, 3.05)  # of the largest by the deviation
+    expected = dict(
+        gpt2=dict(
+            dict.fromkeys(('q', 'gate', 'up', 'wte', 'wpe', 'head'), (0.02, normal)),
+            down=(0.02 / (2 * depth) ** 0.5, normal),
+            inject=(eye, (15, 17)),
+        ),
+        nanochat=dict(
+            dict.fromkeys(('q', 'gate', 'up'), (wide, uniform)),
+            down=(0.0, (0, 0)),
+            wte=(1.0, normal),
+            wpe=(0.02, normal),
+            head=(0.001, normal),
+            inject=(eye, (15, 17)),
+        ),
+        huginn=dict(
+            dict.fromkeys(('q', 'gate', 'wte', 'wpe', 'head', 'inject'), (std, truncated)),
+            down=(low, truncated),
+            up=(low, truncated),
+        ),
+    )
+    assert expected.keys() == INIT.keys()
+    for init, parts in expected.items():
+        torch.manual_seed(0)
+        model = GPT(GPTConfig(**keys, init=init))
+        block, wte = model.transformer.recur[0], model.transformer.wte
+        gate, up = block.mlp.c_fc.weight.chunk(2)
+        found = dict(
+            q=block.attn.c_attn.weight, down=block.mlp.c_proj.weight, gate=gate, up=up, wte=wte.weight
+        )
+        found.update(head=model.lm_head.weight, inject=model.inject.weight, wpe=model.transformer.wpe.weight)
+        for name, (std, (least, most)) in parts.items():
+            p = found[name]
+            assert p.std(correction=0).item() == pytest.approx(std, rel=0.03), (init, name)
+            assert least * std <= p.abs().max() <= most * std, (init, name)
+            assert abs(p.mean()) <= 0.03 * std or name == 'inject', (init, name)
