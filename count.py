@@ -11,7 +11,7 @@ from tables import query
 
 
 def sections(model):
-    """{name: modules} of all parameters, in the order of first use; tied weights belong to the embedding."""
+    """{name: modules} of all parameters; tied weights belong to the embedding."""
     t = model.transformer
     parts = dict(
         embedding=[t.wte, t.wpe], prelude=t.prelude, inject=[model.inject], recur=t.recur, coda=t.coda
@@ -45,7 +45,7 @@ def flops(model, n_loop=None, rows=1):
     the blocks' norms count like a matrix's, as looped nanochat publishes it. rows: iterations read out.
     """
     c, parts = model.config, sections(model)
-    n_loop = n_loop or c.n_loop
+    n_loop = c.n_loop if n_loop is None else n_loop
     carried = min(n_loop, c.bptt_k or n_loop)
 
     def cost(*names):

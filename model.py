@@ -8,7 +8,8 @@ A looped (depth-recurrent) GPT: a few layers are applied many times with the sam
         s = norm_recur(recur(u, s))            n_block blocks, their weights shared by all iterations
     logits = lm_head(ln_f(coda(s)))            n_coda blocks, once
 
-Only the last bptt_k iterations record a graph. With n_prelude = n_coda = 0 and n_loop = 1 it is a plain GPT.
+Only the last bptt_k iterations record a graph. Without prelude, coda and norm_loop, with passthrough and
+n_loop = 1 it is a plain GPT.
 Every model of config/ is a choice of entries of tables.py, integers and neutral values.
 
 References: GPT-2 as in nanoGPT, github.com/karpathy/nanoGPT; nanoLOOP, github.com/LoopedLMs/nanoLOOP;
@@ -28,8 +29,8 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from checks import check, check_config, resolve
-from tables import ACT, INIT, INJECT, NORM, PLACE, POS, STATE, unit
+from checks import check
+from tables import ACT, INIT, INJECT, NORM, PLACE, POS, STATE, check_config, resolve, unit
 
 HEAD_CHUNK = 2**25  # logits alive at a time, 128 MiB in float32: more tokens are read out in chunks
 
@@ -185,7 +186,7 @@ class GPTConfig:
     state_std: float | None = None  # of state_init random; None = n_embd^-0.5
     norm: str = 'rmsnorm'  # layernorm, rmsnorm, or rmsnorm_fixed, which has no weight
     norm_eps: float | None = None  # None = 1e-5 for layernorm, 1e-6 for the others
-    norm_place: str = 'pre'  # pre, branch, around or post: which norms a block has, see PLACE
+    norm_place: str = 'pre'  # pre, branch, around or post: which norms a block has, README.md
     norm_emb: bool = False  # a norm after the embedding
     norm_loop: bool = True  # a norm at the end of each iteration
     norm_final: bool = True  # a norm before the head
@@ -247,9 +248,8 @@ class GPT(nn.Module):
         ))
         # fmt: on
         self.injection, self.start = injection, STATE[c.state_init]
-        fixed = dict(device='cpu', generator=torch.Generator('cpu').manual_seed(0))
-        table = torch.randn(c.block_size, c.n_embd, **fixed) if c.state_init == 'random' else None
-        self.register_buffer('noise', table, persistent=False)
+        noise = torch.empty(c.block_size, c.n_embd) if c.state_init == 'random' else None
+        self.register_buffer('noise', noise, persistent=False)
         self.inject = injection.module(c) if injection.module else None
         self.norm_recur = norm(c.norm_loop)
         self.exit_gate = nn.Linear(c.n_embd, 1) if c.exit_gate else None
@@ -262,7 +262,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Every parameter by one rule: norms 1, biases 0, the others as INIT says for their part."""
+        """Every parameter by one rule: norms 1, biases 0, the others as INIT says for their part; noise."""
         rules = INIT[self.config.init](self.config.n_embd, self.config.depth)
         for name, p in self.named_parameters():
             part = name.split('.')[-2:][0]
@@ -274,6 +274,9 @@ class GPT(nn.Module):
                 rules.get(part, rules['rest'])(p)
                 if part == 'c_fc' and 'up' in rules and ACT[self.config.mlp][1] == 2:
                     rules['up'](p.chunk(2)[1])
+        fixed = dict(device='cpu', dtype=torch.float32, generator=torch.Generator('cpu').manual_seed(0))
+        for row in () if self.noise is None else self.noise:  # whatever block_size, device and dtype are
+            row.copy_(torch.randn(self.config.n_embd, **fixed))
 
     def blocks(self):
         """Every block once, in the order of first use."""
@@ -318,7 +321,8 @@ class GPT(nn.Module):
         c, T = self.config, idx.size(1)
         n_loop = c.n_loop if n_loop is None else n_loop
         check(isinstance(n_loop, int) and n_loop >= 1, 'n_loop', n_loop, 'an int, at least 1')
-        check(all(-n_loop <= row < n_loop for row in rows), 'rows', rows, f'iterations of n_loop={n_loop}')
+        there = len(rows) and all(-n_loop <= row < n_loop for row in rows)
+        check(there, 'rows', rows, f'iterations of n_loop={n_loop}')
         fits = T <= c.block_size or self.transformer.wpe is None
         check(fits, 'length', T, f'at most block_size={c.block_size} tokens')
         pos = torch.arange(T, device=idx.device)
@@ -326,7 +330,7 @@ class GPT(nn.Module):
         e = self.run(self.transformer.prelude, self.embed(idx, pos), context)
         s, read = self.start(self, e, pos), {}
         first = max(0, n_loop - (c.bptt_k or n_loop))  # iterations before this one record no graph
-        reached = not (self.training and self.injection.alone and first)
+        reached = not (torch.is_grad_enabled() and self.training and self.injection.alone and first)
         check(reached, 'n_loop', n_loop, f'at most bptt_k={c.bptt_k}: the prelude would get no gradient')
         for i in range(n_loop):
             with torch.set_grad_enabled(torch.is_grad_enabled() and i >= first):
@@ -353,26 +357,27 @@ class GPT(nn.Module):
         """-log p of targets (N,), -1 = ignored, given what the head reads, x (N, C): (N,)."""
         return F.cross_entropy(upcast(self.logits(x)), targets, ignore_index=-1, reduction='none')
 
-    def cross_entropy(self, s, targets, context):
+    def cross_entropy(self, s, targets, context, again=False):
         """-log p of targets (B, T) read out of s (B, T, C): (B, T), 0 where a target is -1.
 
-        Never holds more than HEAD_CHUNK logits: a chunk of tokens is computed again in the backward pass.
+        Holds a chunk of HEAD_CHUNK logits at most: chunks are computed again in the backward pass. again: so
+        are the coda and a single chunk.
         """
-        x, y = self.readout(s, context).flatten(0, 1), targets.flatten()
+        x, y = hold(again, self.readout, s, context).flatten(0, 1), targets.flatten()
         n = max(1, HEAD_CHUNK // self.config.vocab_size)
         chunks = zip(x.split(n), y.split(n), strict=True)
-        return torch.cat([hold(len(y) > n, self.nll, *chunk) for chunk in chunks]).view_as(targets)
+        return torch.cat([hold(again or len(y) > n, self.nll, *chunk) for chunk in chunks]).view_as(targets)
 
     def table(self, idx, targets, n_loop=None, rows=(-1,)):
         """The loss table: the cross-entropy of every token, read out after each of the iterations in rows.
 
         idx, targets: (B, T), -1 = ignored. Returns ce (R, B, T), differentiable and 0 where ignored, and
-        the exit gate's probabilities (R, B, T) or None. Of several rows each keeps its state alone: coda and
-        head are computed again in the backward pass. Under autocast use cache_enabled=False, or the gradients
-        of chunks and rows are summed in the low precision.
+        the exit gate's probabilities (R, B, T) or None. Of several rows each keeps its state and what the
+        head reads: the rest is computed again in the backward pass. Under autocast use cache_enabled=False:
+        gradients of chunks and rows would be summed in the low precision.
         """
         states, context = self.states(idx, n_loop, rows)
-        ce = torch.stack([hold(len(rows) > 1, self.cross_entropy, s, targets, context) for s in states])
+        ce = torch.stack([self.cross_entropy(s, targets, context, len(rows) > 1) for s in states])
         return ce, torch.stack([self.halt(s) for s in states]) if self.exit_gate else None
 
     def forward(self, idx, targets=None, n_loop=None):
@@ -384,7 +389,7 @@ class GPT(nn.Module):
         (s,), context = self.states(idx, n_loop)
         x = self.readout(s, context)
         if targets is None:
-            return self.logits(x[:, [-1]]), None
+            return self.logits(x[:, -1:]), None
         logits = self.logits(x)
         return logits, F.cross_entropy(upcast(logits).flatten(0, 1), targets.flatten(), ignore_index=-1)
 

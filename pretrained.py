@@ -1,7 +1,7 @@
 """
-Weights from files: checkpoints of this program, of nanoGPT and of the original nanoLOOP, GPT-2's through
-transformers, Ouro's safetensors. Each becomes a checkpoint: a dict with model_args, GPTConfig's values, and
-model, GPT's state dict.
+Weights from files: checkpoints and exports of this program, checkpoints of nanoGPT and the original nanoLOOP,
+GPT-2's through transformers, Ouro's safetensors. Each becomes a checkpoint: a dict with model_args,
+GPTConfig's values, and model, GPT's state dict.
 """
 
 import contextlib
@@ -214,6 +214,7 @@ def read_ouro(folder):
                 rows = [weights.pop(f'model.layers.{i}.{name}.weight') for name in theirs]
                 model[f'transformer.recur.{i}.{ours}.weight'] = torch.cat(rows)
         other = [*weights, *(key for key in ('rope_scaling', 'tie_word_embeddings') if c.get(key))]
+        other += ['hidden_act'] * (c.get('hidden_act', 'silu') != 'silu')
         check(
             not other, 'init_from', f'ouro:{folder}', f'an Ouro, which has no {", ".join(sorted(other)[:3])}'
         )

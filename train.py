@@ -290,8 +290,8 @@ def build_model(c, meta, checkpoint):
     """From scratch as c says, or the checkpoint's model with the given keys. vocab_size is the data's."""
     keys = {field.name for field in fields(GPTConfig)}
     if checkpoint is None:
-        vocab = {} if 'vocab_size' in c.given else dict(vocab_size=meta['vocab_size'])
-        return GPT(GPTConfig(**{key: c[key] for key in keys} | vocab))
+        c['vocab_size'] = c.vocab_size if 'vocab_size' in c.given else meta['vocab_size']
+        return GPT(c.build(GPTConfig))
     model, _ = load_checkpoint(checkpoint, **{key: c[key] for key in keys & c.given})
     ours, theirs = meta['tokenizer'], checkpoint.get('tokenizer') or meta['tokenizer']
     wanted = f'one in the tokens of the checkpoint: {model.config.vocab_size} of kind {theirs["kind"]}'

@@ -154,7 +154,8 @@ def by_hand(weights, c, idx, n_loop=None, cut=None, until='logits'):
     e = norm(x, 'transformer.norm_emb', c.norm_emb)
     for i in range(c.n_prelude):
         e = block(e, f'transformer.prelude.{i}.')
-    noise = torch.randn(c.block_size, c.n_embd, generator=torch.Generator().manual_seed(0)).to(e.dtype)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.stack([torch.randn(c.n_embd, generator=generator) for _ in range(c.block_size)]).to(e.dtype)
     noise = (c.state_std or c.n_embd**-0.5) * noise[torch.arange(idx.size(1)) % c.block_size].expand_as(e)
     s = dict(prelude=e, zero=torch.zeros_like(e), random=noise, none=None)[c.state_init]
     for i in range(n_loop or c.n_loop):

@@ -64,8 +64,8 @@ EXTRAS = [
     dict(window_pattern='LS'),
     dict(window_pattern='LS', window_size=12),
     dict(window_pattern='S', window_size=3, n_kv_head=1),
-    dict(qk_norm=True, softcap=4.0, emb_scale=2.0, norm_emb=True),
-    dict(bias=True, block_size=1),
+    dict(qk_norm=True, softcap=4.0, norm_emb=True),
+    dict(bias=True, block_size=1, emb_scale=2.0),
     dict(n_prelude=0, n_coda=0),
 ]
 

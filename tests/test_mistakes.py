@@ -51,6 +51,7 @@ WRONG = [  # (flags of train.py after those of a tiny run, what must be told)
     (['--softcap=0'], 'softcap=0.0, expected above 0'),
     (['--emb_scale=0'], 'emb_scale=0.0, expected above 0'),
     (['--pos=rope', '--rope_base=0'], 'rope_base=0.0, expected above 0'),
+    (['--size=1', '--n_head=1', '--n_embd=768'], 'n_embd=768, expected 128 with the other keys'),
     (['--size=0'], 'size=0, expected at least 1'),
     (['--n_hidden=0'], 'n_hidden=0, expected at least 1'),
     (['--n_kv_head=0'], 'n_kv_head=0, expected at least 1'),

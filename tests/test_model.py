@@ -28,6 +28,17 @@ def make(double=False, **keys):
     return (model.double() if double else model).eval()
 
 
+class Counted:
+    """A function, and how often it was called."""
+
+    def __init__(self, function):
+        self.function, self.calls = function, 0
+
+    def __call__(self, *args, **keys):
+        self.calls += 1
+        return self.function(*args, **keys)
+
+
 def tokens(B=3, T=16, seed=0):
     ids = torch.randint(23, (B, T + 1), generator=torch.Generator().manual_seed(seed))
     return ids[:, :-1].clone(), ids[:, 1:].clone()
@@ -48,8 +59,10 @@ KINDS = [dict(norm=norm, pos=pos, mlp=mlp) for norm, pos, mlp in itertools.produ
 @pytest.mark.parametrize('injection, state', PAIRS)
 def test_logits_equal_the_equations_written_out(injection, state, place):
     first = PAIRS.index((injection, state)) + 5 * list(PLACE).index(place)
-    rich = dict(norm_emb=True, qk_norm=True, n_kv_head=1, tie_weights=False, softcap=3.0, emb_scale=2.5)
-    plain = dict(norm_loop=False, norm_final=False, bias=True, window_pattern='LSS', window_size=5)
+    rich = dict(norm_emb=True, qk_norm=True, n_kv_head=1, tie_weights=False, softcap=3.0)
+    plain = dict(
+        norm_loop=False, norm_final=False, bias=True, window_pattern='LSS', window_size=5, emb_scale=2.5
+    )
     for i in range(4):
         kind = KINDS[(first + 7 * i) % len(KINDS)]
         keys = dict(input_injection=injection, state_init=state, norm_place=place, **kind)
@@ -162,6 +175,9 @@ def test_a_checkpoint_refuses_what_changes_its_meaning(tmp_path):
     for key, value in other.items():
         with pytest.raises(ValueError, match=f'{key}=.* as in the checkpoint'):
             load_checkpoint(tmp_path / 'a.pt', **{key: value})
+    gated = GPT(GPTConfig(**SIZES, exit_gate=True))
+    with pytest.raises(ValueError, match='exit_gate=False, expected True as in the checkpoint'):
+        load_checkpoint(dict(model=gated.state_dict(), model_args=vars(gated.config)), exit_gate=False)
     torch.save([1, 2], tmp_path / 'list.pt')
     with pytest.raises(ValueError, match='expected a file with model and model_args'):
         load_checkpoint(tmp_path / 'list.pt')
@@ -332,6 +348,37 @@ def test_without_targets_only_the_last_position_is_read_out():
     assert loss is None and torch.allclose(logits, model(idx, targets)[0][:, -1:], atol=1e-6)
 
 
+def test_noise_depends_on_the_position_alone():
+    """Not on block_size, default dtype or device; a model made without memory gets it with its weights."""
+    keys = dict(SIZES, state_init='random', n_embd=20)
+    noise = GPT(GPTConfig(**keys)).noise
+    assert torch.equal(GPT(GPTConfig(**keys | dict(block_size=5))).noise, noise[:5])
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(GPT(GPTConfig(**keys)).noise, noise.double())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.device('meta'):
+        model = GPT(GPTConfig(**keys))
+    assert model.noise.device.type == 'meta'
+    model.to_empty(device='cpu').init_weights()
+    assert torch.equal(model.noise, noise)
+
+
+def test_several_rows_in_chunks_read_out_twice_not_more(monkeypatch):
+    """Once forward, once again in the backward pass."""
+    monkeypatch.setattr(model_file, 'HEAD_CHUNK', 23 * 12)
+    model, calls = make(n_coda=1), []
+    real = model.lm_head.forward
+    monkeypatch.setattr(model.lm_head, 'forward', lambda x: calls.append(len(x)) or real(x))
+    monkeypatch.setattr(
+        model.transformer.coda[0], 'forward', count := Counted(model.transformer.coda[0].forward)
+    )
+    ce, _ = model.table(*tokens(), rows=(0, 1, 2))
+    ce.sum().backward()
+    assert sum(calls) == 2 * 3 * 48 and max(calls) == 12 and count.calls == 2 * 3
+
+
 def test_noise_is_fresh_in_training_and_fixed_in_evaluation():
     model = make(state_init='random', state_std=0.5)
     assert model.state_dict().keys() == make().state_dict().keys()
@@ -455,6 +502,7 @@ def test_compiled_equals_eager():
                 state_std=dict(state_init='random'),
             ).items()
         ],
+        (dict(norm_emb=True, emb_scale=2.0, pos='rope'), 'emb_scale=2.0, expected 1 with norm_emb'),
         (dict(dropout=-0.1), 'dropout=-0.1, expected at least 0'),
         (dict(vocab_size=0), 'vocab_size=0, expected at least 1'),
         (dict(input_injection='inject_random', state_init='none'), "state_init='none', expected random"),
@@ -554,6 +602,10 @@ def test_a_library_user_is_told_too():
     assert truncated(*tokens(), n_loop=5)[1] > 0  # to look further than trained is fine
     with pytest.raises(ValueError, match='n_loop=5, expected at most bptt_k=3: the prelude'):
         truncated.train()(*tokens(), n_loop=5)
+    with torch.no_grad():
+        assert truncated(*tokens(), n_loop=5)[1] > 0
+    with pytest.raises(ValueError, match=r'rows=\(\), expected iterations'):
+        make().table(*tokens(), rows=())
     with pytest.raises(ValueError, match='of another program'):
         load_checkpoint(dict(model={}, model_args=dict(norm='rmsnorm', layers=3)))
 
