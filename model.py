@@ -8,13 +8,12 @@ A looped (depth-recurrent) GPT: a few layers are applied many times with the sam
         s = norm_recur(recur(u, s))            n_block blocks, their weights shared by all iterations
     logits = lm_head(ln_f(coda(s)))            n_coda blocks, once
 
-Only the last bptt_k iterations record a graph. Without prelude, coda and norm_loop, with passthrough and
-n_loop = 1 it is a plain GPT.
-Every model of config/ is a choice of entries of tables.py, integers and neutral values.
+Only the last bptt_k iterations record a graph. Every model of config/ is a choice of entries of tables.py,
+integers and neutral values; without prelude, coda, norm_loop and injection, once through, it is a plain GPT.
 
-References: GPT-2 as in nanoGPT, github.com/karpathy/nanoGPT; nanoLOOP, github.com/LoopedLMs/nanoLOOP;
-FLT and LT, github.com/FuRuF-11/FullyLoopedTransformer; looped nanochat, github.com/LoopedLMs/looped_nanochat;
-Huginn, arXiv:2502.05171; Ouro, arXiv:2510.25741; RMSNorm, arXiv:1910.07467; RoPE, arXiv:2104.09864.
+References: github.com/karpathy/nanoGPT; nanoLOOP and looped nanochat, github.com/LoopedLMs; FLT and LT,
+github.com/FuRuF-11/FullyLoopedTransformer; Huginn, arXiv:2502.05171; Ouro, arXiv:2510.25741;
+RMSNorm, arXiv:1910.07467; RoPE, arXiv:2104.09864.
 
 Shapes: B sequences, T positions, C = n_embd, H heads, G = n_kv_head, D = C / H, V = vocab_size, R loops.
 """
@@ -30,7 +29,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from checks import check
-from tables import ACT, INIT, INJECT, NORM, PLACE, POS, STATE, check_config, resolve, unit
+from tables import ACT, INIT, INJECT, NORM, PLACE, POS, STATE, check_config, unit
 
 HEAD_CHUNK = 2**25  # logits alive at a time, 128 MiB in float32: more tokens are read out in chunks
 
@@ -206,7 +205,6 @@ class GPTConfig:
 
     def __post_init__(self):
         """Raises ValueError for a value outside its table, and for one that would mean nothing."""
-        resolve(self)
         check_config(self)
 
     @property

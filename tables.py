@@ -155,7 +155,8 @@ def resolve(c):
 
 
 def check_config(c):
-    """Raises Mistake for a value of a GPTConfig outside its table, and for one that would mean nothing."""
+    """Resolves a GPTConfig. Raises Mistake for a value outside its table, or one that would mean nothing."""
+    resolve(c)
     for key, table in TABLES.items():
         check(getattr(c, key) in table, key, getattr(c, key), f'one of {", ".join(table)}')
     check_least(c, 1, 'block_size', 'vocab_size', 'n_head', 'n_kv_head', 'n_embd', 'n_block', 'n_loop')
