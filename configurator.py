@@ -41,7 +41,9 @@ class Config(dict):
     def build(self, cls):
         """cls(**its keys), the values it settled on written back. Raises ValueError if cls refuses them."""
         built = cls(**{key: self[key] for key in get_type_hints(cls)})
-        for key in self.given & get_type_hints(cls).keys():  # a default that was given is not to be replaced
+        for key in (
+            self.given & get_type_hints(cls).keys()
+        ):  # not replaced without a word, but that name for two
             settled = getattr(built, key)
             check(self[key] in (settled, 'inject_random'), key, self[key], f'{settled!r} with the other keys')
         self.update(vars(built))

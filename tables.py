@@ -41,9 +41,9 @@ class Injection(NamedTuple):
     enter: Callable  # (model, e, s) -> u, the input of the first block
     states: list  # of state_init that make sense
     module: Callable | None = None  # config -> model.inject, what enter has of weights of its own
-    feed: Callable = lambda model, s: s  # what the blocks get of s, which take
-    first: Callable | None = None  # (x, what they get, config) -> (x, source of queries) in the first block
-    others: Callable | None = None  # the same in the other blocks
+    feed: Callable = lambda model, s: s  # what of s is given to the blocks that have a first or others
+    first: Callable | None = None  # of the first block: (x, what is given, config) -> (x, source of queries)
+    others: Callable | None = None  # the same of the other blocks
     alone: bool = False  # e enters through s_0 alone: truncated, it would get no gradient
 
 

@@ -2,9 +2,12 @@ import io
 import json
 import os
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from helpers import ROOT
 
 from data import dataset
 from data.dataset import Bytes, Characters, Split, Writer, make_tokenizer, read_meta, write_hub, write_text
@@ -360,3 +363,9 @@ def test_a_tokenizer_that_cannot_be_downloaded_is_told_with_what_helps(monkeypat
     monkeypatch.setattr(tiktoken, 'get_encoding', offline)
     with pytest.raises(ValueError, match='TIKTOKEN_CACHE_DIR=FOLDER'):
         make_tokenizer(dict(kind='tiktoken', name='gpt2'))
+
+
+def test_preparing_data_needs_no_torch():
+    """Its processes would take seconds and hundreds of MiB each to import it."""
+    code = "import sys, data.dataset; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, '-c', code], cwd=ROOT).returncode == 0

@@ -19,7 +19,8 @@ from train import main
 @pytest.mark.parametrize('keys', [[], ['--tie_weights=False', '--exit_gate=True', '--pos=rope']], ids=len)
 def test_an_exported_model_is_the_same(call, flags, tmp_path, keys):
     safetensors = pytest.importorskip('safetensors.torch')
-    call(main, *flags, *keys)
+    out = call(main, *flags, *keys)[1]
+    assert ('objective=end does not train the exit gate' in out) == bool(keys)
     status, out, err = call(export.main, f'--out_dir={tmp_path}/out', f'--to={tmp_path}/to')
     assert status == 0 and 'parameters' in out, err
     assert sorted(p.name for p in (tmp_path / 'to').iterdir()) == [

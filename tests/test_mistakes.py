@@ -133,6 +133,7 @@ WRONG = [  # (flags of train.py after those of a tiny run, what must be told)
     (['--out_dir={tmp}/typo.py'], 'cannot be written'),
 ]
 SAMPLE = [
+    (['--temperature=1e999'], 'temperature=inf, expected at least 0'),
     (['--out_dir={tmp}/empty'], 'expected the folder of a run with a checkpoint'),
     (['--out_dir={tmp}/nowhere'], 'expected the folder of a run with a checkpoint'),
     (['--start=Zebra'], "characters that the tokenizer does not know: 'Z' 'r'"),

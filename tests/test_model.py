@@ -28,17 +28,6 @@ def make(double=False, **keys):
     return (model.double() if double else model).eval()
 
 
-class Counted:
-    """A function, and how often it was called."""
-
-    def __init__(self, function):
-        self.function, self.calls = function, 0
-
-    def __call__(self, *args, **keys):
-        self.calls += 1
-        return self.function(*args, **keys)
-
-
 def tokens(B=3, T=16, seed=0):
     ids = torch.randint(23, (B, T + 1), generator=torch.Generator().manual_seed(seed))
     return ids[:, :-1].clone(), ids[:, 1:].clone()
@@ -368,15 +357,12 @@ def test_noise_depends_on_the_position_alone():
 def test_several_rows_in_chunks_read_out_twice_not_more(monkeypatch):
     """Once forward, once again in the backward pass."""
     monkeypatch.setattr(model_file, 'HEAD_CHUNK', 23 * 12)
-    model, calls = make(n_coda=1), []
-    real = model.lm_head.forward
-    monkeypatch.setattr(model.lm_head, 'forward', lambda x: calls.append(len(x)) or real(x))
-    monkeypatch.setattr(
-        model.transformer.coda[0], 'forward', count := Counted(model.transformer.coda[0].forward)
-    )
+    model, chunks, codas = make(n_coda=1), [], []
+    model.lm_head.register_forward_hook(lambda module, args, logits: chunks.append(len(logits)))
+    model.transformer.coda[0].register_forward_hook(lambda module, args, x: codas.append(len(x)))
     ce, _ = model.table(*tokens(), rows=(0, 2))
     ce.sum().backward()
-    assert sum(calls) == 2 * 2 * 48 and max(calls) == 12 and count.calls == 2 * 2
+    assert sum(chunks) == 2 * 2 * 48 and max(chunks) == 12 and len(codas) == 2 * 2
 
 
 def test_noise_is_fresh_in_training_and_fixed_in_evaluation():
@@ -742,3 +728,6 @@ def test_initialisations_are_their_papers():
             assert p.std(correction=0).item() == pytest.approx(std, rel=0.03), (init, name)
             assert least * std <= p.abs().max() <= most * std, (init, name)
             assert abs(p.mean()) <= 0.03 * std or name == 'inject', (init, name)
+    model.scale = torch.nn.Parameter(torch.empty(3))  # of the model itself
+    model.init_weights()
+    assert (model.scale == 1).all()

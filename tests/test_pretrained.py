@@ -248,6 +248,7 @@ def test_an_untied_gpt2_with_the_exact_gelu(tmp_path):
     [
         (dict(rope_scaling=dict(factor=2)), 'which has no rope_scaling'),
         (dict(tie_word_embeddings=True), 'which has no tie_word_embeddings'),
+        (dict(hidden_act='gelu'), 'which has no hidden_act'),
         (dict(rope_theta=None), 'cannot be read'),
         (dict(num_hidden_layers=2), 'which has no model.layers.2'),
         (dict(num_hidden_layers='three'), 'cannot be read'),
