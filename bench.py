@@ -21,15 +21,16 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from checks import check, check_least
-from configurator import command, configure, peak_memory, setup
-from count import flops, parameters
-from data.dataset import find_data, read_meta
-from generate import Exit, lower, stream
-from model import GPT, GPTConfig, load_checkpoint
-from objective import OBJECTIVE, Objective, check_loops, loops_at
-from optimizer import make_optimizers
-from storage import find_checkpoint
+from configurator import command, configure
+from model import GPT, GPTConfig
+from nanoloop.checkpoint import find_checkpoint, load_checkpoint
+from nanoloop.checks import check, check_least
+from nanoloop.count import flops, parameters
+from nanoloop.datasets import find_data, read_meta
+from nanoloop.generate import Exit, lower, stream
+from nanoloop.machine import peak_memory, setup
+from nanoloop.objective import OBJECTIVE, Objective, check_loops, loops_at
+from nanoloop.optimizer import make_optimizers
 from train import TrainConfig, apply_baseline, flops_of, train_step
 
 

@@ -16,8 +16,8 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from checks import Mistake, check
 from configurator import command, configure
+from nanoloop.checks import UserError, check
 from sample import find_model, find_tokenizer
 
 
@@ -41,7 +41,7 @@ def main(argv):
     try:
         from safetensors.torch import save_model
     except ImportError:
-        raise Mistake('exporting needs safetensors: pip install safetensors') from None
+        raise UserError('exporting needs safetensors: pip install safetensors') from None
     folder = Path(c.to)
     free = not folder.exists() or (folder.is_dir() and not (folder / 'ckpt.pt').exists())
     check(free, 'to', c.to, 'a folder for the model alone')

@@ -28,7 +28,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from checks import check
+from nanoloop.checks import check
 from tables import ACT, INIT, INJECT, NORM, PLACE, POS, STATE, check_config, unit
 
 HEAD_CHUNK = 2**25  # logits alive at a time, 128 MiB in float32: more tokens are read out in chunks
@@ -393,7 +393,7 @@ class GPT(nn.Module):
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, **options):
         """idx (B, T) continued by max_new_tokens tokens; options: as of generate.py's stream, but lengths."""
-        from generate import stream
+        from nanoloop.generate import stream
 
         check('lengths' not in options, 'lengths', options.get('lengths'), 'none: see stream')
         tokens = stream(self, idx, max_new_tokens, temperature, top_k, **options)
@@ -402,10 +402,3 @@ class GPT(nn.Module):
     def get_num_params(self):
         """Parameters, shared ones once, position embeddings (which nanoGPT leaves out) included."""
         return sum(p.numel() for p in self.parameters())
-
-
-def load_checkpoint(path, device='cpu', **changes):
-    """(GPT, checkpoint) from a file of train.py, an exported folder or others' weights: see pretrained.py."""
-    from pretrained import load
-
-    return load(path, device, **changes)

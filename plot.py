@@ -8,8 +8,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from checks import Mistake, check
 from configurator import command, configure
+from nanoloop.checks import UserError, check
 
 PANELS = (  # title, a pattern of keys with {} for the loop, whether the axis is logarithmic
     ('loss by loop, nats', 'loss/loop_{:02d}', False),
@@ -34,7 +34,7 @@ def read_log(folder):
     try:
         records = [json.loads(line) for line in whole.splitlines()]
     except ValueError:
-        raise Mistake(f'{path} is broken') from None
+        raise UserError(f'{path} is broken') from None
     check(records, 'out_dir', folder, 'a run that has logged something')
     return records
 
@@ -73,7 +73,7 @@ def main(argv):
     try:
         import matplotlib
     except ImportError:
-        raise Mistake('plotting needs matplotlib: pip install matplotlib') from None
+        raise UserError('plotting needs matplotlib: pip install matplotlib') from None
     matplotlib.use('Agg')
     from matplotlib import pyplot
 

@@ -16,13 +16,14 @@ from pathlib import Path
 
 import torch
 
-from checks import check, check_least
-from configurator import autocast, choose_compile, choose_device, choose_dtype, command, configure
-from data.dataset import find_data, make_tokenizer, read_meta, read_text
-from generate import EXIT, Exit, lower, stream
-from model import load_checkpoint
-from pretrained import GPT2, find_pretrained
-from storage import PLACES, find_paths, read_first
+from configurator import command, configure
+from nanoloop.checkpoint import PLACES, find_paths, load_checkpoint, read_first
+from nanoloop.checks import check, check_least
+from nanoloop.datasets import find_data, read_meta
+from nanoloop.generate import EXIT, Exit, lower, stream
+from nanoloop.machine import autocast, choose_compile, choose_device, choose_dtype
+from nanoloop.pretrained import GPT2, find_pretrained
+from nanoloop.tokenizer import make_tokenizer, read_text
 
 
 @dataclass

@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from checks import check, check_least, typed
+from nanoloop.checks import check, check_least, typed
 
 
 def unit(x, config):
@@ -155,7 +155,7 @@ def resolve(c):
 
 
 def check_config(c):
-    """Resolves a GPTConfig. Raises Mistake for a value outside its table, or one that would mean nothing."""
+    """Resolves a GPTConfig. Raises UserError for a value outside its table, or one that means nothing."""
     resolve(c)
     for key, table in TABLES.items():
         check(getattr(c, key) in table, key, getattr(c, key), f'one of {", ".join(table)}')

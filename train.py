@@ -28,28 +28,21 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from checks import check, check_least
-from configurator import LOCAL_RANK, RANK, ROOT, command, configure, peak_memory, setup, tell
-from count import flops
-from data.dataset import Split, find_data, make_tokenizer, read_meta
-from diagnose import diagnose, norms_of_weights
-from generate import stream
-from model import GPT, GPTConfig, load_checkpoint
-from objective import OBJECTIVE, SAMPLING, Objective, check_loops, loops_at
-from optimizer import OPTIMIZER, SCHEDULE, lr_at, make_optimizers, set_rates
-from storage import (
-    Log,
-    Signals,
-    find_checkpoint,
-    git_commit,
-    largest_of_ranks,
-    move_aside,
-    on_first_rank,
-    open_out_dir,
-    save_checkpoint,
-    set_broken_aside,
-    sum_of_ranks,
-)
+from configurator import command, configure, tell
+from model import GPT, GPTConfig
+from nanoloop import LOCAL_RANK, RANK, ROOT
+from nanoloop.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint, set_broken_aside
+from nanoloop.checks import check, check_least
+from nanoloop.count import flops
+from nanoloop.datasets import Split, find_data, read_meta
+from nanoloop.diagnose import diagnose, norms_of_weights
+from nanoloop.generate import stream
+from nanoloop.machine import Signals, peak_memory, setup
+from nanoloop.objective import OBJECTIVE, SAMPLING, Objective, check_loops, loops_at
+from nanoloop.optimizer import OPTIMIZER, SCHEDULE, lr_at, make_optimizers, set_rates
+from nanoloop.parallel import largest_of_ranks, on_first_rank, sum_of_ranks
+from nanoloop.run_folder import Log, git_commit, move_aside, open_out_dir
+from nanoloop.tokenizer import make_tokenizer
 
 
 @dataclass
@@ -440,7 +433,7 @@ class Run:
         return dict(device=m.kind, dtype=str(m.dtype), compile=m.compile, processes=m.world, torch=version)
 
     def save(self, best=False):
-        """Saves on the first rank, the others wait. Raises Mistake instead if the weights are not finite."""
+        """Saves on the first rank, the others wait. Raises UserError if the weights are not finite."""
         finite = nn.utils.get_total_norm(list(self.model.parameters())).isfinite().item()
         kept = 'none' if self.saved is None else f'step {self.saved}'
         wanted = f'a lower one, the weights are not finite; the last good checkpoint: {kept}'

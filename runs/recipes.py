@@ -18,10 +18,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 import train
-from checks import check
-from configurator import ROOT, command
-from data.dataset import Split, find_data, read_meta
-from model import load_checkpoint
+from configurator import command
+from nanoloop import ROOT
+from nanoloop.checkpoint import load_checkpoint
+from nanoloop.checks import check
+from nanoloop.datasets import Split, find_data, read_meta
 
 SMALL = (
     '--dataset=pystdlib --vocab_size=256 --block_size=64 --batch_size=8 --gradient_accumulation_steps=1 '

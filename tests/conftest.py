@@ -8,7 +8,8 @@ torch.set_num_threads(1)  # at these sizes threads wait for each other
 @pytest.fixture(scope='session')
 def tiny_data(tmp_path_factory):
     """A character data set of 3,000 tokens."""
-    from data.dataset import Characters, write_text
+    from nanoloop.prepare import write_text
+    from nanoloop.tokenizer import Characters
 
     folder = tmp_path_factory.mktemp('tiny')
     text = folder / 'input.txt'

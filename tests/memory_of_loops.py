@@ -43,8 +43,9 @@ def measure(argv):
     import torch
 
     from bench import BenchConfig, Side
-    from configurator import configure, setup
+    from configurator import configure
     from model import GPTConfig
+    from nanoloop.machine import setup
     from train import TrainConfig
 
     c = configure((BenchConfig, TrainConfig, GPTConfig), argv, out=io.StringIO())

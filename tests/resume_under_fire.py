@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np  # noqa: E402
 from helpers import TINY, load, read_log, same, script  # noqa: E402
 
-from data.dataset import Bytes, write_text  # noqa: E402
+from nanoloop.prepare import write_text  # noqa: E402
+from nanoloop.tokenizer import Bytes  # noqa: E402
 
 STEPS = 240
 HARD = f'--max_iters={STEPS} --eval_interval=3 --dropout=0.1 --gradient_accumulation_steps=4'.split()

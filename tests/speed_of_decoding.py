@@ -18,11 +18,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from bench import recompute_stream
-from configurator import autocast
-from data.dataset import Split, find_data, read_meta
-from generate import Decoder, Exit, lower, stream
-from model import GPT, GPTConfig, load_checkpoint
-from storage import find_checkpoint
+from model import GPT, GPTConfig
+from nanoloop.checkpoint import find_checkpoint, load_checkpoint
+from nanoloop.datasets import Split, find_data, read_meta
+from nanoloop.generate import Decoder, Exit, lower, stream
+from nanoloop.machine import autocast
 
 LOOPS = 8
 

@@ -17,9 +17,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from bench import BenchConfig, Side
-from configurator import configure, setup
+from configurator import configure
 from model import GPTConfig
-from objective import loops_at
+from nanoloop.machine import setup
+from nanoloop.objective import loops_at
 from train import TrainConfig, train_step
 
 SIZES = '--n_loop=4 --bptt_k=None --compile=True --warmup=1 --vocab_size=256'.split()

@@ -8,9 +8,10 @@ import torch
 
 import configurator
 from bench import BenchConfig
-from configurator import ROOT, configure
+from configurator import configure
 from model import GPTConfig
-from objective import check_loops
+from nanoloop import ROOT, machine
+from nanoloop.objective import check_loops
 from sample import SampleConfig
 from train import TrainConfig
 
@@ -162,9 +163,9 @@ BF16 = torch.bfloat16
 def test_a_device_has_its_own_peak_or_none(monkeypatch, name, peak):
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: name)
     m = types.SimpleNamespace(kind='cuda', device='cuda:0', dtype=BF16)
-    assert configurator.peak_flops(m) == peak
+    assert machine.peak_flops(m) == peak
     m.dtype = torch.float32
-    assert configurator.peak_flops(m) is None
+    assert machine.peak_flops(m) is None
 
 
 @pytest.mark.parametrize(
@@ -180,24 +181,24 @@ def test_a_device_has_its_own_peak_or_none(monkeypatch, name, peak):
     ],
 )
 def test_blocks_are_compiled_where_it_works_and_pays(monkeypatch, compile, kind, work, fault, chosen):
-    monkeypatch.setattr(configurator, 'compiler_fault', lambda kind: fault)
-    assert configurator.choose_compile(compile, kind, work)[0] is chosen
+    monkeypatch.setattr(machine, 'compiler_fault', lambda kind: fault)
+    assert machine.choose_compile(compile, kind, work)[0] is chosen
 
 
 def test_asking_for_what_cannot_compile_is_refused(monkeypatch):
-    monkeypatch.setattr(configurator, 'compiler_fault', lambda kind: 'no compiler')
+    monkeypatch.setattr(machine, 'compiler_fault', lambda kind: 'no compiler')
     with pytest.raises(ValueError, match='compile=True, expected False: no compiler'):
-        configurator.choose_compile(True, 'cpu', 1e10)
+        machine.choose_compile(True, 'cpu', 1e10)
 
 
-@pytest.mark.parametrize('rank, alike, told', [(0, True, 1), (1, True, 0), (0, False, 1), (1, False, 1)])
-def test_a_mistake_is_told_once_or_by_the_rank_that_met_it(call, monkeypatch, rank, alike, told):
+@pytest.mark.parametrize('rank, same, told', [(0, True, 1), (1, True, 0), (0, False, 1), (1, False, 1)])
+def test_a_mistake_is_told_once_or_by_the_rank_that_met_it(call, monkeypatch, rank, same, told):
     monkeypatch.setattr(configurator, 'RANK', rank)
 
     @configurator.command
     def main(argv):
-        mistake = configurator.Mistake('no')
-        mistake.alike = alike
+        mistake = configurator.UserError('no')
+        mistake.same_on_all_ranks = same
         raise mistake
 
     status, _, err = call(main)
@@ -210,9 +211,9 @@ def test_config_files_are_found_from_anywhere(tmp_path, monkeypatch):
 
 
 def test_autocast_keeps_no_copies_of_weights():
-    with configurator.autocast('cpu', BF16):
+    with machine.autocast('cpu', BF16):
         assert torch.is_autocast_enabled('cpu') and not torch.is_autocast_cache_enabled()
-    with configurator.autocast('cpu', torch.float32):
+    with machine.autocast('cpu', torch.float32):
         assert not torch.is_autocast_enabled('cpu')
 
 
@@ -220,20 +221,20 @@ def test_autocast_keeps_no_copies_of_weights():
 def test_bfloat16_is_chosen_where_the_cpu_has_it(monkeypatch, has, dtype):
     for feature in ('_is_avx512_bf16_supported', '_is_amx_tile_supported'):
         monkeypatch.setattr(torch.cpu, feature, lambda: has)
-    assert configurator.choose_dtype('auto', 'cpu')[0] == dtype
+    assert machine.choose_dtype('auto', 'cpu')[0] == dtype
 
 
 def test_setting_up_guards_against_silent_recompilation_and_turns_on_determinism(monkeypatch):
-    monkeypatch.setattr(configurator, 'compiler_fault', lambda kind: None)
+    monkeypatch.setattr(machine, 'compiler_fault', lambda kind: None)
     with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=False):
-        m = configurator.setup(TrainConfig(device='cpu', compile=True, deterministic=True))
+        m = machine.setup(TrainConfig(device='cpu', compile=True, deterministic=True))
         assert torch._dynamo.config.recompile_limit == 64 and torch._dynamo.config.fail_on_recompile_limit_hit
     assert m.compile and torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(False)
 
 
 def test_memory_is_in_bytes():
-    used = configurator.peak_memory(types.SimpleNamespace(kind='cpu'))
+    used = machine.peak_memory(types.SimpleNamespace(kind='cpu'))
     assert 2**26 < used < 2**37  # torch alone takes more than 64 MiB
 
 

@@ -8,9 +8,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 import model as model_file
-from configurator import ROOT, configure
-from count import flops, parameters
+from configurator import configure
 from model import GPT, GPTConfig
+from nanoloop import ROOT
+from nanoloop.count import flops, parameters
 from train import TrainConfig, main
 
 

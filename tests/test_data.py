@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from helpers import ROOT
 
-from data import dataset
-from data.dataset import Bytes, Characters, Split, Writer, make_tokenizer, read_meta, write_hub, write_text
+from nanoloop import prepare
+from nanoloop.datasets import Split, read_meta
+from nanoloop.prepare import Writer, write_hub, write_text
+from nanoloop.tokenizer import Bytes, Characters, make_tokenizer
 
 
 def numbers(folder, *sizes, split='train', tokenizer=None, shard_tokens=1, **more):
@@ -159,7 +161,7 @@ def test_preparing_text_again_does_not_go_on_with_the_rest(tmp_path):
 @pytest.mark.parametrize('size', [1, 7, 50, 1000])
 def test_text_is_encoded_in_pieces_of_whole_lines(size):
     text = '\n'.join('x' * (i % 13) for i in range(40)) + '\nend'
-    parts = list(dataset.pieces(text, size))
+    parts = list(prepare.pieces(text, size))
     assert ''.join(parts) == text and all(part.endswith('\n') for part in parts[:-1])
     assert len(parts) > 3 or size == 1000
 
@@ -252,7 +254,7 @@ def test_hub_sets_are_tokenised_sharded_and_resumed(tmp_path, monkeypatch):
     assert sum((ids == 256).sum() for ids in files) == 30
 
     real = Writer.save
-    monkeypatch.setattr(dataset, 'GROUP', 8)
+    monkeypatch.setattr(prepare, 'GROUP', 8)
 
     def dies(writer, done):
         real(writer, done)
@@ -325,12 +327,12 @@ def test_a_download_that_ends_early_is_not_kept(tmp_path, monkeypatch, length, w
     class Answer(io.BytesIO):
         headers = {} if length is None else {'Content-Length': str(length)}
 
-    monkeypatch.setattr(dataset.urllib.request, 'urlopen', lambda url, timeout: Answer(b'hello'))
+    monkeypatch.setattr(prepare.urllib.request, 'urlopen', lambda url, timeout: Answer(b'hello'))
     if whole:
-        assert dataset.fetch('http://x', tmp_path / 'input.txt').read_bytes() == b'hello'
+        assert prepare.fetch('http://x', tmp_path / 'input.txt').read_bytes() == b'hello'
     else:
         with pytest.raises(ValueError, match='ended early.*--input'):
-            dataset.fetch('http://x', tmp_path / 'input.txt')
+            prepare.fetch('http://x', tmp_path / 'input.txt')
     assert (tmp_path / 'input.txt').exists() == whole
 
 
@@ -367,5 +369,5 @@ def test_a_tokenizer_that_cannot_be_downloaded_is_told_with_what_helps(monkeypat
 
 def test_preparing_data_needs_no_torch():
     """Its processes would take seconds and hundreds of MiB each to import it."""
-    code = "import sys, data.dataset; sys.exit('torch' in sys.modules)"
+    code = "import sys, nanoloop.prepare; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, '-c', code], cwd=ROOT).returncode == 0

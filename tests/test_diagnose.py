@@ -7,9 +7,9 @@ from torch.nn import functional as F
 
 import model as model_file
 import train
-from diagnose import diagnose
 from model import GPT, GPTConfig
-from objective import Objective
+from nanoloop.diagnose import diagnose
+from nanoloop.objective import Objective
 from train import TrainConfig, main
 
 SIZES = dict(block_size=12, vocab_size=23, n_head=2, n_embd=12, n_prelude=1, n_block=2, n_coda=1, n_loop=4)

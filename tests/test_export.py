@@ -12,7 +12,8 @@ from helpers import TINY
 
 import export
 import sample
-from model import GPT, GPTConfig, load_checkpoint
+from model import GPT, GPTConfig
+from nanoloop.checkpoint import load_checkpoint
 from train import main
 
 
@@ -55,8 +56,9 @@ def test_the_models_files_copied_alone_take_an_export(call, flags, tmp_path):
     pytest.importorskip('safetensors')
     call(main, *flags)
     call(export.main, f'--out_dir={tmp_path}/out', f'--to={tmp_path}')
-    for name in ('model.py', 'tables.py', 'checks.py'):
-        shutil.copy(export.__file__.replace('export.py', name), tmp_path)
+    (tmp_path / 'nanoloop').mkdir()
+    for name in ('model.py', 'tables.py', 'nanoloop/checks.py'):
+        shutil.copy(export.__file__.replace('export.py', name), tmp_path / name)
     code = """import json, safetensors.torch, torch, model
 m = model.GPT(model.GPTConfig(**json.load(open('config.json')))).eval()
 safetensors.torch.load_model(m, 'model.safetensors')

@@ -8,9 +8,9 @@ import torch._dynamo.utils
 from helpers import randomize
 from test_model import PAIRS
 
-import generate
-from generate import Decoder, Exit, Sampler, Sequences, lower, stream, window
 from model import GPT, GPTConfig
+from nanoloop import generate
+from nanoloop.generate import Decoder, Exit, Sampler, Sequences, lower, stream, window
 from tables import ACT, NORM, PLACE, POS
 
 SIZES = dict(block_size=12, vocab_size=23, n_head=2, n_embd=12, n_prelude=1, n_block=2, n_coda=1, n_loop=2)

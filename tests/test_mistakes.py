@@ -10,7 +10,8 @@ from helpers import TINY, load, script
 import bench
 import sample
 import train
-from data.dataset import Bytes, Characters, Writer
+from nanoloop.prepare import Writer
+from nanoloop.tokenizer import Bytes, Characters
 
 RESUME = ['--init_from=resume', '--out_dir={tmp}/done']
 WRONG = [  # (flags of train.py after those of a tiny run, what must be told)

@@ -10,11 +10,12 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as model_file
-from count import flops, parameters, sections
-from generate import Sampler, stream, window
-from model import GPT, GPTConfig, load_checkpoint
-from objective import Objective
-from optimizer import make_optimizers
+from model import GPT, GPTConfig
+from nanoloop.checkpoint import load_checkpoint
+from nanoloop.count import flops, parameters, sections
+from nanoloop.generate import Sampler, stream, window
+from nanoloop.objective import Objective
+from nanoloop.optimizer import make_optimizers
 from tables import ACT, INIT, INJECT, NORM, PLACE, POS, TABLES, Injection
 from train import TrainConfig
 
@@ -311,7 +312,7 @@ def test_reading_out_in_chunks_changes_neither_loss_nor_gradient(monkeypatch):
 
 
 def test_chunks_keep_the_heads_gradient_exact_under_autocast(monkeypatch):
-    from configurator import autocast
+    from nanoloop.machine import autocast
 
     def head_gradient(chunk, dtype):
         monkeypatch.setattr(model_file, 'HEAD_CHUNK', chunk)

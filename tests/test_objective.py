@@ -11,10 +11,10 @@ from helpers import by_hand, load, randomize, read_log
 from test_recipes import RECIPES, build
 
 import model as model_file
-from count import flops
 from model import GPT, GPTConfig
-from objective import OBJECTIVE, SAMPLING, Objective, exit_distribution, loops_at
-from optimizer import lr_at, make_optimizers, momentum_at, set_rates
+from nanoloop.count import flops
+from nanoloop.objective import OBJECTIVE, SAMPLING, Objective, exit_distribution, loops_at
+from nanoloop.optimizer import lr_at, make_optimizers, momentum_at, set_rates
 from train import TrainConfig, flops_of, main, train_step
 
 SIZES = dict(block_size=12, vocab_size=23, n_head=2, n_embd=12, n_prelude=1, n_block=2, n_coda=1, n_loop=4)

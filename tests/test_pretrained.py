@@ -10,8 +10,9 @@ from helpers import load, randomize, rms, softmax_attention, turn
 
 import sample
 import train
-from model import GPT, GPTConfig, load_checkpoint
-from pretrained import find_pretrained
+from model import GPT, GPTConfig
+from nanoloop.checkpoint import load_checkpoint
+from nanoloop.pretrained import find_pretrained
 
 IDX = torch.randint(40, (2, 16), generator=torch.Generator().manual_seed(0))
 OURO = dict(

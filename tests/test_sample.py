@@ -11,8 +11,8 @@ import torch
 import bench
 import sample
 import train
-from data.dataset import Bytes, Characters
-from generate import stream
+from nanoloop.generate import stream
+from nanoloop.tokenizer import Bytes, Characters
 from sample import Text, main
 
 

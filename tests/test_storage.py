@@ -10,8 +10,8 @@ import pytest
 import torch
 from helpers import TINY, load, read_log, same, script
 
-import storage
 import train
+from nanoloop import checkpoint, machine, parallel
 from train import main
 
 
@@ -33,7 +33,7 @@ def die_at(monkeypatch, n):
         return call
 
     for name in ('fsync', 'link', 'replace'):
-        monkeypatch.setattr(storage.os, name, dying(getattr(os, name)))
+        monkeypatch.setattr(checkpoint.os, name, dying(getattr(os, name)))
 
 
 def falling(monkeypatch):
@@ -88,8 +88,8 @@ def test_a_save_forces_everything_to_the_disk_before_it_counts(call, flags, tmp_
         done.append(f'{os.path.basename(source)} > {os.path.basename(target)}')
         os.rename(source, target)
 
-    monkeypatch.setattr(storage.os, 'fsync', fsync)
-    monkeypatch.setattr(storage.os, 'replace', replace)
+    monkeypatch.setattr(checkpoint.os, 'fsync', fsync)
+    monkeypatch.setattr(checkpoint.os, 'replace', replace)
     call(main, *flags, '--max_iters=8')
     second = done[done.index('fsync out') + 1 :]
     best = ['best.pt.tmp > best.pt'] if 'best.pt.tmp > best.pt' in second else []
@@ -109,7 +109,7 @@ def test_a_broken_checkpoint_never_takes_the_place_of_the_one_before(call, flags
             raise Crash
         os.rename(source, target)
 
-    monkeypatch.setattr(storage.os, 'replace', replace)
+    monkeypatch.setattr(checkpoint.os, 'replace', replace)
     with pytest.raises(Crash):
         call(main, *flags, '--init_from=auto', '--max_iters=14')
     assert load(tmp_path / 'out' / 'prev.pt')['iter_num'] == before
@@ -206,11 +206,11 @@ def test_a_failure_on_the_first_rank_ends_all(monkeypatch):
     def fails():
         raise OSError('disk full')
 
-    monkeypatch.setattr(storage, 'largest_of_ranks', lambda m, value: 1)
+    monkeypatch.setattr(parallel, 'largest_of_ranks', lambda m, value: 1)
     with pytest.raises(OSError, match='disk full'):
-        storage.on_first_rank(types.SimpleNamespace(rank=0), fails)
+        parallel.on_first_rank(types.SimpleNamespace(rank=0), fails)
     with pytest.raises(SystemExit) as stop:
-        storage.on_first_rank(types.SimpleNamespace(rank=1), fails)
+        parallel.on_first_rank(types.SimpleNamespace(rank=1), fails)
     assert stop.value.code == 1
 
 
@@ -222,9 +222,9 @@ def test_a_log_alone_is_no_earlier_run(call, flags, tmp_path):
 
 @pytest.mark.parametrize('world', [1, 2])
 def test_after_a_signal_the_handlers_are_restored_or_silent(monkeypatch, world):
-    monkeypatch.setattr(storage, 'largest_of_ranks', lambda m, value: value)
+    monkeypatch.setattr(machine, 'largest_of_ranks', lambda m, value: value)
     before = signal.getsignal(signal.SIGTERM)
-    with storage.Signals(types.SimpleNamespace(world=world)) as signals:
+    with machine.Signals(types.SimpleNamespace(world=world)) as signals:
         os.kill(os.getpid(), signal.SIGTERM)
         assert signals.stopped() == signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) == (before if world == 1 else signal.SIG_IGN)
@@ -233,7 +233,7 @@ def test_after_a_signal_the_handlers_are_restored_or_silent(monkeypatch, world):
 
 
 def test_what_a_signal_broke_ends_with_its_status():
-    with pytest.raises(SystemExit) as stop, storage.Signals(types.SimpleNamespace(world=1)):
+    with pytest.raises(SystemExit) as stop, machine.Signals(types.SimpleNamespace(world=1)):
         os.kill(os.getpid(), signal.SIGTERM)
         raise RuntimeError('the other rank is gone')
     assert stop.value.code == 128 + signal.SIGTERM

@@ -16,11 +16,11 @@ import torch
 from helpers import ROOT, TINY, load, read_log, same, script
 from resume_under_fire import survive
 
-import storage
 import train
-from data.dataset import Split, read_meta
 from model import GPT, GPTConfig
-from optimizer import SCHEDULE, lr_at, make_optimizers
+from nanoloop import checkpoint, machine, run_folder
+from nanoloop.datasets import Split, read_meta
+from nanoloop.optimizer import SCHEDULE, lr_at, make_optimizers
 from train import TrainConfig, main
 
 VARIANTS = {
@@ -189,7 +189,8 @@ def test_accumulation_equals_one_large_batch(call, flags, tmp_path, monkeypatch)
 
 
 def test_evaluation_is_the_whole_split_and_counts_bytes(call, tmp_path, tiny_data):
-    from data.dataset import Characters, write_text
+    from nanoloop.prepare import write_text
+    from nanoloop.tokenizer import Characters
 
     text = tmp_path / 'input.txt'
     text.write_text('a\u20acb' * 100)  # the euro sign has three bytes
@@ -199,7 +200,7 @@ def test_evaluation_is_the_whole_split_and_counts_bytes(call, tmp_path, tiny_dat
     (tmp_path / 'euro' / 'meta.json').write_text(json.dumps(meta))
     flags = [f'--dataset={tmp_path}/euro', f'--out_dir={tmp_path}/out', *TINY]
     assert call(main, *flags, '--eval_iters=0', '--batch_size=7')[0] == 0
-    from model import load_checkpoint
+    from nanoloop.checkpoint import load_checkpoint
 
     model, _ = load_checkpoint(tmp_path / 'out' / 'ckpt.pt')
     ids = torch.from_numpy(np.fromfile(tmp_path / 'euro' / 'val.bin', '<u2').astype(np.int64))
@@ -349,7 +350,7 @@ def test_starting_from_scratch_deletes_no_earlier_run(call, flags, tmp_path):
 
 
 def test_a_second_run_is_kept_out(call, flags, tmp_path):
-    lock = storage.open_out_dir(tmp_path / 'out')
+    lock = run_folder.open_out_dir(tmp_path / 'out')
     status, _, err = call(main, *flags)
     assert status == 2 and 'in use by another run' in err
     lock.close()
@@ -367,7 +368,7 @@ def test_replacing_works_without_links(tmp_path, monkeypatch):
     (tmp_path / 'a').write_text('new')
     (tmp_path / 'b').write_text('old')
     monkeypatch.setattr(os, 'link', lambda *_: (_ for _ in ()).throw(OSError('no links here')))
-    storage.replace_by_link(tmp_path / 'a', tmp_path / 'b')
+    checkpoint.replace_by_link(tmp_path / 'a', tmp_path / 'b')
     assert (tmp_path / 'b').read_text() == 'new' and sorted(p.name for p in tmp_path.iterdir()) == ['a', 'b']
 
 
@@ -544,10 +545,10 @@ def test_signals_save_and_all_ranks_leave(call, flags, tmp_path, target, number)
 @pytest.mark.parametrize('seconds, killed', [(0.5, False), (2.5, True)])
 def test_a_second_interrupt_kills_only_after_two_seconds(monkeypatch, seconds, killed):
     now, raised = [100.0], []
-    monkeypatch.setattr(storage.time, 'monotonic', lambda: now[0])
-    monkeypatch.setattr(storage.signal, 'signal', lambda *args: raised.append(args))
-    monkeypatch.setattr(storage.signal, 'raise_signal', raised.append)
-    signals = storage.Signals(types.SimpleNamespace(cpu_group=None, world=1))
+    monkeypatch.setattr(machine.time, 'monotonic', lambda: now[0])
+    monkeypatch.setattr(machine.signal, 'signal', lambda *args: raised.append(args))
+    monkeypatch.setattr(machine.signal, 'raise_signal', raised.append)
+    signals = machine.Signals(types.SimpleNamespace(cpu_group=None, world=1))
     signals.note(signal.SIGINT, None)
     now[0] += seconds
     signals.note(signal.SIGTERM, None)

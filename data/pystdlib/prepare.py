@@ -12,9 +12,10 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
 
-from checks import Mistake  # noqa: E402
 from configurator import command  # noqa: E402
-from data.dataset import Bytes, write_text  # noqa: E402
+from nanoloop.checks import UserError  # noqa: E402
+from nanoloop.prepare import write_text  # noqa: E402
+from nanoloop.tokenizer import Bytes  # noqa: E402
 
 LEFT_OUT = set('site-packages dist-packages test tests idle_test idlelib lib2to3 __pycache__'.split())
 
@@ -22,11 +23,11 @@ LEFT_OUT = set('site-packages dist-packages test tests idle_test idlelib lib2to3
 @command
 def main(argv):
     if argv:
-        raise Mistake(f'unknown argument {argv[0]!r}, this script takes none')
+        raise UserError(f'unknown argument {argv[0]!r}, this script takes none')
     library = Path(sysconfig.get_path('stdlib'))
     paths = sorted(p for p in library.rglob('*.py') if not LEFT_OUT & set(p.relative_to(library).parts))
     if not paths:
-        raise Mistake(f'{library} has no Python sources, use data/text/prepare.py with a text of your own')
+        raise UserError(f'{library} has no Python sources, use data/text/prepare.py with a text of your own')
     write_text(FOLDER, paths, Bytes(), f'standard library of Python {platform.python_version()}')
 
 

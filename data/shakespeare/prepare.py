@@ -12,7 +12,8 @@ FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
 
 from configurator import command  # noqa: E402
-from data.dataset import Tiktoken, fetch, write_text  # noqa: E402
+from nanoloop.prepare import fetch, write_text  # noqa: E402
+from nanoloop.tokenizer import Tiktoken  # noqa: E402
 
 URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt'
 

@@ -13,9 +13,10 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
 
-from checks import Mistake  # noqa: E402
 from configurator import command  # noqa: E402
-from data.dataset import Bytes, Characters, Tiktoken, read_text, write_text  # noqa: E402
+from nanoloop.checks import UserError  # noqa: E402
+from nanoloop.prepare import write_text  # noqa: E402
+from nanoloop.tokenizer import Bytes, Characters, Tiktoken, read_text  # noqa: E402
 
 TOKENIZERS = {
     'byte': lambda paths: Bytes(),
@@ -36,7 +37,7 @@ def main(argv=None):
     folder = args.input.is_dir()
     paths = sorted(p for p in args.input.rglob(args.pattern) if p.is_file()) if folder else [args.input]
     if not paths or not paths[0].exists():
-        raise Mistake(f'--input {args.input}: there is no such file, or no {args.pattern} in the folder')
+        raise UserError(f'--input {args.input}: there is no such file, or no {args.pattern} in the folder')
     write_text(FOLDER.parent / args.name, paths, TOKENIZERS[args.tokenizer](paths), source=args.input.name)
 
 

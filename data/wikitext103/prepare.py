@@ -11,7 +11,7 @@ FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parents[1]))
 
 from configurator import command  # noqa: E402
-from data.dataset import write_hub  # noqa: E402
+from nanoloop.prepare import write_hub  # noqa: E402
 
 
 @command

@@ -7,16 +7,16 @@ from numbers import Real
 from typing import get_args
 
 
-class Mistake(ValueError):
+class UserError(ValueError):
     """What a user can get wrong: the scripts tell it in one line and end with status 2."""
 
-    alike = True  # every rank makes it, the first one tells it
+    same_on_all_ranks = True  # every rank makes it, the first one tells it
 
 
 def check(holds, key, got, wanted):
-    """Raises Mistake unless holds."""
+    """Raises UserError unless holds."""
     if not holds:
-        raise Mistake(f'{key}={got!r}, expected {wanted}')
+        raise UserError(f'{key}={got!r}, expected {wanted}')
 
 
 def typed(key, value, hint):
@@ -32,11 +32,11 @@ def typed(key, value, hint):
     names = ' or '.join(
         {'NoneType': 'None', 'bool': 'True or False'}.get(k.__name__, k.__name__) for k in accepted
     )
-    raise Mistake(f'{key}={value!r}, expected {names}')
+    raise UserError(f'{key}={value!r}, expected {names}')
 
 
 def check_least(config, least, *keys):
-    """Raises Mistake for keys below least, infinite, or None where that is not the default."""
+    """Raises UserError for keys below least, infinite, or None where that is not the default."""
     for key in keys:
         value = getattr(config, key)
         fits = getattr(type(config), key) is None if value is None else least <= value < math.inf

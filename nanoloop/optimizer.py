@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from checks import check
+from nanoloop.checks import check
 
 SCHEDULE = {  # share of the way from min_lr to learning_rate, `left` steps before the end of `warm` + `rest`
     'cosine': lambda left, warm, rest, c: 0.5 * (1 - math.cos(math.pi * left / rest)),

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from checks import check
 from model import GPTConfig
+from nanoloop.checks import check
 
 SIGMA = 0.5  # of the logarithm of poisson's rate
 SHARPNESS, WORTH = 50.0, 0.005  # of the gate's label: how sure it is of an improvement beyond so many nats

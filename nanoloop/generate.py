@@ -21,8 +21,8 @@ from typing import NamedTuple
 
 import torch
 
-from checks import check
 from model import Context, rotary, upcast
+from nanoloop.checks import check
 
 CHUNK = 512  # tokens of a prompt that are processed at once
 FEW = 2  # tokens at once, see few_tokens

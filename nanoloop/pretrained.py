@@ -1,25 +1,22 @@
 """
-Weights from files: checkpoints and exports of this program, checkpoints of nanoGPT and the original nanoLOOP,
-GPT-2's through transformers, Ouro's safetensors. Each becomes a checkpoint: a dict with model_args,
-GPTConfig's values, and model, GPT's state dict.
+Weights of others: GPT-2's through transformers, Ouro's safetensors, exports of this program.
 """
 
 import contextlib
 import json
-import pickle
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from checks import Mistake, check
-from model import GPT, GPTConfig
+from model import GPTConfig
+from nanoloop.checks import UserError, check
 
-# what a run may change while the weights keep their meaning
-FREE = 'dropout bptt_k n_loop state_init state_std rope_base block_size recompute'.split()
-EPS = torch.finfo(torch.float32).eps  # of torch's RMSNorm where none is given
 GPT2 = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
+
+
 CUT = ('n_prelude', 'n_block', 'n_coda', 'n_loop', 'input_injection')  # given: GPT-2 becomes a looped model
+
+
 OURO = {  # GPT's names in a block, and Ouro's, stacked by rows
     'attn.c_attn': ('self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'),
     'attn.c_proj': ('self_attn.o_proj',),
@@ -30,77 +27,6 @@ OURO = {  # GPT's names in a block, and Ouro's, stacked by rows
     'ln_2': ('post_attention_layernorm',),
     'post_2': ('post_attention_layernorm_2',),
 }
-
-
-def read_checkpoint(path):
-    """The dict of a checkpoint, on the CPU, mapped. Runs no code. Raises ValueError if it is broken."""
-    try:
-        checkpoint = torch.load(path, map_location='cpu', mmap=True, weights_only=True)
-    except FileNotFoundError:
-        raise Mistake(f'there is no checkpoint {path}') from None
-    except pickle.UnpicklingError:
-        raise Mistake(f'the checkpoint {path} is broken, or more than tensors and plain values') from None
-    except (RuntimeError, OSError, EOFError) as error:  # torch gives any of them for a file that was cut
-        reason = getattr(error, 'strerror', None) or 'it was cut, or is no checkpoint'
-        raise Mistake(f'the checkpoint {path} cannot be read: {reason}') from None
-    whole = isinstance(checkpoint, dict) and all(
-        isinstance(checkpoint.get(k), dict) for k in ('model', 'model_args')
-    )
-    check(whole, 'checkpoint', str(path), 'a file with model and model_args')
-    return checkpoint | dict(path=str(path))
-
-
-def load(path, device='cpu', **changes):
-    """(GPT, checkpoint) from a file of this train.py, of nanoGPT, or of the original nanoLOOP.
-
-    path: also what find_pretrained knows, or the dict that such a file holds. changes: GPTConfig values
-    instead of the file's; a smaller block_size keeps the first positions, an exit_gate is added. Raises
-    ValueError if it is broken, does not fit, or the changes give the weights another meaning.
-    """
-    checkpoint = path
-    if not isinstance(path, dict):
-        checkpoint = find_pretrained(str(path), changes) or read_checkpoint(path)
-    args, weights = translate(checkpoint['model_args'], checkpoint['model'])
-    try:
-        config = GPTConfig(**args)
-    except TypeError as error:
-        raise Mistake(f'the checkpoint is of another program: {error}') from None
-    if 'S' in config.window_pattern:  # theirs, not half of a block_size given now, which may be shorter
-        window = config.window_size or max(1, config.block_size // 2)
-        config.window_size = min(window, changes.get('block_size', window))
-    changed = GPTConfig(**dict(asdict(config), **changes))
-    for key, theirs in asdict(config).items():
-        value = getattr(changed, key)
-        free = key in FREE or (key, value) == ('exit_gate', True)
-        check(free or value == theirs, key, value, f'{theirs!r} as in the checkpoint')
-    if (wpe := weights.get('transformer.wpe.weight')) is not None:
-        wanted = f'at most {len(wpe)}: the checkpoint has no more positions'
-        check(changed.block_size <= len(wpe), 'block_size', changed.block_size, wanted)
-        weights = dict(weights, **{'transformer.wpe.weight': wpe[: changed.block_size]})
-    model = GPT(changed)
-    if changed.exit_gate and not config.exit_gate:
-        gate = {name: w for name, w in model.state_dict().items() if name.startswith('exit_gate.')}
-        weights = weights | gate
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise Mistake(f'the checkpoint does not fit: {str(error).splitlines()[1].strip()}') from None
-    return model.to(device), checkpoint
-
-
-def translate(args, weights):
-    """A checkpoint's (model_args, model) as values of GPTConfig and weights of GPT, even nanoGPT's."""
-    if 'norm' in args:
-        return args, weights
-    weights = {name.removeprefix('_orig_mod.').removeprefix('module.'): w for name, w in weights.items()}
-    if 'n_layer' not in args:  # nanoLOOP, which truncates even where the prelude then gets no gradient
-        kept = None if args.get('input_injection') == 'passthrough' else args.get('bptt_k')
-        return dict(args, norm='rmsnorm', norm_eps=EPS, bptt_k=kept), weights
-    args = dict(args, n_prelude=0, n_block=args['n_layer'], n_coda=0, n_loop=1, input_injection='passthrough')
-    del args['n_layer']
-    masks = '.attn.bias'  # in old files
-    weights = {name.replace('.h.', '.recur.'): w for name, w in weights.items() if not name.endswith(masks)}
-    return dict(args, norm='layernorm', norm_loop=False), weights
 
 
 def find_pretrained(name, given):
@@ -125,7 +51,7 @@ def read_export(folder, args):
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError:
-        raise Mistake(f'{folder} needs safetensors: pip install safetensors') from None
+        raise UserError(f'{folder} needs safetensors: pip install safetensors') from None
     try:
         with safe_open(folder / 'model.safetensors', 'pt') as file:
             model = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
@@ -133,7 +59,7 @@ def read_export(folder, args):
             trained = {key: json.loads(told[key]) for key in ('iter_num', 'loops_trained') if key in told}
         tokenizer = json.loads((folder / 'tokenizer.json').read_text())
     except (OSError, ValueError, SafetensorError) as error:
-        raise Mistake(f'the exported model in {folder} cannot be read: {error}') from None
+        raise UserError(f'the exported model in {folder} cannot be read: {error}') from None
     if args.get('tie_weights', True):  # kept once, under either name
         ours, other = 'transformer.wte.weight', 'lm_head.weight'
         model[ours] = model[other] = model.get(ours, model.get(other))
@@ -150,11 +76,11 @@ def read_gpt2(name, given):
     try:
         from transformers import GPT2LMHeadModel
     except ImportError:
-        raise Mistake(f'init_from={name!r} needs transformers: pip install transformers') from None
+        raise UserError(f'init_from={name!r} needs transformers: pip install transformers') from None
     try:
         theirs, info = GPT2LMHeadModel.from_pretrained(name, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
-        raise Mistake(f'init_from={name!r} cannot be loaded: {str(error).splitlines()[0]}') from None
+        raise UserError(f'init_from={name!r} cannot be loaded: {str(error).splitlines()[0]}') from None
     c, model = theirs.config, {}
     missing = ', '.join(sorted(info['missing_keys']))
     check(not missing, 'init_from', name, f'all of GPT-2\'s weights, there is no {missing}')
@@ -197,7 +123,7 @@ def read_ouro(folder):
         from safetensors import SafetensorError
         from safetensors.torch import load_file
     except ImportError:
-        raise Mistake(f'init_from=ouro:{folder} needs safetensors: pip install safetensors') from None
+        raise UserError(f'init_from=ouro:{folder} needs safetensors: pip install safetensors') from None
     files = sorted(folder.glob('*.safetensors'))
     wanted = 'a folder with config.json and *.safetensors'
     check(files and (folder / 'config.json').exists(), 'init_from', f'ouro:{folder}', wanted)
@@ -224,10 +150,10 @@ def read_ouro(folder):
         args.update(rope_base=float(c['rope_theta']), norm_eps=c['rms_norm_eps'], vocab_size=c['vocab_size'])
         args.update(block_size=c['max_position_embeddings'], input_injection='passthrough')
     except KeyError as error:
-        raise Mistake(f'init_from=ouro:{folder}: there is no {error} in it, it is no Ouro') from None
-    except Mistake:
+        raise UserError(f'init_from=ouro:{folder}: there is no {error} in it, it is no Ouro') from None
+    except UserError:
         raise
     except (ValueError, TypeError, RuntimeError, AttributeError, SafetensorError) as error:
-        raise Mistake(f'init_from=ouro:{folder} cannot be read: {str(error).splitlines()[0]}') from None
+        raise UserError(f'init_from=ouro:{folder} cannot be read: {str(error).splitlines()[0]}') from None
     args.update(norm='rmsnorm', norm_place='branch', norm_final=False, tie_weights=False, exit_gate=True)
     return dict(model=model, model_args=args, tokenizer=None, config={}, iter_num=0, path=str(folder))
