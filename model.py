@@ -1,133 +1,522 @@
 """
 A looped (depth-recurrent) GPT: a few layers are applied many times with the same weights.
 
-    e = prelude(embed(idx))                    n_prelude blocks, once
-    s = STATE[state_init](e)                   where the loop starts
-    repeat n_loop times:
-        u = INJECT[input_injection](e, s)      how the input enters every iteration
-        s = norm_recur(recur(u, s))            n_block blocks, their weights shared by all iterations
-    logits = lm_head(ln_f(coda(s)))            n_coda blocks, once
+    e = prelude(embed(idx))                n_prelude blocks, once
+    s = start(e)                           s_0, the state before the first loop: a table, STATE
+    for i in range(n_loop):
+        u = inject(e, s, i)                how e and the state enter loop i: a table, INJECT
+        y = norm_recur(recur(u))           n_block blocks, their weights shared by all loops
+        s = update(s, y, i)                how the state leaves loop i: a table, UPDATE
+    logits = lm_head(ln_f(coda(s)))        n_coda blocks, once
 
-Only the last bptt_k iterations record a graph. Every model of config/ is a choice of entries of tables.py,
-integers and neutral values; without prelude, coda, norm_loop and injection, once through, it is a plain GPT.
+Only the last bptt_k loops record a graph. Every model of config/ is a choice of table entries, integers and
+neutral values: with n_loop = 1, no prelude, no coda and no norm_loop it is a plain GPT.
 
-References: github.com/karpathy/nanoGPT; nanoLOOP and looped nanochat, github.com/LoopedLMs; FLT and LT,
-github.com/FuRuF-11/FullyLoopedTransformer; Huginn, arXiv:2502.05171; Ouro, arXiv:2510.25741;
+To add a variant, add an entry to a table below. CONTRIBUTING.md shows one of each kind.
+
+References: nanoGPT, github.com/karpathy/nanoGPT; nanoLOOP and looped nanochat, github.com/LoopedLMs;
+FLT and LT, github.com/FuRuF-11/FullyLoopedTransformer; Huginn, arXiv:2502.05171; Ouro, arXiv:2510.25741;
 RMSNorm, arXiv:1910.07467; RoPE, arXiv:2104.09864.
 
-Shapes: B sequences, T positions, C = n_embd, H heads, G = n_kv_head, D = C / H, V = vocab_size, R loops.
+Shapes: B rows of a batch, T positions, C = n_embd, H heads, G = n_kv_head, D = C / H, V = vocab_size, R loops
+that are read out.
 """
 
 import functools
 import itertools
+import math
+from collections import namedtuple
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from nanoloop.checks import check
-from tables import ACT, INIT, INJECT, NORM, PLACE, POS, STATE, check_config, unit
+from nanoloop import checks
+from nanoloop.checks import Count, Fraction, OneOf, Positive, Share, Size, check
 
-HEAD_CHUNK = 2**25  # logits alive at a time, 128 MiB in float32: more tokens are read out in chunks
+HEAD_CHUNK = 2**25  # logits computed at once, 128 MiB in float32; longer inputs are split into chunks
 
 
 def upcast(x):
-    """x in float32 at least: no loss or probability is taken in a low precision, and double stays double."""
+    """Casts x to float32. float64 stays: losses and probabilities are never taken in a low precision."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def identity(x):
+    """Returns x. A plain function: calling nn.Identity costs microseconds, six times per block."""
+    return x
+
+
+def rms_norm(x, config):
+    """Divides x (..., C) by its root mean square. This RMSNorm has no weight."""
+    return F.rms_norm(x, x.shape[-1:], eps=config.norm_eps or 1e-6)
+
+
+# -----------------------------------------------------------------------------
+# norms, activations, positions
+
+
+NORM = {  # config -> a module, whose parameters keep the values that its constructor gives them
+    'layernorm': lambda c: nn.LayerNorm(c.n_embd, eps=c.norm_eps or 1e-5, bias=c.bias),
+    'rmsnorm': lambda c: nn.RMSNorm(c.n_embd, eps=c.norm_eps or 1e-6),
+    'rmsnorm_fixed': lambda c: nn.RMSNorm(c.n_embd, eps=c.norm_eps or 1e-6, elementwise_affine=False),
+}
+
+
+def make_norm(config, exists, absent=identity):
+    """Builds the norm that the configuration names, if it exists."""
+    norm = NORM[config.norm](config) if exists else absent
+    if exists:
+        norm.entry = NORM[config.norm]  # for GPT.init_weights
+    return norm
+
+
+# which norms a block has: each of its two halves computes x = out(x + post(f(pre(x))))
+NormPlace = namedtuple('NormPlace', 'pre post out')
+# fmt: off
+NORM_PLACE = dict(pre=NormPlace(True, False, False), branch=NormPlace(True, True, False),  # GPT-2; Ouro
+                  around=NormPlace(True, False, True), post=NormPlace(False, False, True))  # Huginn; 2017
+# fmt: on
+
+
+def swiglu(x):
+    """Returns silu(gate) * up for x = [gate; up]: (..., 2 hidden) -> (..., hidden)."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+# what an MLP does between its two matrices: function takes n_parts times as many channels as it returns;
+# hidden: C -> the default width inside the MLP
+Activation = namedtuple('Activation', 'function n_parts hidden', defaults=(1, lambda C: 4 * C))
+MLP_ACT = {
+    'gelu': Activation(F.gelu),
+    'gelu_tanh': Activation(functools.partial(F.gelu, approximate='tanh')),  # GPT-2's released weights
+    'relu2': Activation(lambda x: F.relu(x).square()),
+    'swiglu': Activation(swiglu, 2, lambda C: math.ceil(C / 24) * 64),  # 8/3 C, rounded up to 64s
+}
+
+# how a token's position enters the model: an embedding is added; queries and keys are rotated (RoPE);
+# options: fields of GPTConfig that mean something with this entry only
+Pos = namedtuple('Pos', 'learned rotary options', defaults=((),))
+POS = dict(learned=Pos(True, False), rope=Pos(False, True, ('rope_base',)), none=Pos(False, False))
+
+# -----------------------------------------------------------------------------
+# the loop's variants: how the state starts, enters a loop, and leaves it
+
+
+class LoopPart(nn.Module):
+    """A part of the loop that a table's entry makes, as entry(config).
+
+    Its parameters keep the values that its constructor gives them, unless a method init(rules) fills them by
+    the model's rules (see INIT). AdamW trains them, without weight decay (optimizer group 'vectors'), unless
+    `groups` names another group of nanoloop/optimizer.py.
+    """
+
+    vectors = {}  # {name: value}: learned vectors (C,) and the value that they start with
+    groups = {}  # {name of a parameter: its optimizer group}
+    options = ()  # fields of GPTConfig that mean something with this entry only
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.entry = config, type(self)  # entry: for GPT.init_weights
+        for name, value in self.vectors.items():
+            self.register_parameter(name, nn.Parameter(torch.full((config.n_embd,), value)))
+
+
+class FromPrelude(LoopPart):
+    """s_0 = e."""
+
+    def forward(self, e, pos):
+        return e
+
+
+class FromZero(LoopPart):
+    """s_0 = 0."""
+
+    def forward(self, e, pos):
+        return torch.zeros_like(e)
+
+
+class FromNothing(LoopPart):
+    """There is no s_0: the first loop runs plainly on e."""
+
+    def forward(self, e, pos):
+        return None
+
+
+class FromNoise(LoopPart):
+    """s_0 ~ N(0, state_std^2).
+
+    Training draws from the default generator. Evaluation reads a fixed table by position, so that it can be
+    repeated and a row does not depend on the other rows of its batch.
+    """
+
+    options = ('state_std',)
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.register_buffer('noise', torch.empty(config.block_size, config.n_embd), persistent=False)
+
+    def init(self, rules):
+        generator = torch.Generator('cpu').manual_seed(0)
+        for position in self.noise:  # one by one: the table does not depend on block_size, device and dtype
+            position.copy_(torch.randn(len(position), device='cpu', dtype=torch.float32, generator=generator))
+
+    def forward(self, e, pos):
+        """e: (B, T, C); pos: (T,) or (B, T)."""
+        x = torch.randn_like(e) if self.training else self.noise[pos % len(self.noise)].expand_as(e)
+        return (self.config.state_std or self.config.n_embd**-0.5) * x
+
+
+STATE = {'prelude': FromPrelude, 'random': FromNoise, 'zero': FromZero, 'none': FromNothing}
+
+
+class Injection(LoopPart):
+    """How the prelude's output e and the state s enter loop i.
+
+    Blocks can take in the state themselves: the first hooked_blocks of them call a method
+    block_hook(x, state) -> (x, query_source) with their input x, all (B, T, C). Attention takes its queries
+    from query_source, or from x where that is None.
+    """
+
+    states = ('prelude', 'random', 'zero')  # the values of state_init that make sense
+    hooked_blocks = 0  # the number of blocks that call block_hook; None = all
+    needs_full_bptt = False  # e enters as s_0 only: with bptt_k < n_loop the prelude would get no gradient
+
+    def forward(self, e, s, i):
+        """Returns u (B, T, C), the input of the first block. e, s: (B, T, C); i: the loop, from 0 on."""
+        return e
+
+    def block_state(self, s):
+        """Returns what block_hook gets of the state s (B, T, C). It is called once per loop."""
+        return s
+
+
+class Passthrough(Injection):
+    """u = s."""
+
+    states = ('prelude',)
+    needs_full_bptt = True
+
+    def forward(self, e, s, i):
+        return s
+
+
+class Concat(Injection, nn.Linear):
+    """u = W [e; s]. The first C columns of W are for e: with W = [I 0] it starts as u = e."""
+
+    groups = {'weight': 'injection'}
+
+    def __init__(self, config):
+        nn.Linear.__init__(self, 2 * config.n_embd, config.n_embd, bias=config.bias)
+
+    def init(self, rules):
+        rules['concat'](self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, e, s, i):
+        # (B, T, 2C) -> (B, T, C); autocast must not lower the precision of the residual stream
+        return nn.Linear.forward(self, torch.cat((e, s), dim=-1)).to(e.dtype)
+
+
+class Add(Injection):
+    """u = norm(e + s)."""
+
+    states = ('prelude', 'random', 'zero', 'none')
+
+    def forward(self, e, s, i):
+        return rms_norm(e + s, self.config)
+
+
+class Gated(Injection):
+    """u = a e + (1 - a) s; a is the sigmoid of a learned vector that starts at 0."""
+
+    vectors = dict(gate=0.0)
+
+    def forward(self, e, s, i):
+        return torch.lerp(s, e, self.gate.sigmoid())  # lerp(s, e, a) = s + a (e - s)
+
+
+class QueryFirst(Injection):
+    """u = e; the first block takes its queries from norm(s). LT_ia."""
+
+    states = ('none', 'prelude', 'random')
+    hooked_blocks = 1
+
+    def block_state(self, s):
+        return rms_norm(s, self.config)
+
+    def block_hook(self, x, state):
+        return x, state
+
+
+class QueryAll(QueryFirst):
+    """u = e; every block takes its queries from norm(s). FLT."""
+
+    hooked_blocks = None
+
+
+class ResidualAll(Injection):
+    """u = e; every block first computes x = norm(x + s). FLT_res."""
+
+    states = tuple(STATE)
+    hooked_blocks = None
+
+    def block_hook(self, x, state):
+        return rms_norm(x + state, self.config), None
+
+
+# fmt: off
+INJECT = dict(passthrough=Passthrough, inject=Concat, add=Add, gated=Gated,
+              query_first=QueryFirst, query_all=QueryAll, residual_all=ResidualAll)
+# fmt: on
+NAMES = dict(inject_random=dict(input_injection='inject', state_init='random'))  # nanoLOOP's for the pair
+
+
+class Replace(LoopPart):
+    """The new state is y."""
+
+    def forward(self, s, y, i):
+        """Returns the state after loop i. s: the state before; y: the loop's output; all (B, T, C)."""
+        return y
+
+
+class Gate(LoopPart):
+    """The new state is g s + (1 - g) y; g is the sigmoid of a learned vector that starts at 0."""
+
+    vectors = dict(gate=0.0)
+
+    def forward(self, s, y, i):
+        return torch.lerp(y, s, self.gate.sigmoid())
+
+
+class Damp(LoopPart):
+    """The new state is s + update_alpha (y - s): loops of weights that were not trained to be looped."""
+
+    options = ('update_alpha',)
+
+    def forward(self, s, y, i):
+        return torch.lerp(s, y, self.config.update_alpha)
+
+
+UPDATE = {'replace': Replace, 'gate': Gate, 'damp': Damp}
+
+# -----------------------------------------------------------------------------
+# initial values
+
+
+def normal(std):
+    return functools.partial(nn.init.normal_, std=std)
+
+
+def uniform(std):
+    return functools.partial(nn.init.uniform_, a=-math.sqrt(3) * std, b=math.sqrt(3) * std)
+
+
+def truncated(std):
+    return functools.partial(nn.init.trunc_normal_, std=std, a=-3 * std, b=3 * std)
+
+
+def by_part(rest, **parts):
+    """Returns the rules of all parts: `parts`, and `rest` for the others."""
+    return dict.fromkeys('wte wpe c_attn c_fc c_proj concat exit_gate lm_head'.split(), rest) | parts
+
+
+def huginn(c):
+    """What is added to the residual stream, and swiglu's up, is scaled down by the executed layers."""
+    std = math.sqrt(2 / (5 * c.n_embd))
+    wide, low = truncated(std), truncated(std / math.sqrt(2 * c.depth))
+
+    def c_fc(weight):  # rows of the gate, then of up
+        wide(weight)
+        for up in weight.chunk(MLP_ACT[c.mlp].n_parts)[1:]:
+            low(up)
+
+    return by_part(wide, c_proj=low, c_fc=c_fc)
+
+
+# config -> {part: a function that fills its weight}; biases start at 0. Embedding and head can be tied where
+# they have the same rule. With nanochat's and norm_place=pre every block starts as the identity.
+# fmt: off
+INIT = {
+    'gpt2': lambda c: by_part(
+        normal(0.02), c_proj=normal(0.02 / math.sqrt(2 * c.depth)), concat=nn.init.eye_),
+    'nanochat': lambda c: by_part(
+        normal(0.02), wte=normal(1.0), lm_head=normal(0.001), concat=nn.init.eye_,
+        c_attn=uniform(c.n_embd**-0.5), c_fc=uniform(c.n_embd**-0.5), c_proj=nn.init.zeros_),
+    'huginn': huginn,
+}
+# fmt: on
+
+# -----------------------------------------------------------------------------
+# the configuration
+
+
+def width_of(size):
+    """Returns the fields that looped nanochat's dial sets: n_embd = 64 size, rounded up to heads of 128."""
+    heads = math.ceil(size / 2)
+    return dict(n_embd=128 * heads, n_head=heads)
+
+
+@dataclass
+class GPTConfig:
+    # model
+    block_size: Count = 1024  # context length in tokens
+    vocab_size: Count = 50304  # number of token ids; if it is not set, the data set's
+    n_head: Annotated[Count, checks.Divides('n_embd')] = 12  # number of attention heads
+    n_kv_head: Annotated[Count, checks.Divides('n_head')] | None = None  # key and value heads; None = n_head
+    n_embd: Count = 768  # width of the residual stream
+    size: Annotated[Count, checks.Sets(width_of)] | None = None  # looped nanochat's dial: n_embd = 64 size
+    dropout: Share = 0.0  # dropout rate; 0 for pretraining, 0.1 or more for small data
+    bias: bool = False  # biases in Linear and LayerNorm layers, as in GPT-2
+    n_prelude: Size = 2  # number of layers before the loop
+    n_block: Count = 2  # number of layers inside the loop
+    n_coda: Size = 2  # number of layers after the loop
+    n_loop: Count = 4  # how often the layers inside the loop are applied
+    bptt_k: Count | None = None  # only the last bptt_k loops are backpropagated through; None = all
+    input_injection: Annotated[str, OneOf(INJECT, NAMES)] = 'inject'  # how the prelude's output enters a loop
+    state_init: Annotated[str, OneOf(STATE)] = 'prelude'  # what the loop's state starts from
+    state_std: Positive | None = None  # standard deviation of state_init=random; None = n_embd^-0.5
+    state_update: Annotated[str, OneOf(UPDATE)] = 'replace'  # how a loop's output becomes the new state
+    update_alpha: Positive = 1.0  # step of state_update=damp: state + update_alpha (output - state)
+    norm: Annotated[str, OneOf(NORM)] = 'rmsnorm'  # kind of norm; rmsnorm_fixed has no weight
+    norm_eps: Fraction | None = None  # added to the mean square; None = 1e-5 for layernorm, else 1e-6
+    norm_place: Annotated[str, OneOf(NORM_PLACE)] = 'pre'  # which norms a block out(x + post(f(pre(x)))) has
+    norm_emb: bool = False  # a norm after the embedding
+    norm_loop: bool = True  # a norm at the end of every loop
+    norm_final: bool = True  # a norm before the head
+    res_scale: Positive = 1.0  # factor of what a block adds to the residual stream
+    pos: Annotated[str, OneOf(POS)] = 'learned'  # how positions enter the model
+    rope_base: Positive = 10000.0  # base of the rotation frequencies of pos=rope
+    qk_norm: bool = False  # RMSNorm without weight on queries and keys
+    mlp: Annotated[str, OneOf(MLP_ACT)] = 'gelu'  # activation of the MLP
+    n_hidden: Count | None = None  # width inside the MLP; None = 4 n_embd, for swiglu 8/3 n_embd
+    window_pattern: Annotated[str, checks.Letters('LS')] = 'L'  # repeated, a letter per layer: S has a window
+    window_size: Annotated[Count, checks.AtMost('block_size')] | None = None  # tokens; None = block_size // 2
+    tie_weights: bool = True  # the head uses the embedding's weight
+    softcap: Positive | None = None  # logits become softcap * tanh(logits / softcap); None = no cap
+    emb_scale: Positive = 1.0  # factor of the token embedding
+    exit_gate: bool = False  # a gate that reads the state: the probability to exit after each loop
+    init: Annotated[str, OneOf(INIT)] = 'gpt2'  # scheme of the weights' initial values
+    recompute: bool = False  # activation checkpointing of every loop: less memory for more time
+
+    def __post_init__(self):
+        """Settles the values that other values stand for. Raises UserError for what has no meaning."""
+        checks.settle_fields(self)
+        check_combinations(self)
+
+    @property
+    def depth(self):
+        """The number of executed layers."""
+        return self.n_prelude + self.n_block * self.n_loop + self.n_coda
+
+
+def check_combinations(c):
+    """Raises UserError for values that mean nothing together."""
+    injection, position, init = INJECT[c.input_injection], POS[c.pos], INIT[c.init](c)
+    head, truncated = c.n_embd // c.n_head, c.bptt_k is not None and c.bptt_k < c.n_loop
+    # fmt: off
+    for holds, key, expected in (
+        (not position.rotary or head % 2 == 0, 'pos', f'learned or none: heads of {head} have no pairs'),
+        (c.state_init in injection.states, 'state_init',
+         f'{" or ".join(injection.states)} with input_injection={c.input_injection!r}'),
+        (not (injection.needs_full_bptt and truncated), 'bptt_k',
+         f'None or at least n_loop={c.n_loop}: with {c.input_injection} the prelude would get no gradient'),
+        (c.window_size is None or 'S' in c.window_pattern, 'window_size', 'None without S in window_pattern'),
+        (not c.tie_weights or init['wte'] is init['lm_head'], 'init', 'another with tie_weights: see INIT'),
+        (c.emb_scale == 1 or position.learned or not c.norm_emb, 'emb_scale', '1: norm_emb undoes it'),
+    ):
+        check(holds, key, getattr(c, key), expected)
+    # fmt: on
 
 
 # -----------------------------------------------------------------------------
 # a block
 
 
-class Context(NamedTuple):
-    """What the blocks know of the tokens' positions."""
-
-    rope: tuple | None  # cosines and sines of pos rope
-    full: torch.Tensor | None  # which keys a query sees, as of attend
-    narrow: torch.Tensor | None  # the same for blocks with a window
+# what the tokens' positions give to attention. rope: a table (cos, sin), each (..., T, D / 2), or None. mask:
+# (..., T, S), True where a query sees a key, or None = plain causal. window_mask: of layers with a window
+AttnInputs = namedtuple('AttnInputs', 'rope mask window_mask')
 
 
-def rotary(pos, width, base):
-    """Cosines and sines (..., T, width / 2) of the rotary embedding at positions pos (..., T), in float32."""
+def rope_table(pos, width, base):
+    """Returns the RoPE table (cos, sin), each (..., T, width / 2), in float32. pos: (..., T) positions."""
     freq = base ** (-torch.arange(0, width, 2, device=pos.device, dtype=torch.float32) / width)
-    angle = pos[..., None] * freq
+    angle = pos[..., None] * freq  # (..., T, width / 2)
     return angle.cos(), angle.sin()
 
 
-def rotate(x, rope):
-    """Rotates the two halves of each head of x (B, H, T, D) by plus the position; keeps x's dtype."""
+def apply_rope(x, rope):
+    """Rotates the two halves of every head by the position. x: (B, H, T, D); its dtype is kept."""
     cos, sin = rope
-    a, b = x.chunk(2, dim=-1)
+    a, b = x.chunk(2, dim=-1)  # (B, H, T, D / 2) each
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
-def band(pos, window):
-    """(T, T), True where a query at pos (T,) sees a key: itself and the window keys before it."""
-    back = pos[:, None] - pos
-    return (back >= 0) & (back <= window)
+def window_mask(pos, window):
+    """Returns (T, T), True where a query sees a key: its own and the `window` keys before it. pos: (T,)."""
+    distance = pos[:, None] - pos  # (T, T), of query and key
+    return (distance >= 0) & (distance <= window)
 
 
 def attend(q, k, v, mask, dropout):
-    """Softmax attention, (B, H, T, D); k, v: (B, G, S, D).
+    """Computes softmax attention. q: (B, H, T, D); k, v: (B, G, S, D). Returns (B, H, T, D).
 
-    mask: (T, S) or (B, 1, T, S), True where a query sees a key. None: those up to its own if S = T, else all.
+    mask: (T, S) or (B, 1, T, S), True where a query sees a key. None: causal if S = T, else all keys.
     """
     causal = mask is None and q.size(2) == k.size(2)
     options = dict(dropout_p=dropout, is_causal=causal, enable_gqa=q.size(1) != k.size(1))
-    if q.device.type == 'cpu' and 1 < q.size(-2) <= 256:
-        # the low precisions' backward takes up to 5 times float32's; a single token is decoded, not trained
+    if q.device.type == 'cpu' and 1 < q.size(2) <= 256:
+        # on a CPU the backward pass in bfloat16 takes up to 5 times as long as in float32, so short sequences
+        # run in float32; T = 1 is decoding, which has no backward pass
         with torch.autocast('cpu', enabled=False):
             y = F.scaled_dot_product_attention(upcast(q), upcast(k), upcast(v), mask, **options)
         return y.to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, mask, **options)
 
 
-def same(x):
-    """Where a block has no norm: calling a module that does nothing takes microseconds."""
-    return x
-
-
 class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        C, H, G = config.n_embd, config.n_head, config.n_kv_head or config.n_head
-        self.heads, self.rows = [H, G], [C, 2 * G * C // H]
-        self.c_attn = nn.Linear(C, sum(self.rows), bias=config.bias)  # rows of q, then of k and v
+        C, self.n_head, self.n_kv_head = config.n_embd, config.n_head, config.n_kv_head or config.n_head
+        self.widths = [C, 2 * self.n_kv_head * C // self.n_head]  # of c_attn: queries; keys, values
+        self.c_attn = nn.Linear(C, sum(self.widths), bias=config.bias)
         self.c_proj = nn.Linear(C, C, bias=config.bias)
-        self.qk_norm = functools.partial(unit, config=config) if config.qk_norm else same
+        self.qk_norm = functools.partial(rms_norm, config=config) if config.qk_norm else identity
         self.dropout = config.dropout
 
-    def project(self, x, source):
-        """c_attn(x), but its rows of q applied to source if there is one."""
-        if source is None:
+    def project(self, x, query_source):
+        """Returns queries, keys and values side by side, (B, T, (H + 2 G) D). query_source: None = x."""
+        if query_source is None:
             return self.c_attn(x)
-        weights = self.c_attn.weight.split(self.rows)
-        biases = (None, None) if self.c_attn.bias is None else self.c_attn.bias.split(self.rows)
-        return torch.cat([F.linear(*args) for args in zip((source, x), weights, biases, strict=True)], dim=-1)
+        w_q, w_kv = self.c_attn.weight.split(self.widths)
+        b_q, b_kv = (None, None) if self.c_attn.bias is None else self.c_attn.bias.split(self.widths)
+        return torch.cat((F.linear(query_source, w_q, b_q), F.linear(x, w_kv, b_kv)), dim=-1)
 
-    def forward(self, x, rope=None, mask=None, source=None, slot=None):
-        (B, T, C), (H, G) = x.shape, self.heads
-        heads = self.project(x, source).view(B, T, H + 2 * G, -1).transpose(1, 2)
-        qk, v = heads.split([H + G, G], dim=1)
-        if rope is not None:
-            qk = rotate(qk, rope)
-        q, k = self.qk_norm(qk).split([H, G], dim=1)
-        if slot is not None:
-            k, v = slot(k, v)
-        y = attend(q, k, v, mask, self.dropout if self.training else 0.0)
-        return F.dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)), self.dropout, self.training)
+    def forward(self, x, rope=None, mask=None, query_source=None, cache=None):
+        (B, T, C), H, G = x.shape, self.n_head, self.n_kv_head
+        qkv = self.project(x, query_source)  # (B, T, (H + 2 G) D)
+        qkv = qkv.view(B, T, H + 2 * G, C // H).transpose(1, 2)  # (B, H + 2 G, T, D)
+        # queries and keys stay one tensor until they are rotated and normed: one call for both
+        qk, v = qkv.split([H + G, G], dim=1)  # (B, H + G, T, D), (B, G, T, D)
+        qk = qk if rope is None else apply_rope(qk, rope)
+        q, k = self.qk_norm(qk).split([H, G], dim=1)  # (B, H, T, D), (B, G, T, D)
+        k, v = (k, v) if cache is None else cache(k, v)  # (B, G, S, D) each, with the earlier keys and values
+        y = attend(q, k, v, mask, self.dropout if self.training else 0.0)  # (B, H, T, D)
+        y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side
+        return F.dropout(self.c_proj(y), self.dropout, self.training)
 
 
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.act, parts, width = ACT[config.mlp]
-        hidden = config.n_hidden or width(config.n_embd)
-        self.c_fc = nn.Linear(config.n_embd, parts * hidden, bias=config.bias)  # swiglu: rows of gate, of up
+        self.act, n_parts, default = MLP_ACT[config.mlp]
+        hidden = config.n_hidden or default(config.n_embd)
+        self.c_fc = nn.Linear(config.n_embd, n_parts * hidden, bias=config.bias)  # swiglu: gate, up
         self.c_proj = nn.Linear(hidden, config.n_embd, bias=config.bias)
         self.dropout = config.dropout
 
@@ -136,269 +525,242 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x = out(x + post(f(pre(x)))) with attention, then the MLP as f.
+    """Computes x = out(x + res_scale post(f(pre(x)))), first with attention, then with the MLP as f.
 
-    take: of INJECT, what the block makes of x and the loop's state; None: it takes nothing of it.
+    state_hook: set by GPT for blocks that take in the loop's state, see Injection.block_hook.
     """
 
-    def __init__(self, config, windowed, take=None):
+    def __init__(self, config, windowed):
         super().__init__()
+        self.windowed, self.res_scale, self.state_hook = windowed, config.res_scale, None
+        norm, place = functools.partial(make_norm, config), NORM_PLACE[config.norm_place]
+        self.ln_1, self.attn = norm(place.pre), CausalSelfAttention(config)
+        self.ln_2, self.mlp = norm(place.pre), MLP(config)
+        self.post_1, self.out_1 = norm(place.post), norm(place.out)
+        self.post_2, self.out_2 = norm(place.post), norm(place.out)
 
-        def norm(there):
-            return NORM[config.norm](config) if there else same
-
-        pre, post, out = PLACE[config.norm_place]
-        self.windowed, self.take = windowed, take and functools.partial(take, config=config)
-        self.ln_1, self.attn = norm(pre), CausalSelfAttention(config)
-        self.ln_2, self.mlp = norm(pre), MLP(config)
-        self.post_1, self.out_1, self.post_2, self.out_2 = map(norm, (post, out, post, out))
-
-    def forward(self, x, rope=None, mask=None, s=None, slot=None):
-        x, source = (x, None) if s is None else self.take(x, s)
-        y = self.attn(self.ln_1(x), rope, mask, source, slot)
-        x = self.out_1(x + self.post_1(y.to(x.dtype)))  # under autocast y is in the low precision
-        return self.out_2(x + self.post_2(self.mlp(self.ln_2(x)).to(x.dtype)))
-
-
-# -----------------------------------------------------------------------------
-# the configuration
-
-
-@dataclass
-class GPTConfig:
-    # model
-    block_size: int = 1024  # context length, tokens
-    vocab_size: int = 50304  # replaced by the data's unless given; GPT-2's 50257 padded to a multiple of 64
-    n_head: int = 12  # attention heads
-    n_kv_head: int | None = None  # heads of keys and values, a divisor of n_head; None = n_head
-    n_embd: int = 768  # width
-    size: int | None = None  # looped nanochat's dial: n_embd = 64 size rounded up to 128s, heads of 128
-    dropout: float = 0.0  # 0 for pretraining, 0.1 and more for small data
-    bias: bool = False  # biases in Linear and LayerNorm, as in GPT-2
-    n_prelude: int = 2  # layers before the loop
-    n_block: int = 2  # layers inside the loop
-    n_coda: int = 2  # layers after the loop
-    n_loop: int = 4  # iterations of the loop
-    bptt_k: int | None = None  # only the last bptt_k iterations carry gradient; None = all
-    input_injection: str = 'inject'  # or passthrough, add, query_first, query_all, residual_all: README.md
-    state_init: str = 'prelude'  # the loop starts from: prelude s = e, random N(0, state_std^2), zero, none
-    state_std: float | None = None  # of state_init random; None = n_embd^-0.5
-    norm: str = 'rmsnorm'  # layernorm, rmsnorm, or rmsnorm_fixed, which has no weight
-    norm_eps: float | None = None  # None = 1e-5 for layernorm, 1e-6 for the others
-    norm_place: str = 'pre'  # pre, branch, around or post: which norms a block has, README.md
-    norm_emb: bool = False  # a norm after the embedding
-    norm_loop: bool = True  # a norm at the end of each iteration
-    norm_final: bool = True  # a norm before the head
-    pos: str = 'learned'  # positions: learned (an embedding), rope (q and k rotated) or none
-    rope_base: float = 10000.0  # of pos rope
-    qk_norm: bool = False  # RMSNorm without weight on q and k
-    mlp: str = 'gelu'  # gelu, gelu_tanh, relu2 or swiglu
-    n_hidden: int | None = None  # width inside the MLP; None = 4 n_embd, swiglu: 8/3 n_embd rounded up to 64s
-    window_pattern: str = 'L'  # a letter per layer, repeated: L sees all keys, S window_size and itself
-    window_size: int | None = None  # tokens; None = block_size // 2
-    tie_weights: bool = True  # the head's weight is the embedding's
-    softcap: float | None = None  # logits = softcap tanh(logits / softcap)
-    emb_scale: float = 1.0  # the embedding times this
-    exit_gate: bool = False  # a linear gate on the loop's state: the probability to stop after an iteration
-    init: str = 'gpt2'  # how weights start: as GPT-2's, nanochat's or huginn's
-    recompute: bool = False  # compute each iteration again in the backward pass: memory for time
-
-    def __post_init__(self):
-        """Raises ValueError for a value outside its table, and for one that would mean nothing."""
-        check_config(self)
-
-    @property
-    def depth(self):
-        """Executed layers."""
-        return self.n_prelude + self.n_block * self.n_loop + self.n_coda
+    def forward(self, x, rope=None, mask=None, state=None, cache=None):
+        """Returns (B, T, C). x, state: (B, T, C); rope, mask: see AttnInputs; cache: see GPT.apply_blocks."""
+        x, query_source = (x, None) if state is None else self.state_hook(x, state)
+        y = self.post_1(self.attn(self.ln_1(x), rope, mask, query_source, cache).to(x.dtype))
+        x = self.out_1(torch.add(x, y, alpha=self.res_scale))  # under autocast y comes in the low precision
+        y = self.post_2(self.mlp(self.ln_2(x)).to(x.dtype))
+        return self.out_2(torch.add(x, y, alpha=self.res_scale))
 
 
 # -----------------------------------------------------------------------------
 # the model
 
 
-def hold(again, f, *args):
-    """f(*args), of which args alone are held for the backward pass if that computes f again."""
-    return checkpoint(f, *args, use_reentrant=False) if again and torch.is_grad_enabled() else f(*args)
+def maybe_checkpoint(recompute, f, *args):
+    """Returns f(*args). With recompute its activations are computed again in backward instead of stored."""
+    return checkpoint(f, *args, use_reentrant=False) if recompute and torch.is_grad_enabled() else f(*args)
 
 
 class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = c = config
-        injection, (learned, rotated) = INJECT[c.input_injection], POS[c.pos]
-        windows = itertools.cycle(letter == 'S' for letter in c.window_pattern)  # a layer keeps its own
+        windowed = itertools.cycle(letter == 'S' for letter in c.window_pattern)  # layer by layer
+        norm = functools.partial(make_norm, c, absent=nn.Identity())
 
-        def norm(exists):
-            return NORM[c.norm](c) if exists else nn.Identity()
-
-        def layers(*takes):
-            return nn.ModuleList(Block(c, next(windows), take) for take in takes)
+        def layers(n):
+            return nn.ModuleList(Block(c, next(windowed)) for _ in range(n))
 
         # fmt: off
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(c.vocab_size, c.n_embd),
-            wpe=nn.Embedding(c.block_size, c.n_embd) if learned else None,
+            wpe=nn.Embedding(c.block_size, c.n_embd) if POS[c.pos].learned else None,
             norm_emb=norm(c.norm_emb), drop=nn.Dropout(c.dropout),
-            prelude=layers(*[None] * c.n_prelude),
-            recur=layers(injection.first, *[injection.others] * (c.n_block - 1)),
-            coda=layers(*[None] * c.n_coda), ln_f=norm(c.norm_final),
+            prelude=layers(c.n_prelude), recur=layers(c.n_block), coda=layers(c.n_coda),
+            ln_f=norm(c.norm_final),
         ))
         # fmt: on
-        self.injection, self.start = injection, STATE[c.state_init]
-        noise = torch.empty(c.block_size, c.n_embd) if c.state_init == 'random' else None
-        self.register_buffer('noise', noise, persistent=False)
-        self.inject = injection.module(c) if injection.module else None
+        self.start = STATE[c.state_init](c)
+        self.inject = INJECT[c.input_injection](c)
         self.norm_recur = norm(c.norm_loop)
+        self.update = UPDATE[c.state_update](c)
         self.exit_gate = nn.Linear(c.n_embd, 1) if c.exit_gate else None
         self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
         if c.tie_weights:
             self.lm_head.weight = self.transformer.wte.weight
-        self.rope_width = c.n_embd // c.n_head if rotated else 0
+        for block in self.transformer.recur[: self.inject.hooked_blocks]:
+            block.state_hook = self.inject.block_hook
+        self.rope_width = c.n_embd // c.n_head if POS[c.pos].rotary else 0
         self.window = c.window_size or c.block_size // 2
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
-        """Every parameter by one rule: norms 1, biases 0, the others as INIT says for their part; noise."""
-        rules = INIT[self.config.init](self.config.n_embd, self.config.depth)
-        for name, p in self.named_parameters():
-            part = name.split('.')[-2:][0]
-            if name.endswith('bias'):
-                nn.init.zeros_(p)
-            elif p.dim() == 1:
-                nn.init.ones_(p)
-            else:
-                rules.get(part, rules['rest'])(p)
-                if part == 'c_fc' and 'up' in rules and ACT[self.config.mlp][1] == 2:
-                    rules['up'](p.chunk(2)[1])
-        fixed = dict(device='cpu', dtype=torch.float32, generator=torch.Generator('cpu').manual_seed(0))
-        for row in () if self.noise is None else self.noise:  # whatever block_size, device and dtype are
-            row.copy_(torch.randn(self.config.n_embd, **fixed))
+        """Sets every parameter by exactly one rule; raises RuntimeError with the name of one that has none.
+
+        A part that a table's entry makes (a norm, injection, ...) initialises itself: by a method init(rules)
+        if it has one, else by its constructor. Every other weight follows the rule that INIT names for it,
+        and biases start at 0. May be called again, after to_empty() for example.
+        """
+        rules, ruled = INIT[self.config.init](self.config), set()
+        own = {p for m in self.modules() if hasattr(m, 'init') or hasattr(m, 'entry') for p in m.parameters()}
+        for name, module in self.named_modules():
+            if hasattr(module, 'init'):
+                module.init(rules)
+            elif hasattr(module, 'entry'):
+                for p, fresh in zip(module.parameters(), module.entry(self.config).parameters(), strict=True):
+                    p.copy_(fresh)
+            for key, p in module.named_parameters(recurse=False):
+                part = name.rpartition('.')[2]
+                if p in own or p in ruled:  # ruled: the head that is tied to the embedding
+                    continue
+                if part not in rules or key not in ('weight', 'bias'):
+                    raise RuntimeError(f'no rule says how {name}.{key} starts, see INIT')
+                (nn.init.zeros_ if key == 'bias' else rules[part])(p)
+                ruled.add(p)
 
     def blocks(self):
-        """Every block once, in the order of first use."""
+        """Returns every block once, in the order of first use."""
         return (*self.transformer.prelude, *self.transformer.recur, *self.transformer.coda)
 
-    def run(self, blocks, x, context, s=None, slots=None):
-        """x (B, T, C) through blocks; s, what they get of the loop's state, goes to those that take it.
-
-        slots: a function (k, v) -> (k, v) for every block, which keeps keys and values and adds earlier ones.
-        """
-        for block, slot in zip(blocks, slots or itertools.repeat(None), strict=False):
-            mask = context.narrow if block.windowed else context.full
-            x = block(x, context.rope, mask, s if block.take else None, slot)
-        return x
-
-    def context(self, pos):
-        """The Context of whole sequences with positions pos (T,); None for masks that hide nothing."""
-        rope = rotary(pos, self.rope_width, self.config.rope_base) if self.rope_width else None
-        last, windowed = len(pos) - 1, any(block.windowed for block in self.blocks())
-        full = band(pos, self.config.block_size - 1) if last >= self.config.block_size else None
-        window = min(self.window, self.config.block_size - 1)
-        return Context(rope, full, band(pos, window) if windowed and last > window else full)
+    def attn_inputs(self, pos):
+        """Returns the AttnInputs of whole rows with positions pos (T,); masks that hide nothing are None."""
+        rope = rope_table(pos, self.rope_width, self.config.rope_base) if self.rope_width else None
+        last, block_size = len(pos) - 1, self.config.block_size
+        windowed = any(block.windowed for block in self.blocks())
+        mask = window_mask(pos, block_size - 1) if last >= block_size else None
+        window = min(self.window, block_size - 1)
+        return AttnInputs(rope, mask, window_mask(pos, window) if windowed and last > window else mask)
 
     def embed(self, idx, pos):
-        """(B, T, C), what enters the prelude, of tokens idx (B, T) at positions pos (T,) or (B, T)."""
+        """Returns the prelude's input (B, T, C). idx: (B, T) token ids; pos: (T,) or (B, T) positions."""
         x = self.config.emb_scale * self.transformer.wte(idx)
         if self.transformer.wpe is not None:
             x = x + self.transformer.wpe(pos)
         return self.transformer.drop(self.transformer.norm_emb(x))
 
-    def iterate(self, e, s, context, slots=None):
-        """The loop's next state, (B, T, C). s: the last one; None before the first, of state_init none."""
-        u, fed = e if s is None else self.injection.enter(self, e, s), self.injection.feed(self, s)
-        return self.norm_recur(self.run(self.transformer.recur, u, context, fed, slots))
+    def apply_blocks(self, blocks, x, attn_inputs, state=None, caches=None):
+        """Runs x (B, T, C) through blocks. state (B, T, C): for blocks with a hook, see Injection.
 
-    def states(self, idx, n_loop=None, rows=(-1,)):
-        """The loop's state after the iterations in rows (-1 = last): R tensors (B, T, C), and run's context.
-
-        idx: (B, T) token ids. Beyond block_size a layer sees the last block_size keys; raises ValueError for
-        learned positions, which end there.
+        caches: for decoding, one function (k, v) -> (k, v) per block. It stores the new keys and values and
+        returns them with the earlier ones.
         """
+        for block, cache in zip(blocks, caches or itertools.repeat(None), strict=False):
+            mask = attn_inputs.window_mask if block.windowed else attn_inputs.mask
+            x = block(x, attn_inputs.rope, mask, state if block.state_hook else None, cache)
+        return x
+
+    def iterate(self, e, s, i, attn_inputs, caches=None):
+        """Returns the state after loop i. e, s and the result: (B, T, C); s is None if there is no s_0."""
+        u = e if s is None else self.inject(e, s, i)
+        state = None if s is None else self.inject.block_state(s)
+        y = self.norm_recur(self.apply_blocks(self.transformer.recur, u, attn_inputs, state, caches))
+        return self.update(y if s is None else s, y, i)
+
+    def loop_states(self, idx, n_loop=None, loops=(-1,)):
+        """Runs prelude and loop. Returns the states after the given loops, each (B, T, C), and AttnInputs.
+
+        idx: (B, T) token ids. loops: indices from 0 on, -1 = the last. Beyond block_size a layer sees the
+        last block_size keys. Raises UserError if n_loop, loops or the length of idx is not possible.
+        """
+        n_loop = self.check_call(idx, n_loop, loops)
+        pos = torch.arange(idx.size(1), device=idx.device)  # (T,)
+        attn_inputs = self.attn_inputs(pos)
+        e = self.apply_blocks(self.transformer.prelude, self.embed(idx, pos), attn_inputs)
+        s, states = self.start(e, pos), {}
+        first = n_loop - (self.config.bptt_k or n_loop)  # loops before this one record no graph
+        for i in range(n_loop):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and i >= first):
+                s = maybe_checkpoint(self.config.recompute, self.iterate, e, s, i, attn_inputs)
+            if i in loops or i - n_loop in loops:
+                states[i] = s
+        return [states[i % n_loop] for i in loops], attn_inputs
+
+    def check_call(self, idx, n_loop, loops):
+        """Returns n_loop, or the configuration's if it is None. Raises UserError, see loop_states."""
         c, T = self.config, idx.size(1)
         n_loop = c.n_loop if n_loop is None else n_loop
         check(isinstance(n_loop, int) and n_loop >= 1, 'n_loop', n_loop, 'an int, at least 1')
-        there = len(rows) and all(-n_loop <= row < n_loop for row in rows)
-        check(there, 'rows', rows, f'iterations of n_loop={n_loop}')
-        fits = T <= c.block_size or self.transformer.wpe is None
+        exist = len(loops) > 0 and all(-n_loop <= i < n_loop for i in loops)
+        check(exist, 'loops', loops, f'indices of n_loop={n_loop} loops')
+        fits = T <= c.block_size or not POS[c.pos].learned
         check(fits, 'length', T, f'at most block_size={c.block_size} tokens')
-        pos = torch.arange(T, device=idx.device)
-        context = self.context(pos)
-        e = self.run(self.transformer.prelude, self.embed(idx, pos), context)
-        s, read = self.start(self, e, pos), {}
-        first = max(0, n_loop - (c.bptt_k or n_loop))  # iterations before this one record no graph
-        reached = not (torch.is_grad_enabled() and self.training and self.injection.alone and first)
-        check(reached, 'n_loop', n_loop, f'at most bptt_k={c.bptt_k}: the prelude would get no gradient')
-        for i in range(n_loop):
-            with torch.set_grad_enabled(torch.is_grad_enabled() and i >= first):
-                s = hold(c.recompute, self.iterate, e, s, context)
-            if i in rows or i - n_loop in rows:
-                read[i] = s
-        return [read[row % n_loop] for row in rows], context
+        truncated = self.training and torch.is_grad_enabled() and n_loop > (c.bptt_k or n_loop)
+        expected = f'at most bptt_k={c.bptt_k}: the prelude would get no gradient'
+        check(not (truncated and self.inject.needs_full_bptt), 'n_loop', n_loop, expected)
+        return n_loop
 
-    def readout(self, s, context, slots=None):
-        """What the head reads, (B, T, C), of a state s (B, T, C)."""
-        return self.transformer.ln_f(self.run(self.transformer.coda, s, context, slots=slots))
+    def run_coda(self, s, attn_inputs, caches=None):
+        """Returns the head's input (B, T, C) for a state s (B, T, C): coda and final norm."""
+        return self.transformer.ln_f(self.apply_blocks(self.transformer.coda, s, attn_inputs, caches=caches))
 
     def logits(self, x):
-        """(..., V) of what the head reads, x (..., C)."""
+        """Returns the logits (..., V) for the head's input x (..., C)."""
         logits, cap = self.lm_head(x), self.config.softcap
         return logits if cap is None else cap * torch.tanh(upcast(logits) / cap)
 
-    def halt(self, s):
-        """The gate's probability (B, T) to stop after the iteration that left s (B, T, C)."""
-        gate = self.exit_gate  # no matrix product: under autocast that would be in the low precision
-        return torch.sigmoid((upcast(s) * gate.weight[0]).sum(-1) + gate.bias)
+    def exit_probability(self, s):
+        """Returns the gate's probability (B, T) to exit after the loop that ended in state s (B, T, C)."""
+        # written as a sum: autocast would run a matrix product in the low precision
+        return torch.sigmoid((upcast(s) * self.exit_gate.weight[0]).sum(-1) + self.exit_gate.bias)
 
     def nll(self, x, targets):
-        """-log p of targets (N,), -1 = ignored, given what the head reads, x (N, C): (N,)."""
+        """Returns -log p(targets), (N,), for the head's input x (N, C). targets: (N,); -1 gives 0."""
         return F.cross_entropy(upcast(self.logits(x)), targets, ignore_index=-1, reduction='none')
 
-    def cross_entropy(self, s, targets, context, again=False):
-        """-log p of targets (B, T) read out of s (B, T, C): (B, T), 0 where a target is -1.
+    def cross_entropy(self, s, targets, attn_inputs, recompute=False):
+        """Returns -log p(targets), (B, T), predicted from the state s (B, T, C); 0 where a target is -1.
 
-        Holds a chunk of HEAD_CHUNK logits at most: chunks are computed again in the backward pass. again: so
-        are the coda and a single chunk.
+        At most HEAD_CHUNK logits exist at once: longer inputs are split, and every chunk is recomputed in the
+        backward pass. With recompute coda and head are recomputed even if one chunk is enough.
         """
-        x, y = hold(again, self.readout, s, context).flatten(0, 1), targets.flatten()
-        n = max(1, HEAD_CHUNK // self.config.vocab_size)
-        chunks = zip(x.split(n), y.split(n), strict=True)
-        return torch.cat([hold(again or len(y) > n, self.nll, *chunk) for chunk in chunks]).view_as(targets)
+        x = maybe_checkpoint(recompute, self.run_coda, s, attn_inputs).flatten(0, 1)  # (B T, C)
+        n = max(1, HEAD_CHUNK // self.config.vocab_size)  # tokens of a chunk
+        recompute = recompute or len(x) > n
+        chunks = zip(x.split(n), targets.flatten().split(n), strict=True)
+        return torch.cat([maybe_checkpoint(recompute, self.nll, *chunk) for chunk in chunks]).view_as(targets)
 
-    def table(self, idx, targets, n_loop=None, rows=(-1,)):
-        """The loss table: the cross-entropy of every token, read out after each of the iterations in rows.
+    def loss_table(self, idx, targets, n_loop=None, loops=(-1,)):
+        """Returns every token's cross-entropy after each of the given loops, and the exit probabilities.
 
-        idx, targets: (B, T), -1 = ignored. Returns ce (R, B, T), differentiable and 0 where ignored, and
-        the exit gate's probabilities (R, B, T) or None. Of several rows each keeps its state and what the
-        head reads: the rest is computed again in the backward pass. Under autocast use cache_enabled=False:
-        gradients of chunks and rows would be summed in the low precision.
+        idx, targets: (B, T), -1 = ignored; n_loop, loops: see loop_states. Returns ce (R, B, T), which is
+        differentiable and 0 where ignored, and the probabilities (R, B, T), or None without a gate.
+
+        With several loops only each loop's state and head input are stored: coda and head are recomputed in
+        the backward pass, so that memory does not grow with their activations. Under autocast use
+        cache_enabled=False: the cache would sum the gradients of chunks and loops in the low precision.
         """
-        states, context = self.states(idx, n_loop, rows)
-        ce = torch.stack([self.cross_entropy(s, targets, context, len(rows) > 1) for s in states])
-        return ce, torch.stack([self.halt(s) for s in states]) if self.exit_gate else None
+        states, attn_inputs = self.loop_states(idx, n_loop, loops)
+        ce = torch.stack([self.cross_entropy(s, targets, attn_inputs, len(loops) > 1) for s in states])
+        gates = torch.stack([self.exit_probability(s) for s in states]) if self.exit_gate else None
+        return ce, gates
 
     def forward(self, idx, targets=None, n_loop=None):
-        """(logits, loss) as in nanoGPT, of the last iteration. idx, targets: (B, T), -1 = ignored.
+        """Returns (logits, loss) after the last loop, as nanoGPT does. idx, targets: (B, T), -1 = ignored.
 
-        With targets: the logits of all positions, (B, T, V), and the mean loss; without: those of the last
-        position, (B, 1, V), and None.
+        With targets: the logits of all positions, (B, T, V), and the mean loss. Without: the logits of the
+        last position, (B, 1, V), and None.
         """
-        (s,), context = self.states(idx, n_loop)
-        x = self.readout(s, context)
+        (s,), attn_inputs = self.loop_states(idx, n_loop)
+        x = self.run_coda(s, attn_inputs)
         if targets is None:
             return self.logits(x[:, -1:]), None
         logits = self.logits(x)
         return logits, F.cross_entropy(upcast(logits).flatten(0, 1), targets.flatten(), ignore_index=-1)
 
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, **options):
-        """idx (B, T) continued by max_new_tokens tokens; options: as of generate.py's stream, but lengths."""
-        from nanoloop.generate import stream
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, n_loop=None):
+        """Appends max_new_tokens sampled tokens to idx (B, T), as nanoGPT does: every step is a forward pass.
 
-        check('lengths' not in options, 'lengths', options.get('lengths'), 'none: see stream')
-        tokens = stream(self, idx, max_new_tokens, temperature, top_k, **options)
-        return torch.cat((idx, *(token[:, None] for token in tokens)), dim=1)
+        Temperature 0 takes the most likely token. nanoloop/generate.py generates with a KV cache, many times
+        as fast, and with early exits or speculation.
+        """
+        for _ in range(max_new_tokens):
+            logits, _ = self(idx[:, -self.config.block_size :], n_loop=n_loop)
+            logits = upcast(logits[:, -1]) / max(temperature, 1e-6)  # (B, V)
+            if top_k is not None:
+                smallest = logits.topk(min(top_k, logits.size(-1))).values[:, [-1]]  # (B, 1)
+                logits = logits.masked_fill(logits < smallest, -math.inf)
+            token = torch.multinomial(logits.softmax(dim=-1), 1)  # (B, 1)
+            idx = torch.cat((idx, token), dim=1)
+        return idx
 
     def get_num_params(self):
-        """Parameters, shared ones once, position embeddings (which nanoGPT leaves out) included."""
+        """Returns the number of parameters: shared ones once, and unlike nanoGPT position embeddings."""
         return sum(p.numel() for p in self.parameters())

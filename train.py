@@ -249,7 +249,7 @@ def evaluate(model, splits, c, m, token_bytes, stopped=lambda: False):
                 continue
             x, y = (torch.from_numpy(a) for a in split.stack(mine, c.batch_size))
             with m.autocast():
-                ce, _ = model.table(x.to(m.device), y.to(m.device))
+                ce, _ = model.loss_table(x.to(m.device), y.to(m.device))
             ce, counted = ce[0].cpu().double(), y != -1
             size = bytes_of[y.clamp(min=0)] * counted
             sums += torch.stack((ce.sum(), counted.sum(), ce[size > 0].sum(), size.sum()))

@@ -1,12 +1,13 @@
 """
 What a user can get wrong, and the line that says so.
 
-A field of a configuration says in its annotation which values it takes:
+The annotation of a configuration's field says which values it takes:
 
     n_loop: Annotated[int, AtLeast(1)] = 4
+    n_head: Annotated[int, AtLeast(1), Divides('n_embd')] = 12
     norm: Annotated[str, OneOf(NORM)] = 'rmsnorm'
 
-This file needs no torch: neither does preparing data. model.py and this file work alone in another project.
+and settle_fields(self) in __post_init__ applies it. This file needs no torch: neither does preparing data.
 """
 
 import math
@@ -20,68 +21,127 @@ class UserError(ValueError):
     same_on_all_ranks = True  # every process of a run raises it, so that rank 0 alone prints it
 
 
-def check(holds, key, got, wanted):
-    """Raises UserError '{key}={got}, expected {wanted}' unless holds."""
+def check(holds, key, got, expected):
+    """Raises UserError '{key}={got}, expected {expected}' unless holds."""
     if not holds:
-        raise UserError(f'{key}={got!r}, expected {wanted}')
+        raise UserError(f'{key}={got!r}, expected {expected}')
 
 
 # -----------------------------------------------------------------------------
-# bounds, which stand in a field's annotation: holds(value) -> bool, and wanted, the text after "expected"
+# bounds: holds(value, config) says whether a value is accepted, expected(config) which values are
 
 
-class AtLeast:
-    """A finite number, not below `least`."""
-
-    def __init__(self, least):
-        self.least, self.wanted = least, f'at least {least}'
-
-    def holds(self, value):
-        return self.least <= value < math.inf
-
-
-class Above:
-    """A finite number above `limit`."""
+class Bound:
+    """A bound that is a number or the name of another field, whose value is then the bound."""
 
     def __init__(self, limit):
-        self.limit, self.wanted = limit, f'above {limit}'
+        self.limit = limit
 
-    def holds(self, value):
-        return self.limit < value < math.inf
+    def value(self, config):
+        return getattr(config, self.limit) if isinstance(self.limit, str) else self.limit
 
-
-class Below:
-    """A number below `limit`."""
-
-    def __init__(self, limit):
-        self.limit, self.wanted = limit, f'below {limit}'
-
-    def holds(self, value):
-        return value < self.limit
+    def expected(self, config):
+        other = f'{self.limit}=' if isinstance(self.limit, str) else ''
+        return f'{self.words} {other}{self.value(config)}'
 
 
-class AtMost:
-    """A number not above `most`."""
+class AtLeast(Bound):
+    """A finite number that is not below the limit."""
 
-    def __init__(self, most):
-        self.most, self.wanted = most, f'at most {most}'
+    words = 'at least'
 
-    def holds(self, value):
-        return value <= self.most
+    def holds(self, value, config):
+        return self.value(config) <= value < math.inf
+
+
+class Above(Bound):
+    """A finite number above the limit."""
+
+    words = 'above'
+
+    def holds(self, value, config):
+        return self.value(config) < value < math.inf
+
+
+class Below(Bound):
+    """A number below the limit."""
+
+    words = 'below'
+
+    def holds(self, value, config):
+        return value < self.value(config)
+
+
+class AtMost(Bound):
+    """A number that is not above the limit."""
+
+    words = 'at most'
+
+    def holds(self, value, config):
+        return value <= self.value(config)
+
+
+class Divides(Bound):
+    """A divisor of the limit, which may be None in a field that stands for another one."""
+
+    words = 'a divisor of'
+
+    def holds(self, value, config):
+        return self.value(config) % value == 0
+
+
+class Letters:
+    """A text that is not empty and has these letters only."""
+
+    def __init__(self, letters):
+        self.letters = letters
+
+    def holds(self, value, config):
+        return len(value) > 0 and set(value) <= set(self.letters)
+
+    def expected(self, config):
+        return f'letters {" and ".join(self.letters)}'
 
 
 class OneOf:
-    """A key of a table (a dict or a tuple of names). An empty name is printed as "nothing"."""
+    """A key of a table (a dict or a tuple of names). The empty name is shown as "nothing".
 
-    def __init__(self, table):
-        self.table = table
+    aliases: {another name: {field: value}}, the fields that the name stands for. An entry with an attribute
+    `options` (names of fields) gives them a meaning; while another entry is chosen they keep their defaults.
+    """
 
-    def holds(self, value):
+    def __init__(self, table, aliases=None):
+        self.table, self.aliases = table, aliases or {}
+
+    def holds(self, value, config):
         return value in self.table
 
-    @property
-    def wanted(self):  # read when it is needed: a table may have got new entries
-        return 'one of ' + ', '.join(name or 'nothing' for name in self.table)
+    def expected(self, config):
+        return f'one of {self.choices()}'
+
+    def choices(self):  # read when it is needed: a table may have got new entries
+        return ', '.join(name or 'nothing' for name in self.table)
+
+
+class Sets:
+    """A value that decides other fields: fields(value) returns {field: value}."""
+
+    def __init__(self, fields):
+        self.fields = fields
+
+    def holds(self, value, config):
+        return True
+
+
+Count = Annotated[int, AtLeast(1)]
+Size = Annotated[int, AtLeast(0)]
+Positive = Annotated[float, Above(0)]
+NotNegative = Annotated[float, AtLeast(0)]
+Share = Annotated[float, AtLeast(0), Below(1)]
+Fraction = Annotated[float, Above(0), Below(1)]
+
+# -----------------------------------------------------------------------------
+# types
 
 
 def split_hint(hint):
@@ -93,13 +153,18 @@ def split_hint(hint):
     if not parts:
         return [hint], []
     split = [split_hint(part) for part in parts]
-    return [t for types, _ in split for t in types], [b for _, bounds in split for b in bounds]
+    return [t for types, _ in split for t in types], [bound for _, bounds in split for bound in bounds]
+
+
+def hints_of(cls):
+    """Returns {field: annotation} of a configuration's class, bounds included."""
+    return get_type_hints(cls, include_extras=True)
 
 
 def typed(key, value, hint):
     """Returns value as one of hint's types: 1 becomes float, 1e3 and numpy's numbers become int where needed.
 
-    Raises UserError if value has another type. Bounds are not looked at, see check_fields.
+    Raises UserError if value has another type. Bounds are not looked at, see settle_fields.
     """
     types, _ = split_hint(hint)
     if type(value) in types:
@@ -110,29 +175,74 @@ def typed(key, value, hint):
     if int in types and number and float(value).is_integer():
         return int(value)
     names = {'NoneType': 'None', 'bool': 'True or False'}
-    raise UserError(
-        f'{key}={value!r}, expected {" or ".join(names.get(t.__name__, t.__name__) for t in types)}'
-    )
+    expected = ' or '.join(names.get(t.__name__, t.__name__) for t in types)
+    raise UserError(f'{key}={value!r}, expected {expected}')
 
 
-def convert_fields(config):
-    """Converts every field of a dataclass instance to its annotated type, in place. Raises UserError."""
-    for key, hint in get_type_hints(type(config), include_extras=True).items():
+# -----------------------------------------------------------------------------
+# a whole configuration
+
+
+def settle_fields(config):
+    """Converts the fields of a dataclass instance to their types, sets those that others decide, checks all.
+
+    Raises UserError for the first field that has a wrong type, contradicts another, or is out of its bounds.
+    """
+    hints = hints_of(type(config))
+    for key, hint in hints.items():
         setattr(config, key, typed(key, getattr(config, key), hint))
+    for key, hint in hints.items():
+        for bound in split_hint(hint)[1]:
+            set_others(config, key, bound)
+    for key, hint in hints.items():
+        check_field(config, key, hint)
 
 
-def check_fields(config):
-    """Raises UserError for the first field of a dataclass instance whose value is out of its bounds."""
-    for key, hint in get_type_hints(type(config), include_extras=True).items():
-        types, bounds = split_hint(hint)
-        value = getattr(config, key)
-        if value is not None:
-            wanted = ' and '.join(bound.wanted for bound in bounds) + ', or None' * (type(None) in types)
-            check(all(bound.holds(value) for bound in bounds), key, value, wanted)
+def set_others(config, key, bound):
+    """Sets the fields that an alias of OneOf or a value of Sets stands for."""
+    value = getattr(config, key)
+    if isinstance(bound, OneOf) and value in bound.aliases:
+        others = bound.aliases[value]
+    elif isinstance(bound, Sets) and value is not None:
+        check_field(config, key, hints_of(type(config))[key])
+        others = bound.fields(value)
+    else:
+        return
+    for other, decided in others.items():
+        old = getattr(config, other)
+        free = other == key or old in (getattr(type(config), other), decided)
+        check(free, other, old, f'no value with {key}={value}, which makes it {decided!r}')
+        setattr(config, other, decided)
+
+
+def check_field(config, key, hint):
+    """Raises UserError if the value of a field is out of its bounds."""
+    types, bounds = split_hint(hint)
+    value = getattr(config, key)
+    for bound in bounds if value is not None else ():
+        if not bound.holds(value, config):
+            # a limit that another field sets is shown alone, numbers together: at least 0 and below 1
+            shown = [b for b in bounds if isinstance(getattr(b, 'limit', None), int | float)]
+            shown = shown if bound in shown else [bound]
+            expected = ' and '.join(b.expected(config) for b in shown) + ', or None' * (type(None) in types)
+            raise UserError(f'{key}={value!r}, expected {expected}')
+        if isinstance(bound, OneOf):
+            check_options(config, key, bound)
+
+
+def check_options(config, key, bound):
+    """Raises UserError if an option of a table's entries is set while the chosen entry does not use it."""
+    entries = bound.table if isinstance(bound.table, dict) else {}
+    options = {option for entry in entries.values() for option in getattr(entry, 'options', ())}
+    used = getattr(entries.get(getattr(config, key)), 'options', ())
+    for option in sorted(options - set(used)):
+        default = getattr(type(config), option)
+        got = getattr(config, option)
+        check(got == default, option, got, f'{default} with {key}={getattr(config, key)!r}')
 
 
 def check_least(config, least, *keys):
-    """Raises Mistake for keys below least, infinite, or None where that is not the default."""
+    """Raises UserError for keys below least, infinite, or None where that is not the default."""
     for key in keys:
         value = getattr(config, key)
         fits = getattr(type(config), key) is None if value is None else least <= value < math.inf

@@ -4,10 +4,10 @@ passes only where they happen. Matrix products and attention equal torch's FlopC
 window as full attention, since a dense mask computes it so; here a window counts as the keys it sees.
 """
 
+import torch
 from torch import nn
 
 from model import Block
-from tables import query
 
 
 def sections(model):
@@ -37,6 +37,16 @@ def parameters(model):
     return dict(sizes, total=total, effective=total + again)
 
 
+def queries_from_state(model, block):
+    """Says whether a block takes its attention's queries from the loop's state, by trying its hook."""
+    if block.state_hook is None:
+        return False
+    x, state = (model.lm_head.weight.new_zeros(1, 1, model.config.n_embd) for _ in 'xs')
+    with torch.enable_grad():
+        _, query_source = block.state_hook(x.requires_grad_(), state)
+    return query_source is not None and not query_source.requires_grad
+
+
 def flops(model, n_loop=None, rows=1):
     """{forward, training: {matmul, attention, norm}}: FLOPs per token at T = block_size.
 
@@ -53,14 +63,14 @@ def flops(model, n_loop=None, rows=1):
         blocks = [module for module in modules if isinstance(module, Block)]
         seen = (model.window if block.windowed else c.block_size for block in blocks)
         matrices = (module.weight.numel() for module in modules if isinstance(module, nn.Linear))
-        norms = [m for block in blocks for m in block.modules() if isinstance(m, nn.RMSNorm | nn.LayerNorm)]
-        vectors = (norm.weight.numel() for norm in norms if norm.weight is not None)
+        norms = [m for block in blocks for name, m in block.named_children() if name not in ('attn', 'mlp')]
+        vectors = (p.numel() for norm in norms for name, p in norm.named_parameters() if name != 'bias')
         return dict(matmul=2 * sum(matrices), attention=4 * c.n_embd * sum(seen), norm=2 * sum(vectors))
 
     once, loop, read = cost('prelude'), cost('inject', 'recur'), cost('coda', 'lm_head')
     forward = {kind: once[kind] + n_loop * loop[kind] + rows * read[kind] for kind in once}
     backward = {kind: 2 * (once[kind] + carried * loop[kind] + rows * read[kind]) for kind in once}
     if carried < n_loop or c.state_init == 'random':  # the first s to record a graph carries no gradient
-        takers = sum(block.take is not None and block.take.func is query for block in model.transformer.recur)
+        takers = sum(queries_from_state(model, block) for block in model.transformer.recur)
         backward['matmul'] -= 2 * takers * c.n_embd**2
     return dict(forward=forward, training={kind: forward[kind] + backward[kind] for kind in forward})

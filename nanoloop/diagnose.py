@@ -74,11 +74,11 @@ class Watch:
 @torch.no_grad()
 def movement(model, states, targets):
     """{name: value} of the states (R of (B, T, C)) after every loop: how they move and what they predict."""
-    found, context = {}, model.context(torch.arange(targets.size(1), device=targets.device))
+    found, context = {}, model.attn_inputs(torch.arange(targets.size(1), device=targets.device))
     for k, (before, s) in enumerate(zip(states, states[1:], strict=False), start=1):
         found[f'change/loop_{k:02d}'] = ((s - before).norm(dim=-1) / s.norm(dim=-1)).mean()
         found[f'cosine/loop_{k:02d}'] = torch.cosine_similarity(s, before, dim=-1).mean()
-    read = [model.readout(s, context).flatten(0, 1) for s in states]
+    read = [model.run_coda(s, context).flatten(0, 1) for s in states]
     y, n = targets.flatten(), max(1, model_file.HEAD_CHUNK // (4 * model.config.vocab_size))
     counted = (y != -1).sum().clamp(min=1)
     for i in range(0, len(y), n):

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import torch
 
-from model import Context, rotary, upcast
+from model import AttnInputs, rope_table, upcast
 from nanoloop.checks import check
 
 CHUNK = 512  # tokens of a prompt that are processed at once
@@ -69,7 +69,7 @@ def diff(model, before, s, read, memory):
 
 def gate(model, before, s, read, stayed):
     """The probability, by the exit gate, to go on until here and further, which is passed on."""
-    stayed = (1 - model.halt(s)) * (1.0 if stayed is None else stayed)
+    stayed = (1 - model.exit_probability(s)) * (1.0 if stayed is None else stayed)
     return stayed, stayed
 
 
@@ -106,12 +106,12 @@ class Place(NamedTuple):
     pos: torch.Tensor  # (T,) or (n, T), their positions
     rows: torch.Tensor | None  # (n,) of the decoder's rows, None = all
     at: slice | torch.Tensor  # their columns in the slots, (n, T); a slice: the same for all rows
-    context: Context
+    context: AttnInputs
 
     @property
     def seen(self):
         """How many of the slots' columns are in sight."""
-        return self.at.stop if isinstance(self.at, slice) else self.context.full.size(-1)
+        return self.at.stop if isinstance(self.at, slice) else self.context.mask.size(-1)
 
 
 def keep(slot, place, *new):
@@ -216,17 +216,17 @@ class Decoder:
         return Place(pos, rows, at, self.context(pos, seen))
 
     def context(self, pos, seen, plain=False):
-        """The Context of tokens at pos (T,) or (n, T) that look at the first columns; plain: at all."""
+        """The AttnInputs of tokens at pos (T,) or (n, T) that look at the first columns; plain: at all."""
         c, rope = self.model.config, None
         if self.model.rope_width:
-            rope = rotary(pos, self.model.rope_width, c.rope_base)
+            rope = rope_table(pos, self.model.rope_width, c.rope_base)
             rope = rope if pos.dim() == 1 else tuple(x[:, None] for x in rope)  # for all heads
         if plain and seen <= min(c.block_size, self.model.window + 1 if self.windowed else seen):
-            return Context(rope, None, None)
+            return AttnInputs(rope, None, None)
         pos = pos[:, None] if pos.dim() == 1 else pos[:, None, :, None]
         back = (pos - torch.arange(seen, device=pos.device)) % self.capacity
         full = (back <= pos) & (back < c.block_size)
-        return Context(rope, full, full & (back <= self.model.window) if self.windowed else full)
+        return AttnInputs(rope, full, full & (back <= self.model.window) if self.windowed else full)
 
     def slots(self, group, place):
         """What the blocks of a group call with their keys and values."""
@@ -268,18 +268,18 @@ class Decoder:
     def enter(self, idx, place):
         """(e, s_0) of tokens idx (n, T)."""
         x, m = self.model.embed(idx, place.pos), self.model
-        e = m.run(m.transformer.prelude, x, place.context, slots=self.slots(self.prelude, place))
-        return e, m.start(m, e, place.pos)
+        e = m.apply_blocks(m.transformer.prelude, x, place.context, caches=self.slots(self.prelude, place))
+        return e, m.start(e, place.pos)
 
     def loop(self, e, s, place, start, stop):
         """s after the iterations from start to stop."""
         for i in range(start, stop):
-            s = self.model.iterate(e, s, place.context, self.slots(self.recur[i % self.budget], place))
+            s = self.model.iterate(e, s, i, place.context, self.slots(self.recur[i % self.budget], place))
         return s
 
     def finish(self, s, place, i=0):
         """What the head reads of s, after loop i if each is read out."""
-        return self.model.readout(s, place.context, self.slots(self.coda[i % len(self.coda)], place))
+        return self.model.run_coda(s, place.context, self.slots(self.coda[i % len(self.coda)], place))
 
     def leave_by_themselves(self, idx, place, s, counts):
         """pass_through, where every token leaves by self.leave; those that are left move together."""

@@ -107,7 +107,7 @@ class Objective(nn.Module):
         if self.aim.frozen:
             self.model.eval()  # loops are compared: dropout would be taken for improvement
         rows = self.aim.rows(n_loop)
-        ce, gates = self.model.table(idx, targets, n_loop, rows)
+        ce, gates = self.model.loss_table(idx, targets, n_loop, rows)
         loss, more = self.aim.loss(ce, gates, self.c)
 
         def share(x):

@@ -42,7 +42,7 @@ def losses_by_loop(path):
     c, folder = model.config, find_data('pystdlib')
     split = Split(folder, read_meta(folder), 'val', c.block_size, c.vocab_size)
     x, y = (torch.from_numpy(a) for a in split.stack(split.fixed(160), 160))
-    return model.eval().table(x, y, rows=range(c.n_loop))[0].mean(dim=(1, 2)).tolist()
+    return model.eval().loss_table(x, y, loops=range(c.n_loop))[0].mean(dim=(1, 2)).tolist()
 
 
 def row(path, argv):

@@ -10,6 +10,9 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
+from model import GPTConfig
+from nanoloop.checks import OneOf, hints_of, split_hint
+
 ROOT = Path(__file__).resolve().parents[1]
 TINY = (
     '--n_embd=16 --n_head=2 --block_size=8 --n_prelude=1 --n_block=1 --n_coda=1 --n_loop=2 --batch_size=4 '
@@ -77,25 +80,60 @@ def softmax_attention(q, k, v, window=None):
     return torch.exp(scores - scores.logsumexp(-1, keepdim=True)) @ v
 
 
-# a new entry of a table needs its equation here, or below in by_hand
+# -----------------------------------------------------------------------------
+# the equations, written out: a new entry of a table of model.py needs its own here
 
-PLACE = dict(pre=('pre',), branch=('pre', 'post'), around=('pre', 'out'), post=('out',))
-CENTRED = dict(layernorm=True, rmsnorm=False, rmsnorm_fixed=False)
-ENTER = dict(  # u of e, s, W, and the unweighted norm
-    passthrough=lambda e, s, W, unit: s,
-    inject=lambda e, s, W, unit: W(torch.cat((e, s), dim=-1)),
-    add=lambda e, s, W, unit: unit(e + s),
-    query_first=lambda e, s, W, unit: e,
-    query_all=lambda e, s, W, unit: e,
-    residual_all=lambda e, s, W, unit: e,
+NORM_PLACE = dict(pre=('pre',), branch=('pre', 'post'), around=('pre', 'out'), post=('out',))
+NORM = dict(  # of x, eps, and the norm's weights {name: tensor}
+    layernorm=lambda x, eps, w: rms(x - x.mean(-1, keepdim=True), eps) * w['weight'] + w.get('bias', 0.0),
+    rmsnorm=lambda x, eps, w: rms(x, eps) * w['weight'],
+    rmsnorm_fixed=lambda x, eps, w: rms(x, eps),
 )
-ACT = {
+INJECT = dict(  # u of e, s, the loop i, the injection's weights {name: tensor} and the weightless norm
+    passthrough=lambda e, s, i, w, norm: s,
+    inject=lambda e, s, i, w, norm: torch.cat((e, s), dim=-1) @ w['weight'].T + w.get('bias', 0.0),
+    add=lambda e, s, i, w, norm: norm(e + s),
+    gated=lambda e, s, i, w, norm: s + (e - s) / (1 + torch.exp(-w['gate'])),
+    query_first=lambda e, s, i, w, norm: e,
+    query_all=lambda e, s, i, w, norm: e,
+    residual_all=lambda e, s, i, w, norm: e,
+)
+UPDATE = dict(  # the new state of the old one s, the loop's output y, the update's weights and update_alpha
+    replace=lambda s, y, w, alpha: y,
+    gate=lambda s, y, w, alpha: y + (s - y) / (1 + torch.exp(-w['gate'])),
+    damp=lambda s, y, w, alpha: (1 - alpha) * s + alpha * y,
+)
+MLP_ACT = {
     'gelu': F.gelu,
     'gelu_tanh': lambda x: F.gelu(x, approximate='tanh'),
     'relu2': lambda x: x.clamp(min=0) ** 2,
     'swiglu': lambda x: (
         x[..., : x.size(-1) // 2].sigmoid() * x[..., : x.size(-1) // 2] * x[..., x.size(-1) // 2 :]
     ),
+}
+
+
+STATE = dict(  # s_0 of e and standard normal noise of its shape; std: state_std
+    prelude=lambda e, noise, std: e,
+    random=lambda e, noise, std: std * noise,
+    zero=lambda e, noise, std: 0 * e,
+    none=lambda e, noise, std: None,
+)
+POS = dict(learned=('wpe',), rope=('rope',), none=())
+QUERIES = dict(
+    query_first=lambda j: j == 0, query_all=lambda j: True
+)  # which blocks take them from the state
+RESIDUALS = dict(residual_all=lambda j: True)  # which blocks first add the state and norm the sum
+EQUATIONS = dict(
+    input_injection=INJECT, state_init=STATE, state_update=UPDATE, norm=NORM, norm_place=NORM_PLACE
+)
+EQUATIONS.update(pos=POS, mlp=MLP_ACT)
+# {key of GPTConfig: its table in model.py}
+TABLES = {
+    key: bound.table
+    for key, hint in hints_of(GPTConfig).items()
+    for bound in split_hint(hint)[1]
+    if isinstance(bound, OneOf)
 }
 
 
@@ -110,9 +148,10 @@ def by_hand(weights, c, idx, n_loop=None, cut=None, until='logits'):
     def norm(x, name, there=True):
         if not there:
             return x
-        if CENTRED[c.norm]:
-            x = x - x.mean(-1, keepdim=True)
-        return rms(x, eps) * weights.get(name + '.weight', 1.0) + weights.get(name + '.bias', 0.0)
+        return NORM[c.norm](x, eps, part(name + '.'))
+
+    def part(prefix):
+        return {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
 
     def linear(x, name):
         return x @ weights[name + '.weight'].T + weights.get(name + '.bias', 0.0)
@@ -125,7 +164,7 @@ def by_hand(weights, c, idx, n_loop=None, cut=None, until='logits'):
         for h in range(H):
             g = h // (H // G)
             one = [q[..., h * D : (h + 1) * D], k[..., g * D : (g + 1) * D]]
-            if c.pos == 'rope':
+            if 'rope' in POS[c.pos]:
                 one = [turn(y, c.rope_base) for y in one]
             if c.qk_norm:
                 one = [rms(y, small) for y in one]
@@ -135,43 +174,44 @@ def by_hand(weights, c, idx, n_loop=None, cut=None, until='logits'):
     def block(x, name, s=None, takes=None):
         letter = c.window_pattern[order.index(name) % len(c.window_pattern)]
         window = (c.window_size or c.block_size // 2) if letter == 'S' else None
-        pre, out, post = (site in PLACE[c.norm_place] for site in ('pre', 'out', 'post'))
+        pre, out, post = (site in NORM_PLACE[c.norm_place] for site in ('pre', 'out', 'post'))
         source = None
         if takes == 'query':
             source = rms(s, small)
         if takes == 'residual':
             x = rms(x + s, small)
         y = attention(norm(x, name + 'ln_1', pre), name + 'attn.c_attn', source, window)
-        x = norm(x + norm(linear(y, name + 'attn.c_proj'), name + 'post_1', post), name + 'out_1', out)
-        y = linear(ACT[c.mlp](linear(norm(x, name + 'ln_2', pre), name + 'mlp.c_fc')), name + 'mlp.c_proj')
-        return norm(x + norm(y, name + 'post_2', post), name + 'out_2', out)
+        y = c.res_scale * norm(linear(y, name + 'attn.c_proj'), name + 'post_1', post)
+        x = norm(x + y, name + 'out_1', out)
+        y = linear(
+            MLP_ACT[c.mlp](linear(norm(x, name + 'ln_2', pre), name + 'mlp.c_fc')), name + 'mlp.c_proj'
+        )
+        return norm(x + c.res_scale * norm(y, name + 'post_2', post), name + 'out_2', out)
 
     sizes = dict(prelude=c.n_prelude, recur=c.n_block, coda=c.n_coda)
     order = [f'transformer.{section}.{i}.' for section, n in sizes.items() for i in range(n)]
     x = c.emb_scale * weights['transformer.wte.weight'][idx]
-    if c.pos == 'learned':
+    if 'wpe' in POS[c.pos]:
         x = x + weights['transformer.wpe.weight'][: idx.size(1)]
     e = norm(x, 'transformer.norm_emb', c.norm_emb)
     for i in range(c.n_prelude):
         e = block(e, f'transformer.prelude.{i}.')
     generator = torch.Generator().manual_seed(0)
     noise = torch.stack([torch.randn(c.n_embd, generator=generator) for _ in range(c.block_size)]).to(e.dtype)
-    noise = (c.state_std or c.n_embd**-0.5) * noise[torch.arange(idx.size(1)) % c.block_size].expand_as(e)
-    s = dict(prelude=e, zero=torch.zeros_like(e), random=noise, none=None)[c.state_init]
+    noise = noise[torch.arange(idx.size(1)) % c.block_size].expand_as(e)
+    s = STATE[c.state_init](e, noise, c.state_std or c.n_embd**-0.5)
     for i in range(n_loop or c.n_loop):
         s = s.detach() if i == cut else s
         u, takes = e, [None] * c.n_block
         if s is not None:
-            u = ENTER[c.input_injection](e, s, lambda x: linear(x, 'inject'), lambda x: rms(x, small))
-            if c.input_injection == 'query_first':
-                takes[0] = 'query'
-            if c.input_injection == 'query_all':
-                takes = ['query'] * c.n_block
-            if c.input_injection == 'residual_all':
-                takes = ['residual'] * c.n_block
+            u = INJECT[c.input_injection](e, s, i, part('inject.'), lambda x: rms(x, small))
+            for table, name in ((QUERIES, 'query'), (RESIDUALS, 'residual')):
+                chosen = table.get(c.input_injection, lambda j: False)
+                takes = [name if chosen(j) else old for j, old in enumerate(takes)]
         for j in range(c.n_block):
             u = block(u, f'transformer.recur.{j}.', s, takes[j])
-        s = norm(u, 'norm_recur', c.norm_loop)
+        y = norm(u, 'norm_recur', c.norm_loop)
+        s = UPDATE[c.state_update](y if s is None else s, y, part('update.'), c.update_alpha)
     if until == 'state':
         return s
     for i in range(c.n_coda):

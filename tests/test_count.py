@@ -74,15 +74,15 @@ RECIPES = sorted(path.stem for path in (ROOT / 'config').glob('train_*.py'))
 @pytest.mark.parametrize('bptt_k, rows', [(None, 1), (2, 1), (9, 3), (2, 2)])
 @pytest.mark.parametrize('name', RECIPES)
 def test_flops_of_every_recipe_equal_torchs_counter(name, bptt_k, rows, monkeypatch):
-    monkeypatch.setattr(model_file, 'hold', lambda again, f, *args: f(*args))
+    monkeypatch.setattr(model_file, 'maybe_checkpoint', lambda again, f, *args: f(*args))
     small = ['--n_loop=3', '--block_size=32', '--vocab_size=70', '--window_pattern=L', '--n_block=3']
     small += ['--size=1'] if name == 'train_looped_nanochat' else ['--n_embd=24', '--n_head=2']
-    truncated = not build(f'config/{name}.py', *small, '--bptt_k=None').injection.alone
+    truncated = not build(f'config/{name}.py', *small, '--bptt_k=None').inject.needs_full_bptt
     model = build(f'config/{name}.py', *small, f'--bptt_k={bptt_k if truncated else None}')
     with torch.device('meta'):
         idx = torch.zeros(2, 32, dtype=torch.long)
     with FlopCounterMode(display=False) as forward:
-        ce, gates = model.table(idx, idx, rows=range(3 - rows, 3))
+        ce, gates = model.loss_table(idx, idx, loops=range(3 - rows, 3))
         loss = ce.mean() if gates is None else ce.mean() + gates.mean()
     with FlopCounterMode(display=False) as backward:
         loss.backward()

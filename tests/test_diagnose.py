@@ -18,14 +18,14 @@ IDX = torch.randint(23, (3, 13), generator=torch.Generator().manual_seed(0))
 
 def by_hand(model, idx, targets, n_loop, truncated):
     """{name: value}, the loop written out with every output's gradient retained."""
-    context, found, kept = model.context(torch.arange(idx.size(1))), {}, {}
+    context, found, kept = model.attn_inputs(torch.arange(idx.size(1))), {}, {}
     wte, wpe = model.transformer.wte.weight, model.transformer.wpe.weight
-    e = s = model.run(model.transformer.prelude, wte[idx] + wpe[: idx.size(1)], context)
+    e = s = model.apply_blocks(model.transformer.prelude, wte[idx] + wpe[: idx.size(1)], context)
     states = []
     for k in range(n_loop):
         if k == truncated:
             s = s.detach()
-        x = model.inject(torch.cat((e, s), dim=-1))
+        x = model.inject(e, s, k)
         for i, block in enumerate(model.transformer.recur):
             kept[f'grad_norm/block_{1 + i:02d}/attn/loop_{k:02d}'] = y = block.attn(block.ln_1(x), *context)
             x = x + y
@@ -35,7 +35,7 @@ def by_hand(model, idx, targets, n_loop, truncated):
         found[f'hidden_norm/loop_{k:02d}'] = x.pow(2).sum(-1).sqrt().mean()
         s = model.norm_recur(x)
         states.append(s)
-    logits = [model.lm_head(model.readout(s, context)) for s in states]
+    logits = [model.lm_head(model.run_coda(s, context)) for s in states]
     for k, s in enumerate(states):
         found[f'loss/loop_{k:02d}'] = F.cross_entropy(
             logits[k].flatten(0, 1), targets.flatten(), ignore_index=-1

@@ -8,10 +8,9 @@ import torch._dynamo.utils
 from helpers import randomize
 from test_model import PAIRS
 
-from model import GPT, GPTConfig
+from model import GPT, MLP_ACT, NORM, NORM_PLACE, POS, GPTConfig
 from nanoloop import generate
 from nanoloop.generate import Decoder, Exit, Sampler, Sequences, lower, stream, window
-from tables import ACT, NORM, PLACE, POS
 
 SIZES = dict(block_size=12, vocab_size=23, n_head=2, n_embd=12, n_prelude=1, n_block=2, n_coda=1, n_loop=2)
 IDX = torch.randint(23, (3, 40), generator=torch.Generator().manual_seed(0))
@@ -43,17 +42,17 @@ def check_decoding(model, lengths, steps, n_loop=None, atol=1e-10):
         rows.append(torch.stack([IDX[i, n + step] for i, n in enumerate(lengths)]))
 
 
-PARTS = zip(itertools.cycle(NORM), itertools.product(POS, ACT))
+PARTS = zip(itertools.cycle(NORM), itertools.product(POS, MLP_ACT))
 KINDS = [dict(norm=norm, pos=pos, mlp=mlp) for norm, (pos, mlp) in PARTS]
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('place', PLACE)
+@pytest.mark.parametrize('place', NORM_PLACE)
 @pytest.mark.parametrize('injection, state', PAIRS)
 def test_cached_decoding_equals_whole_forward_passes(injection, state, place):
     """Three rows of unlike lengths, from within block_size to far beyond it."""
-    i = list(PLACE).index(place)
-    for j, kind in enumerate(KINDS[i :: len(PLACE)]):
+    i = list(NORM_PLACE).index(place)
+    for j, kind in enumerate(KINDS[i :: len(NORM_PLACE)]):
         n_loop = (1, 2, 5)[(2 * i + j) % 3]  # every norm meets every number
         model = make(input_injection=injection, state_init=state, norm_place=place, **kind)
         check_decoding(model, [3, 11, 5], 9, n_loop)
@@ -141,15 +140,15 @@ def token_by_token(model, row, leave, n_loop, warm=99, budget=None):
     m = model.transformer
     for t, token in enumerate(row):
         pos = torch.tensor([t])
-        context = model.context(pos)
-        e = model.run(
-            m.prelude, model.embed(token.view(1, 1), pos), context, slots=stores(('prelude',), m.prelude)
+        context = model.attn_inputs(pos)
+        e = model.apply_blocks(
+            m.prelude, model.embed(token.view(1, 1), pos), context, caches=stores(('prelude',), m.prelude)
         )
-        s, memory = model.start(model, e, pos) if t < warm else s, None
+        s, memory = model.start(e, pos) if t < warm else s, None
         for i in range(n_loop):
-            before, s = s, model.iterate(e, s, context, stores(('recur', i % budget), m.recur))
+            before, s = s, model.iterate(e, s, i, context, stores(('recur', i % budget), m.recur))
             if leave.reads:
-                read = model.readout(s, context, stores(('coda', i % budget), m.coda))
+                read = model.run_coda(s, context, stores(('coda', i % budget), m.coda))
             gone, memory = leave(model, i, before, s, read if leave.reads else s, memory)
             if gone.item():
                 break
@@ -159,7 +158,7 @@ def token_by_token(model, row, leave, n_loop, warm=99, budget=None):
             for j in range(len(m.coda) if leave.reads else 0):
                 kept.setdefault(('coda', later % budget, j), {})[t] = kept['coda', i % budget, j][t]
         if not leave.reads:
-            read = model.readout(s, context, stores(('coda', 0), m.coda))
+            read = model.run_coda(s, context, stores(('coda', 0), m.coda))
         logits.append(model.logits(read)[0, 0])
         loops.append(i + 1)
     return torch.stack(logits), loops

@@ -5,18 +5,32 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import by_hand, randomize
+from helpers import EQUATIONS, TABLES, by_hand, randomize
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as model_file
-from model import GPT, GPTConfig
+from model import (
+    GPT,
+    INIT,
+    INJECT,
+    MLP_ACT,
+    NORM,
+    NORM_PLACE,
+    POS,
+    STATE,
+    UPDATE,
+    Activation,
+    GPTConfig,
+    Injection,
+    LoopPart,
+    NormPlace,
+)
 from nanoloop.checkpoint import load_checkpoint
 from nanoloop.count import flops, parameters, sections
 from nanoloop.generate import Sampler, stream, window
 from nanoloop.objective import Objective
 from nanoloop.optimizer import make_optimizers
-from tables import ACT, INIT, INJECT, NORM, PLACE, POS, TABLES, Injection
 from train import TrainConfig
 
 SIZES = dict(block_size=16, vocab_size=23, n_head=2, n_embd=12, n_prelude=1, n_block=2, n_coda=1, n_loop=3)
@@ -42,20 +56,30 @@ def check_optimized(model):
         assert sorted(map(id, held)) == sorted(map(id, model.parameters()))
 
 
-KINDS = [dict(norm=norm, pos=pos, mlp=mlp) for norm, pos, mlp in itertools.product(NORM, POS, ACT)]
+KINDS = [dict(norm=norm, pos=pos, mlp=mlp) for norm, pos, mlp in itertools.product(NORM, POS, MLP_ACT)]
+OPTIONS = dict(update_alpha=0.7, state_std=0.5, rope_base=500.0)  # for the entries that read them
 
 
-@pytest.mark.parametrize('place', PLACE)
+def options(**entries):
+    """Values for the options of table entries, {name of the entry: its options}."""
+    return {key: OPTIONS[key] for entry in entries.values() for key in entry.options}
+
+
+@pytest.mark.parametrize('place', NORM_PLACE)
 @pytest.mark.parametrize('injection, state', PAIRS)
 def test_logits_equal_the_equations_written_out(injection, state, place):
-    first = PAIRS.index((injection, state)) + 5 * list(PLACE).index(place)
+    first = PAIRS.index((injection, state)) + 5 * list(NORM_PLACE).index(place)
     rich = dict(norm_emb=True, qk_norm=True, n_kv_head=1, tie_weights=False, softcap=3.0)
     plain = dict(
         norm_loop=False, norm_final=False, bias=True, window_pattern='LSS', window_size=5, emb_scale=2.5
     )
+    plain.update(res_scale=0.6)
     for i in range(4):
-        kind = KINDS[(first + 7 * i) % len(KINDS)]
-        keys = dict(input_injection=injection, state_init=state, norm_place=place, **kind)
+        kind, update = KINDS[(first + 7 * i) % len(KINDS)], list(UPDATE)[(first + i) % len(UPDATE)]
+        keys = dict(
+            input_injection=injection, state_init=state, norm_place=place, state_update=update, **kind
+        )
+        keys.update(options(update=UPDATE[update], state=STATE[state], pos=POS[kind['pos']]))
         model = make(double=True, **keys, **(rich, plain)[i % 2])
         for n_loop in (1, 2, 5):
             logits, _ = model(*tokens(), n_loop=n_loop)
@@ -63,16 +87,16 @@ def test_logits_equal_the_equations_written_out(injection, state, place):
             assert torch.allclose(logits, expected, atol=1e-10, rtol=1e-10)
 
 
-@pytest.mark.parametrize('place', PLACE)
+@pytest.mark.parametrize('place', NORM_PLACE)
 @pytest.mark.parametrize('injection, state', PAIRS)
 def test_every_accepted_combination_works(injection, state, place):
     """Every parameter is initialised, optimised and gets a gradient, and no position sees a later one."""
-    for i, (pos, mlp) in enumerate(itertools.product(POS, ACT)):
+    for i, (pos, mlp) in enumerate(itertools.product(POS, MLP_ACT)):
         keys = dict(
             input_injection=injection, state_init=state, norm_place=place, pos=pos, mlp=mlp, bias=True
         )
-        init = list(INIT)[i % len(INIT)]
-        keys.update(norm=list(NORM)[i % len(NORM)], init=init, tie_weights=init != 'nanochat')
+        keys.update(norm=list(NORM)[i % len(NORM)], init=list(INIT)[i % len(INIT)], tie_weights=False)
+        keys.update(state_update=list(UPDATE)[i % len(UPDATE)])
         model = GPT(GPTConfig(**SIZES | keys))
         with torch.no_grad():
             for p in model.parameters():
@@ -245,7 +269,7 @@ def test_initialisation_is_scaled_by_the_executed_depth_and_injects_the_input():
     std = model.transformer.recur[0].mlp.c_proj.weight.std().item()
     assert std == pytest.approx(0.02 / math.sqrt(2 * (1 + 2 * 30 + 1)), rel=0.05)
     e, s = torch.randn(2, 1, 3, 128)
-    assert torch.equal(model.injection.enter(model, e, s), e)
+    assert torch.equal(model.inject(e, s, 0), e)
     for p in (model.transformer.wte.weight, model.transformer.recur[1].attn.c_attn.weight):
         assert p.std().item() == pytest.approx(0.02, rel=0.1)
 
@@ -280,11 +304,11 @@ def test_dropout_acts_everywhere_in_training_and_nowhere_else(monkeypatch):
 def test_bfloat16_weights_give_float32_losses_also_at_long_contexts():
     model = make(block_size=300, pos='rope', qk_norm=True, exit_gate=True).bfloat16()
     idx = torch.randint(23, (1, 300), generator=torch.Generator().manual_seed(0))
-    ce, _ = model.table(idx, idx)
+    ce, _ = model.loss_table(idx, idx)
     assert ce.dtype == model(idx, idx)[1].dtype == torch.float32 and ce.isfinite().all()
     assert len(ce.unique()) > 250  # bfloat16 has few values
-    (s,), _ = model.states(idx)
-    assert s.dtype == torch.bfloat16 and model.halt(s).dtype == torch.float32
+    (s,), _ = model.loop_states(idx)
+    assert s.dtype == torch.bfloat16 and model.exit_probability(s).dtype == torch.float32
 
 
 @pytest.mark.parametrize('rows', [(-1,), (0, 1, 2), (2, 0)])
@@ -292,7 +316,7 @@ def test_the_table_holds_each_loops_cross_entropy(rows):
     model = make(double=True)
     idx, targets = tokens()
     targets[0, 3:7] = -1
-    ce, gates = model.table(idx, targets, rows=rows)
+    ce, gates = model.loss_table(idx, targets, loops=rows)
     assert ce.shape == (len(rows), 3, 16) and gates is None and (ce[:, 0, 3:7] == 0).all()
     for row, values in zip(rows, ce, strict=True):
         _, loss = model(idx, targets, n_loop=row % 3 + 1)
@@ -304,7 +328,7 @@ def test_reading_out_in_chunks_changes_neither_loss_nor_gradient(monkeypatch):
     for chunk in (model_file.HEAD_CHUNK, 23 * 5, 1):  # at least a token, however large the vocabulary
         monkeypatch.setattr(model_file, 'HEAD_CHUNK', chunk)
         model = make(double=True)
-        ce, _ = model.table(*tokens(), rows=(0, 2))
+        ce, _ = model.loss_table(*tokens(), loops=(0, 2))
         (ce * torch.linspace(0, 1, ce.numel(), dtype=ce.dtype).view_as(ce)).sum().backward()
         results.append([ce, *(p.grad for p in model.parameters())])
     for others in results[1:]:
@@ -321,9 +345,9 @@ def test_chunks_keep_the_heads_gradient_exact_under_autocast(monkeypatch):
         y = torch.randint(64, (512,), generator=torch.Generator().manual_seed(2))
         model = model.to(dtype)
         model.states = lambda *_: ([x.view(2, 256, 64)], None)
-        model.readout = lambda s, context: s
+        model.run_coda = lambda s, context: s
         with autocast('cpu', torch.bfloat16 if dtype == torch.float32 else torch.float32):
-            model.table(y.view(2, 256), y.view(2, 256))[0].mean().backward()
+            model.loss_table(y.view(2, 256), y.view(2, 256))[0].mean().backward()
         return model.lm_head.weight.grad.double()
 
     exact = head_gradient(2**25, torch.float64)
@@ -341,18 +365,18 @@ def test_without_targets_only_the_last_position_is_read_out():
 def test_noise_depends_on_the_position_alone():
     """Not on block_size, default dtype or device; a model made without memory gets it with its weights."""
     keys = dict(SIZES, state_init='random', n_embd=20)
-    noise = GPT(GPTConfig(**keys)).noise
-    assert torch.equal(GPT(GPTConfig(**keys | dict(block_size=5))).noise, noise[:5])
+    noise = GPT(GPTConfig(**keys)).start.noise
+    assert torch.equal(GPT(GPTConfig(**keys | dict(block_size=5))).start.noise, noise[:5])
     torch.set_default_dtype(torch.float64)
     try:
-        assert torch.equal(GPT(GPTConfig(**keys)).noise, noise.double())
+        assert torch.equal(GPT(GPTConfig(**keys)).start.noise, noise.double())
     finally:
         torch.set_default_dtype(torch.float32)
     with torch.device('meta'):
         model = GPT(GPTConfig(**keys))
-    assert model.noise.device.type == 'meta'
+    assert model.start.noise.device.type == 'meta'
     model.to_empty(device='cpu').init_weights()
-    assert torch.equal(model.noise, noise)
+    assert torch.equal(model.start.noise, noise)
 
 
 def test_several_rows_in_chunks_read_out_twice_not_more(monkeypatch):
@@ -361,7 +385,7 @@ def test_several_rows_in_chunks_read_out_twice_not_more(monkeypatch):
     model, chunks, codas = make(n_coda=1), [], []
     model.lm_head.register_forward_hook(lambda module, args, logits: chunks.append(len(logits)))
     model.transformer.coda[0].register_forward_hook(lambda module, args, x: codas.append(len(x)))
-    ce, _ = model.table(*tokens(), rows=(0, 2))
+    ce, _ = model.loss_table(*tokens(), loops=(0, 2))
     ce.sum().backward()
     assert sum(chunks) == 2 * 2 * 48 and max(chunks) == 12 and len(codas) == 2 * 2
 
@@ -377,7 +401,7 @@ def test_noise_is_fresh_in_training_and_fixed_in_evaluation():
     first, other = model(idx, targets)[0], model(idx, targets)[0]
     torch.manual_seed(1)
     assert not torch.equal(first, other) and torch.equal(first, model(idx, targets)[0])
-    assert model.start(model, torch.zeros(64, 16, 12), None).std().item() == pytest.approx(0.5, rel=0.05)
+    assert model.start(torch.zeros(64, 16, 12), None).std().item() == pytest.approx(0.5, rel=0.05)
 
 
 @pytest.mark.parametrize('bptt_k', [None, 2])
@@ -438,9 +462,9 @@ def count_graphs(n_loops, backend):
     for block in model.blocks():
         block.compile(backend=count if backend is None else backend)
     for n_loop in n_loops:
-        model.train().table(*tokens(), n_loop=n_loop)[0].mean().backward()
+        model.train().loss_table(*tokens(), n_loop=n_loop)[0].mean().backward()
         with torch.no_grad():
-            model.eval().table(*tokens(), n_loop=n_loop)
+            model.eval().loss_table(*tokens(), n_loop=n_loop)
     return len(graphs)
 
 
@@ -514,7 +538,7 @@ def test_the_states_that_go_with_an_injection():
     assert sorted(PAIRS) == sorted(
         (injection, s) for injection in accepted for s in accepted[injection].split()
     )
-    assert make(state_init='prelude').noise is None
+    assert not hasattr(make(state_init='prelude').start, 'noise')
 
 
 def test_numbers_of_other_kinds_become_those_of_the_field():
@@ -523,43 +547,86 @@ def test_numbers_of_other_kinds_become_those_of_the_field():
     assert [type(value) for value in (config.n_loop, config.n_head, config.dropout)] == [int, int, float]
 
 
-def gated(model, e, s):
-    return e + model.inject(s)
+class Half(Injection):
+    """Parameters of every kind: a matrix in a Linear, a table, a vector, a number."""
+
+    groups = {'mix.weight': 'injection'}
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.mix = torch.nn.Linear(config.n_embd, config.n_embd, bias=False)
+        torch.nn.init.constant_(self.mix.weight, 0.25)
+        self.index = torch.nn.Parameter(torch.zeros(config.n_loop, config.n_embd))
+        self.vector = torch.nn.Parameter(torch.full((config.n_embd,), 0.125))
+        self.number = torch.nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, e, s, i):
+        index = self.index[min(i, len(self.index) - 1)]
+        return self.number * (e + self.mix(s)).to(e.dtype) + self.vector * s + index
 
 
-class Scale(torch.nn.Module):
-    """A weight per channel, which starts as 1."""
+class Attracted(Injection):
+    """The first block of a loop without parameters takes its queries from the state."""
+
+    states, hooked_blocks = ('none', 'zero'), 1
+
+    def block_hook(self, x, state):
+        return x - state, x
+
+
+class DyT(torch.nn.Module):
+    """Dynamic tanh, whose alpha starts at a half. Source: arXiv:2503.10622."""
 
     def __init__(self, config):
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.empty(config.n_embd))
+        self.alpha = torch.nn.Parameter(torch.full((1,), 0.5))
+        self.weight = torch.nn.Parameter(torch.ones(config.n_embd))
 
     def forward(self, x):
-        return self.weight * x
+        return self.weight * torch.tanh(self.alpha * x)
+
+
+class Leak(LoopPart):
+    """A state update with a number of its own."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.leak = torch.nn.Parameter(torch.tensor(0.75))
+
+    def forward(self, s, y, i):
+        return self.leak * y + s / (i + 2)
+
+
+START = {'mix': 0.25, 'index': 0.0, 'vector': 0.125, 'number': 0.5, 'alpha': 0.5, 'leak': 0.75}
 
 
 @pytest.mark.parametrize(
-    'table, entry, keys',
+    'key, entry, keys',
     [
-        (INJECT, Injection(gated, ['prelude', 'zero'], Scale), {}),
-        (
-            INJECT,
-            Injection(lambda model, e, s: e, ['none', 'zero'], first=lambda x, s, config: (x - s, x)),
-            {},
-        ),
-        (ACT, (torch.sin, 1, lambda C: 3 * C), dict(init='huginn')),
-        (NORM, lambda c: torch.nn.LayerNorm(c.n_embd, bias=False), {}),
-        (PLACE, (True, True, True), {}),
+        ('input_injection', Half, {}),
+        ('input_injection', Half, dict(init='huginn')),
+        ('input_injection', Attracted, dict(state_init='none')),
+        ('mlp', Activation(torch.sin, 1, lambda C: 3 * C), dict(init='huginn')),
+        ('norm', DyT, {}),
+        ('norm', DyT, dict(init='nanochat', tie_weights=False)),
+        ('norm_place', NormPlace(True, True, True), {}),
+        ('state_update', Leak, dict(bptt_k=2)),
     ],
 )
-def test_a_variant_is_an_entry_of_a_table(table, entry, keys, monkeypatch):
-    """It trains all its weights, with both optimizers, is counted, and is sampled with a cache."""
-    monkeypatch.setitem(table, 'new', entry)
-    key = next(key for key, known in TABLES.items() if known is table)
-    states = dict(state_init=entry.states[0]) if table is INJECT else {}
-    model = GPT(GPTConfig(**SIZES | {key: 'new'} | states | keys))
-    if table is INJECT and entry.module:
-        assert torch.equal(model.inject.weight, torch.ones(12))
+def test_a_variant_is_an_entry_of_a_table(key, entry, keys, monkeypatch):
+    """It starts as its author wrote, trains all its weights in the groups that it names, is counted and cached."""
+    monkeypatch.setitem(TABLES[key], 'new', entry)
+    model = GPT(GPTConfig(**SIZES | {key: 'new'} | keys))
+    for _ in range(2):
+        for name, p in model.named_parameters():
+            part = next((part for part in name.split('.') if part in START), None)
+            assert part is None or (p == START[part]).all(), name
+        model.to_empty(device='cpu').init_weights()
+    optimizers, _ = make_optimizers(model, TrainConfig(optimizer='muon'))
+    names = {id(p): name for name, p in model.named_parameters()}
+    by_muon = {names[id(p)] for group in optimizers[0].param_groups for p in group['params']}
+    inside = {name for name in names.values() if name.startswith(('inject.', 'update.'))}
+    assert by_muon & inside == ({'inject.mix.weight'} if entry is Half else by_muon & {'inject.weight'})
     randomize(model).train()
     Objective(model, TrainConfig())(*tokens(), n_loop=3)[0].backward()
     assert all(p.grad.abs().sum() > 0 for p in model.parameters())
@@ -567,21 +634,41 @@ def test_a_variant_is_an_entry_of_a_table(table, entry, keys, monkeypatch):
     assert sum(parameters(model)[part] for part in sections(model)) == model.get_num_params()
     with FlopCounterMode(display=False) as counter:
         copy.deepcopy(model).to('meta')(*(x.to('meta') for x in tokens(B=1)))
-    assert counter.get_total_flops() == 16 * sum(
-        flops(model)['forward'][kind] for kind in ('matmul', 'attention')
-    )
+    counted = flops(model)['forward']
+    assert counter.get_total_flops() == 16 * sum(counted[kind] for kind in ('matmul', 'attention'))
+    if entry is DyT:  # two norms in each of four blocks, one of them three times
+        assert counted['norm'] == 2 * 2 * (12 + 1) * (1 + 3 * 2 + 1)
     idx = tokens()[0][:, :6]
     for token in stream(model.double().eval(), idx, 9, temperature=0):
         assert torch.equal(token, model(idx)[0][:, -1].argmax(dim=-1))
         idx = torch.cat((idx, token[:, None]), dim=1)
 
 
+def test_a_parameter_that_nothing_claims_ends_the_construction(monkeypatch):
+    real = model_file.MLP.__init__
+    for part in (torch.nn.Linear(3, 3), torch.nn.Parameter(torch.zeros(3))):
+
+        def init(self, config, part=part, real=real):
+            real(self, config)
+            self.c_extra = part
+
+        monkeypatch.setattr(model_file.MLP, '__init__', init)
+        with pytest.raises(RuntimeError, match=r'no rule says how transformer.prelude.0.mlp\.?(c_extra)'):
+            GPT(GPTConfig(**SIZES))
+
+
+@pytest.mark.parametrize('table', [key for key in TABLES if key != 'init'])
+def test_every_entry_has_its_equation_in_the_tests(table):
+    """A new entry is compared with an equation of its own: write it into tests/helpers.py."""
+    assert set(TABLES[table]) == set(EQUATIONS[table]), f'write the equation of {table} into tests/helpers.py'
+
+
 def test_a_library_user_is_told_too():
     with pytest.raises(ValueError, match='n_loop=2.5'):
         make()(tokens()[0], n_loop=2.5)
     for row in (3, -4):
-        with pytest.raises(ValueError, match=rf'rows=\({row},\), expected iterations of n_loop=3'):
-            make().table(*tokens(), rows=(row,))
+        with pytest.raises(ValueError, match=rf'loops=\({row},\), expected indices of n_loop=3'):
+            make().loss_table(*tokens(), loops=(row,))
     with pytest.raises(ValueError, match='n_loop=None'):
         GPTConfig(n_loop=None)
     truncated = make(input_injection='passthrough', bptt_k=3)
@@ -591,8 +678,8 @@ def test_a_library_user_is_told_too():
         truncated.train()(*tokens(), n_loop=5)
     with torch.no_grad():
         assert truncated(*tokens(), n_loop=5)[1] > 0
-    with pytest.raises(ValueError, match=r'rows=\(\), expected iterations'):
-        make().table(*tokens(), rows=())
+    with pytest.raises(ValueError, match=r'loops=\(\), expected indices'):
+        make().loss_table(*tokens(), loops=())
     with pytest.raises(ValueError, match='of another program'):
         load_checkpoint(dict(model={}, model_args=dict(norm='rmsnorm', layers=3)))
 
@@ -636,8 +723,8 @@ def test_default_widths_and_biases_of_the_parts():
 def test_probabilities_are_taken_in_float32_under_autocast():
     model = make(exit_gate=True, softcap=5.0, n_embd=64)
     with torch.autocast('cpu', torch.bfloat16):
-        (s,), context = model.states(tokens()[0])
-        gates, logits = model.halt(s), model.logits(model.readout(s, context))
+        (s,), context = model.loop_states(tokens()[0])
+        gates, logits = model.exit_probability(s), model.logits(model.run_coda(s, context))
     w, b = model.exit_gate.weight[0].double(), model.exit_gate.bias.double()
     assert torch.allclose(gates.double(), (s.double() @ w + b).sigmoid(), atol=1e-6)
     assert gates.dtype == logits.dtype == torch.float32
@@ -664,7 +751,7 @@ def saved_bytes(rows=(-1,), **keys):
 
     idx = torch.randint(200, (8, 16), generator=torch.Generator().manual_seed(0))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        model.table(idx, idx, rows=rows)
+        model.loss_table(idx, idx, loops=rows)
     return sum(size for size, _ in kept.values())
 
 
@@ -729,6 +816,3 @@ def test_initialisations_are_their_papers():
             assert p.std(correction=0).item() == pytest.approx(std, rel=0.03), (init, name)
             assert least * std <= p.abs().max() <= most * std, (init, name)
             assert abs(p.mean()) <= 0.03 * std or name == 'inject', (init, name)
-    model.scale = torch.nn.Parameter(torch.empty(3))  # of the model itself
-    model.init_weights()
-    assert (model.scale == 1).all()

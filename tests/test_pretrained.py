@@ -176,7 +176,7 @@ def test_ouros_safetensors_are_ouro(ouro):
     model = taken(f'ouro:{folder}', block_size=16)
     logits, gates = ouro_by_hand({name: w.double() for name, w in weights.items()}, IDX)
     assert torch.allclose(model.double()(IDX, IDX)[0], logits, atol=1e-10)
-    assert torch.allclose(model.table(IDX, IDX, rows=(0, 1, 2))[1], gates, atol=1e-10)
+    assert torch.allclose(model.loss_table(IDX, IDX, loops=(0, 1, 2))[1], gates, atol=1e-10)
     assert model.config.block_size == 16 and model.config.n_loop == 3
 
 

@@ -116,7 +116,7 @@ def test_ouro_and_looplm(name, normed, n_loop):
         gates.append((h @ w['exit_gate.weight'][0] + w['exit_gate.bias']).sigmoid())
         logits.append(read @ w['lm_head.weight'].T)
     assert torch.allclose(model(IDX, IDX, n_loop=n_loop)[0], logits[-1], atol=1e-10)
-    ce, halting = model.table(IDX, IDX, n_loop=n_loop, rows=tuple(range(n_loop)))
+    ce, halting = model.loss_table(IDX, IDX, n_loop=n_loop, loops=tuple(range(n_loop)))
     assert torch.allclose(halting, torch.stack(gates), atol=1e-10)
     expected = -torch.stack(logits).log_softmax(-1).gather(-1, IDX.expand(n_loop, -1, -1)[..., None])[..., 0]
     assert torch.allclose(ce, expected, atol=1e-10)
@@ -144,7 +144,7 @@ def test_the_state_neither_dies_nor_explodes(name):
     with torch.no_grad():
         for p in (p for p in model.parameters() if p.dim() > 1):
             p.normal_(std=0.02, generator=generator)
-        states, _ = model.float().states(IDX, n_loop=64, rows=(3, 63))
+        states, _ = model.float().loop_states(IDX, n_loop=64, loops=(3, 63))
     ratio = (states[1].pow(2).mean() / states[0].pow(2).mean()).sqrt().item()
     assert 8 < ratio < 32 if name == 'ouro_small' else 0.5 < ratio < 2
 

@@ -207,7 +207,7 @@ def test_evaluation_is_the_whole_split_and_counts_bytes(call, tmp_path, tiny_dat
     nll, size, nll_of_bytes = 0.0, 0, 0.0
     for start in range(0, len(ids) - 1, 8):
         window = ids[start : start + 9]
-        ce, _ = model.eval().double().table(window[None, :-1], window[None, 1:])
+        ce, _ = model.eval().double().loss_table(window[None, :-1], window[None, 1:])
         lengths = torch.tensor([0, 1, 3])[window[1:]]
         nll, size = nll + ce.sum().item(), size + int(lengths.sum())
         nll_of_bytes += ce[0, 0, lengths > 0].sum().item()
