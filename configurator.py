@@ -180,7 +180,7 @@ def command(main):
     return wrapped
 
 
-def tell(text):
+def print_line(text):
     """Prints, and goes on without stdout when its reader is gone, as tee is after a Ctrl-C."""
     try:
         print(text, flush=True)

@@ -2,6 +2,7 @@
 The machine a script runs on: device, precision, compilation, ranks, peak FLOP/s and memory.
 """
 
+import contextlib
 import functools
 import math
 import os
@@ -171,6 +172,10 @@ def setup(config, work=math.inf):
         torch._dynamo.config.fail_on_recompile_limit_hit = True
     torch.manual_seed(config.seed)
     m.autocast = functools.partial(autocast, m.kind, m.dtype)
+    m.to_device = lambda x: (
+        x.pin_memory().to(m.device, non_blocking=True) if m.kind == 'cuda' else x.to(m.device)
+    )
+    m.scaler = lambda: torch.amp.GradScaler(m.kind, enabled=m.dtype == torch.float16)
     name = f' {torch.cuda.get_device_name(m.device)}' if m.kind == 'cuda' else ''
     m.line = (
         f'device: {m.device}{name} ({why_device}), dtype: {str(m.dtype)[6:]} ({why_dtype}), '
@@ -205,7 +210,23 @@ class Signals:
         if not self.number:
             self.number, self.first = number, time.monotonic()
 
+    @contextlib.contextmanager
+    def may_break_the_compiler(self):
+        try:
+            yield
+        except Exception:
+            if self.m.world > 1 or not self.stopped():
+                raise
+
     def stopped(self):
         """The signal that some rank got, 0 if none did. All ranks call this at the same places."""
         self.agreed = largest_of_ranks(self.m, self.number)
         return self.agreed
+
+
+def signal_name(n):
+    return signal.Signals(n).name
+
+
+def exit_status(n):
+    return 128 + n

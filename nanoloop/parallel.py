@@ -29,3 +29,26 @@ def on_first_rank(m, work):
             failure = error
     if largest_of_ranks(m, int(failure is not None)):
         raise failure or SystemExit(1)
+
+
+max_over_ranks, sum_over_ranks, rank0_first = largest_of_ranks, sum_of_ranks, on_first_rank
+
+
+def reduce_sum(m, x):
+    if m.cpu_group:
+        dist.all_reduce(x, group=m.cpu_group)
+    return x
+
+
+def wrap(module, m):
+    if m.world > 1:
+        from torch.nn.parallel import DistributedDataParallel
+
+        module = DistributedDataParallel(module)
+        module.broadcast_buffers = False
+    return module
+
+
+def leave(m):
+    if m.world > 1:
+        dist.destroy_process_group()
