@@ -327,7 +327,8 @@ class Trainer:
             self.bad_steps = 0
             return
         self.bad_steps += 1
-        self.say(f'iter {self.step}: the gradient is not finite (loss {result.loss:.4g}): skipped')
+        loss = f'(loss {result.loss:.4g})'
+        self.say(f'iter {self.step}: the gradient is not finite {loss}, the step is skipped')
         last = 'none' if self.saved is None else f'step {self.saved} in {self.c.out_dir}'
         expected = f'a finite gradient at iter {self.step}, {self.bad_steps} steps were skipped in a row; '
         expected += f'try a lower one; the last good checkpoint: {last}'

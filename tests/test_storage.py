@@ -11,7 +11,7 @@ import torch
 from helpers import TINY, load, read_log, same, script
 
 import train
-from nanoloop import checkpoint, machine, parallel
+from nanoloop import checkpoint, machine, parallel, pretraining
 from train import main
 
 
@@ -43,7 +43,7 @@ def falling(monkeypatch):
         loss = 1 / model.lm_head.weight.detach().norm().item()
         return {name: dict(loss=loss, ppl=1.0, bpb=1.0) for name in splits}
 
-    monkeypatch.setattr(train, 'evaluate', evaluate)
+    monkeypatch.setattr(pretraining, 'evaluate', evaluate)
 
 
 def test_a_crash_between_any_two_operations_of_a_save_loses_nothing(call, flags, tmp_path, monkeypatch):
@@ -134,7 +134,7 @@ def test_what_is_not_finite_is_never_saved(call, flags, tmp_path, monkeypatch, w
     else:
         values = iter([3.0, math.nan])
         fake = lambda _, splits, *rest: dict.fromkeys(splits, dict(loss=next(values), ppl=1.0, bpb=1.0))  # noqa: E731
-        monkeypatch.setattr(train, 'evaluate', fake)
+        monkeypatch.setattr(pretraining, 'evaluate', fake)
     status, _, err = call(main, *flags, '--max_bad_steps=100')
     assert status == 2 and 'learning_rate=0.01, expected a lower one' in err
     checkpoint = load(tmp_path / 'out' / 'ckpt.pt')
@@ -150,7 +150,7 @@ def test_a_signal_that_kills_the_compiler_of_an_evaluation_still_saves(
             os.kill(os.getpid(), signal.SIGINT)
         raise RuntimeError('the compiler died')
 
-    monkeypatch.setattr(train, 'evaluate', evaluate)
+    monkeypatch.setattr(pretraining, 'evaluate', evaluate)
     if signalled:
         assert call(main, *flags)[0] == 128 + signal.SIGINT
         assert load(tmp_path / 'out' / 'ckpt.pt')['iter_num'] == 4
@@ -197,7 +197,7 @@ def test_a_run_goes_on_in_another_precision(call, flags, tmp_path, before, after
 
 
 def test_ranks_that_would_resume_at_different_steps_are_refused(call, flags, monkeypatch):
-    monkeypatch.setattr(train, 'largest_of_ranks', lambda m, value: value + 3)
+    monkeypatch.setattr(train, 'max_over_ranks', lambda m, value: value + 3)
     status, _, err = call(main, *flags)
     assert status == 2 and 'expected a folder that all machines share' in err
 
