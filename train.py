@@ -234,11 +234,11 @@ def evaluate(model, splits, c, m, token_bytes, stopped=lambda: False):
 
     Bits per byte is taken over targets that stand for bytes: token_bytes, per id, is 0 for special tokens.
     """
-    n = c.eval_iters * c.batch_size or len(splits['val'].fixed())
+    n = c.eval_iters * c.batch_size or len(splits['val'].eval_windows())
     bytes_of, result = torch.tensor(token_bytes, dtype=torch.float64), {}
     model.eval()
     for name, split in splits.items():
-        windows = split.fixed(n)
+        windows = split.eval_windows(n)
         sums = torch.zeros(4, dtype=torch.float64)
         for i in range(0, len(windows), c.batch_size * m.world):  # as many rounds on every rank
             if stopped():
@@ -247,7 +247,7 @@ def evaluate(model, splits, c, m, token_bytes, stopped=lambda: False):
             mine = windows[i + m.rank * c.batch_size :][: c.batch_size]
             if not mine:
                 continue
-            x, y = (torch.from_numpy(a) for a in split.stack(mine, c.batch_size))
+            x, y = (torch.from_numpy(a) for a in split.read_windows(mine, c.batch_size))
             with m.autocast():
                 ce, _ = model.table(x.to(m.device), y.to(m.device))
             ce, counted = ce[0].cpu().double(), y != -1
@@ -581,7 +581,7 @@ class Run:
         except (ValueError, OSError) as error:
             self.say(f'no sample: {error}')
             return
-        idx = torch.tensor([[tokenizer.start]], device=self.m.device)
+        idx = torch.tensor([[tokenizer.eot_token]], device=self.m.device)
         generator, ids = torch.Generator(self.m.device).manual_seed(self.c.seed), []
         self.model.eval()
         with torch.compiler.set_stance('force_eager'), self.m.autocast():
