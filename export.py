@@ -50,7 +50,7 @@ def main(argv):
     folder.mkdir(parents=True, exist_ok=True)
     trained = {key: json.dumps(checkpoint[key]) for key in ('iter_num', 'loops_trained') if key in checkpoint}
     save_model(model, str(folder / 'model.safetensors.tmp'), trained)
-    write(folder / 'tokenizer.json', tokenizer.dict)
+    write(folder / 'tokenizer.json', tokenizer.spec)
     write(folder / 'config.json', asdict(model.config))
     (folder / 'model.safetensors.tmp').chmod((folder / 'config.json').stat().st_mode)  # it was for us alone
     os.replace(folder / 'model.safetensors.tmp', folder / 'model.safetensors')

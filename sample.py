@@ -168,7 +168,7 @@ def main(argv):
     start = c.start
     if start.startswith('FILE:'):
         start = read_text(start[5:])
-    prompt = tokenizer.encode(start) or [tokenizer.start]
+    prompt = tokenizer.encode(start) or [tokenizer.eot_token]
     check(max(prompt) < model.config.vocab_size, 'start', start[:40], 'text in the tokens of the checkpoint')
 
     keys = ('temperature', 'top_k', 'top_p', 'n_loop', 'kv_budget', 'warm_start', 'speculate', 'draft_loops')

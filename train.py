@@ -425,7 +425,7 @@ def print_sample(trainer, signals):
     except (ValueError, OSError) as error:
         print_line(f'no sample: {error}')
         return
-    idx, ids = torch.tensor([[tokenizer.start]], device=m.device), []  # (1, 1)
+    idx, ids = torch.tensor([[tokenizer.eot_token]], device=m.device), []  # (1, 1)
     generator = torch.Generator(m.device).manual_seed(c.seed)
     trainer.model.eval()
     with torch.compiler.set_stance('force_eager'), m.autocast():

@@ -223,8 +223,8 @@ def test_evaluation_is_the_whole_split_and_counts_bytes(call, tmp_path, tiny_dat
 
 
 def test_evaluation_takes_eval_iters_batches(call, flags, monkeypatch):
-    asked, real = [], Split.fixed
-    monkeypatch.setattr(Split, 'fixed', lambda split, n=None: asked.append(n) or real(split, n))
+    asked, real = [], Split.eval_windows
+    monkeypatch.setattr(Split, 'eval_windows', lambda split, n=None: asked.append(n) or real(split, n))
     call(main, *flags, '--eval_iters=3', '--max_iters=1')
     assert asked == [12, 12]
 
