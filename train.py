@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from configurator import command, configure, tell
+from configurator import command, configure, print_line
 from model import GPT, GPTConfig
 from nanoloop import LOCAL_RANK, RANK, ROOT
 from nanoloop.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint, set_broken_aside
@@ -150,7 +150,7 @@ def apply_baseline(c):
     """Sets c's keys to those of its baseline, and tells which change."""
     for key, value in BASELINE[c.baseline](c).items():
         if c[key] != value and RANK == 0:
-            tell(f'baseline {c.baseline}: {key} = {value!r}')
+            print_line(f'baseline {c.baseline}: {key} = {value!r}')
         c[key] = value
 
 
@@ -271,7 +271,7 @@ def prepare_data(c, m):
     """The data set's folder and meta. pystdlib, which needs no download, is prepared if it is missing."""
     folder = find_data(c.dataset)
     if c.dataset == 'pystdlib' and LOCAL_RANK == 0 and not (folder / 'meta.json').exists():
-        tell('preparing data/pystdlib, the standard library of this Python')
+        print_line('preparing data/pystdlib, the standard library of this Python')
         status = subprocess.run([sys.executable, folder / 'prepare.py']).returncode
         if status:
             sys.exit(status)
@@ -349,7 +349,7 @@ class Run:
 
     def say(self, text):
         if self.m.rank == 0:
-            tell(text)
+            print_line(text)
 
     def start(self):
         """Opens out_dir, makes the optimizer and prints what will be trained."""

@@ -12,7 +12,7 @@ import sys
 import uuid
 from pathlib import Path
 
-from configurator import tell
+from configurator import print_line
 from nanoloop import ROOT
 from nanoloop.checks import UserError
 
@@ -62,7 +62,7 @@ class Log:
             self.wandb = wandb.init(**run, config=dict(c))
 
     def write(self, text, record):
-        tell(text)
+        print_line(text)
         finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in record.items()}
         self.file.write(json.dumps(finite).encode() + b'\n')
         if self.wandb:
