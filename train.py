@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from configurator import command, configure, print_line
+from configurator import command, configure, print_error, print_line
 from model import GPT, GPTConfig
 from nanoloop import LOCAL_RANK, RANK, ROOT
 from nanoloop.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint, set_broken_aside
@@ -40,7 +40,7 @@ from nanoloop.generate import stream
 from nanoloop.machine import Signals, peak_memory, setup
 from nanoloop.objective import OBJECTIVE, SAMPLING, Objective, check_loops, loops_at
 from nanoloop.optimizer import OPTIMIZER, SCHEDULE, lr_at, make_optimizers, set_rates
-from nanoloop.parallel import largest_of_ranks, on_first_rank, sum_of_ranks
+from nanoloop.parallel import max_over_ranks, rank0_first, sum_over_ranks
 from nanoloop.run_folder import Log, git_commit, move_aside, open_out_dir
 from nanoloop.tokenizer import make_tokenizer
 
@@ -211,7 +211,7 @@ def train_step(objective, optimizers, scaler, batches, n_loop, c, m, stopped=lam
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     params = [p for optimizer in optimizers for group in optimizer.param_groups for p in group['params']]
-    masked = targets.numel() * micros * m.world / max(1, sum_of_ranks(m, targets_seen))
+    masked = targets.numel() * micros * m.world / max(1, sum_over_ranks(m, targets_seen))
     if masked != 1:
         torch._foreach_mul_([p.grad for p in params if p.grad is not None], masked)
     norm = nn.utils.clip_grad_norm_(params, c.grad_clip or math.inf)
@@ -275,7 +275,7 @@ def prepare_data(c, m):
         status = subprocess.run([sys.executable, folder / 'prepare.py']).returncode
         if status:
             sys.exit(status)
-    largest_of_ranks(m, 0)  # wait for it
+    max_over_ranks(m, 0)  # wait for it
     return folder, read_meta(folder)
 
 
@@ -331,7 +331,7 @@ class Run:
         self.evaluated = self.state.get('evaluated', 0)  # the step of the last evaluation
         self.stale = self.state.get('stale', 0)  # evaluations since the best
         self.saved = self.step if resuming else None
-        alike = -largest_of_ranks(m, -self.step) == largest_of_ranks(m, self.step)
+        alike = -max_over_ranks(m, -self.step) == max_over_ranks(m, self.step)
         check(alike, 'out_dir', c.out_dir, 'a folder that all machines share')
         self.flops = functools.cache(lambda n_loop: flops_of(self.model, c, n_loop))  # of a token
         self.spent = self.state.get('flops', 0.0)
@@ -354,7 +354,7 @@ class Run:
     def start(self):
         """Opens out_dir, makes the optimizer and prints what will be trained."""
         c, m, state = self.c, self.m, self.state
-        on_first_rank(m, self.open)
+        rank0_first(m, self.open)
         self.objective = self.plain = Objective(self.model, c)
         self.optimizers, lines = make_optimizers(self.model, c)
         self.scaler = torch.amp.GradScaler(m.kind, enabled=m.dtype == torch.float16)
@@ -458,7 +458,7 @@ class Run:
             format_version=1,
         )
         self.say(f'saving checkpoint to {self.c.out_dir}')
-        on_first_rank(self.m, lambda: save_checkpoint(Path(self.c.out_dir), checkpoint, self.log, best))
+        rank0_first(self.m, lambda: save_checkpoint(Path(self.c.out_dir), checkpoint, self.log, best))
         self.saved = self.step
 
     def evaluate(self):
@@ -618,7 +618,10 @@ def main(argv):
     layers = c.n_prelude + c.n_block * c.n_loop + c.n_coda
     work = c.max_iters * c.gradient_accumulation_steps * c.batch_size * c.block_size * layers * c.n_embd
     m = setup(settings, work)
-    with Signals(m) as signals, contextlib.closing(Run(c, m, signals, checkpoint, resuming)) as run:
+    with (
+        Signals(m, print_error) as signals,
+        contextlib.closing(Run(c, m, signals, checkpoint, resuming)) as run,
+    ):
         del checkpoint
         run.say(m.line)
         whole = run.evaluate() if c.eval_only else run.train()
