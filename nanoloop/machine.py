@@ -273,19 +273,19 @@ class Signals:
         self.agreed = max_over_ranks(self.m, self.number)
         return self.agreed
 
-    def unless_stopped(self, work):
-        """Returns work(), or None if a signal made it fail.
+    @contextlib.contextmanager
+    def may_break_the_compiler(self):
+        """While it is entered, an error that comes after a signal only ends the block: see stopped().
 
-        A Ctrl-C, for one, reaches all processes of a terminal, also a compiler that work() waits for: then
-        work() fails only because the run is to stop. With several processes the error is raised, because the
-        other ranks are elsewhere in the program.
+        A Ctrl-C reaches all processes of a terminal, also a compiler that this one waits for. Compiling then
+        fails for no other reason than that the run is to stop. With several processes the error is raised,
+        because the other ranks are elsewhere in the program.
         """
         try:
-            return work()
+            yield
         except Exception:
             if self.m.world > 1 or not self.stopped():
                 raise
-            return None
 
     def __exit__(self, kind, error, trace):
         silent = self.agreed and self.m.world > 1  # torchrun repeats the signal until all workers have left

@@ -49,9 +49,10 @@ def wrap(module, m):
 
 
 def reduce_sum(m, tensor):
-    """Sums a CPU tensor over the ranks, in place."""
+    """Sums a CPU tensor over the ranks, in place, and returns it."""
     if m.cpu_group is not None:
         dist.all_reduce(tensor, group=m.cpu_group)
+    return tensor
 
 
 def max_over_ranks(m, value):
@@ -65,9 +66,7 @@ def max_over_ranks(m, value):
 
 def sum_over_ranks(m, value):
     """Returns the sum of the ranks' integers."""
-    tensor = torch.tensor([value])
-    reduce_sum(m, tensor)
-    return int(tensor)
+    return int(reduce_sum(m, torch.tensor([value])))
 
 
 def rank0_first(m, work):

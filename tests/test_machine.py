@@ -4,7 +4,6 @@ import os
 import signal
 import socket
 import types
-from functools import partial
 
 import pytest
 import torch
@@ -270,26 +269,22 @@ def test_a_users_error_a_full_disk_and_what_no_signal_broke_stay(number, error):
         raise error('no')
 
 
-def test_work_that_a_signal_breaks_has_no_result():
-    def work(number):
-        if number:
-            os.kill(os.getpid(), number)
-        raise RuntimeError('the compiler has ended')
-
+def test_an_error_after_a_signal_only_ends_the_block_that_may_break():
     with Signals(cpu_machine()) as signals:
-        assert signals.unless_stopped(lambda: 5) == 5
-        with pytest.raises(RuntimeError):
-            signals.unless_stopped(partial(work, 0))
-        assert signals.unless_stopped(partial(work, signal.SIGINT)) is None
+        with pytest.raises(RuntimeError), signals.may_break_the_compiler():
+            raise RuntimeError('the compiler is missing')
+        with signals.may_break_the_compiler():
+            os.kill(os.getpid(), signal.SIGINT)
+            raise RuntimeError('the compiler got the signal, too')
         assert signals.stopped() == signal.SIGINT
 
 
-def test_with_several_processes_broken_work_raises_without_asking_the_others(monkeypatch):
+def test_with_several_processes_an_error_is_raised_without_asking_the_others(monkeypatch):
     monkeypatch.setattr(machine, 'max_over_ranks', lambda m, value: pytest.fail('it would wait for ever'))
     signals = Signals(cpu_machine(world=2))
     signals.number = signal.SIGTERM
-    with pytest.raises(ZeroDivisionError):
-        signals.unless_stopped(lambda: 1 / 0)
+    with pytest.raises(RuntimeError), signals.may_break_the_compiler():
+        raise RuntimeError
 
 
 def test_sigterm_can_be_an_exception_as_an_interrupt_is():
@@ -322,8 +317,7 @@ def test_a_backend_that_does_not_work_is_refused(backend, message):
 def test_one_process_agrees_with_itself():
     m, module, tensor = cpu_machine(), torch.nn.Linear(2, 2), torch.ones(2)
     parallel.join(m, 'gloo')
-    parallel.reduce_sum(m, tensor)
-    assert m.cpu_group is None and tensor.tolist() == [1, 1]
+    assert parallel.reduce_sum(m, tensor).tolist() == [1, 1] and m.cpu_group is None
     assert (parallel.max_over_ranks(m, -3), parallel.sum_over_ranks(m, 7)) == (-3, 7)
     assert parallel.wrap(module, m) is module
     parallel.leave(m)
@@ -335,8 +329,7 @@ def check_agreement(rank, port):
     m = cpu_machine(rank, 2)
     parallel.join(m, 'gloo')
     tensor = torch.tensor([1.0, rank])
-    parallel.reduce_sum(m, tensor)
-    assert tensor.tolist() == [2, 1]
+    assert parallel.reduce_sum(m, tensor) is tensor and tensor.tolist() == [2, 1]
     assert parallel.max_over_ranks(m, 10 - rank) == 10 and parallel.sum_over_ranks(m, 3 + rank) == 7
     wrapped = parallel.wrap(torch.nn.Linear(1, 1), m)
     assert isinstance(wrapped, DistributedDataParallel) and not wrapped.broadcast_buffers
