@@ -119,7 +119,7 @@ def find_checkpoint(init_from, out_dir, given=()):
     return found
 
 
-def set_broken_aside(out_dir):
+def quarantine_broken(out_dir):
     """Renames a ckpt.pt that cannot be read: the next save must not put it in the place of a good prev.pt."""
     path = out_dir / 'ckpt.pt'
     try:

@@ -17,7 +17,7 @@ from nanoloop import ROOT
 from nanoloop.checks import UserError
 
 
-def open_out_dir(out_dir):
+def open_out_dir(out_dir, say=None):
     """Creates out_dir and locks it. Returns the lock, held while it lives. Raises ValueError if it cannot."""
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
@@ -33,7 +33,7 @@ def open_out_dir(out_dir):
     return lock
 
 
-def move_aside(out_dir):
+def archive_previous_run(out_dir, say=None):
     """Moves an earlier run's files to out_dir/run-N: starting from scratch deletes nothing."""
     paths = [out_dir / name for name in ('ckpt.pt', 'prev.pt', 'best.pt', 'log.jsonl')]
     paths = [path for path in paths if path.exists()]
@@ -48,7 +48,7 @@ def move_aside(out_dir):
 class Log:
     """log.jsonl, an object per line; stdout and, if wandb_log, Weights & Biases get the same. Rank 0 only."""
 
-    def __init__(self, c, resumed):
+    def __init__(self, c, resumed, say=None):
         self.file = open(Path(c.out_dir) / 'log.jsonl', 'ab', buffering=0)
         size = os.fstat(self.file.fileno()).st_size
         self.file.truncate(min(size, resumed.get('log_bytes', 0)))  # later steps will be run again

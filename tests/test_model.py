@@ -614,7 +614,7 @@ START = {'mix': 0.25, 'index': 0.0, 'vector': 0.125, 'number': 0.5, 'alpha': 0.5
     ],
 )
 def test_a_variant_is_an_entry_of_a_table(key, entry, keys, monkeypatch):
-    """It starts as its author wrote, trains all its weights in the groups that it names, is counted and cached."""
+    """It starts as its author wrote, trains in the groups that it names, is counted and cached."""
     monkeypatch.setitem(TABLES[key], 'new', entry)
     model = GPT(GPTConfig(**SIZES | {key: 'new'} | keys))
     for _ in range(2):
