@@ -22,7 +22,7 @@ from typing import Annotated, NamedTuple
 import torch
 from torch import nn
 
-from configurator import command, configure, print_line
+from configurator import command, configure, print_error, print_line
 from model import GPTConfig
 from nanoloop import RANK, ROOT
 from nanoloop.baselines import BASELINE, apply_baseline
@@ -453,7 +453,7 @@ def main(argv):
     layers = c.n_prelude + c.n_block * c.n_loop + c.n_coda
     work = c.max_iters * c.gradient_accumulation_steps * c.batch_size * c.block_size * layers * c.n_embd
     m = setup(settings, work)
-    with Signals(m) as signals, contextlib.ExitStack() as stack:
+    with Signals(m, print_error) as signals, contextlib.ExitStack() as stack:
         say = print_line if m.rank == 0 else lambda text: None
         task = pretraining(c, m, checkpoint, signals.stopped, say)
         trainer = Trainer(task, c, m, signals, checkpoint if resuming else {})
