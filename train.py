@@ -41,7 +41,6 @@ from nanoloop.checks import (
 )
 from nanoloop.count import parameters
 from nanoloop.diagnose import Look
-from nanoloop.generate import stream
 from nanoloop.machine import Signals, exit_status, peak_memory, setup, signal_name
 from nanoloop.objective import (
     LOOP_GROWTH,
@@ -55,9 +54,16 @@ from nanoloop.objective import (
 from nanoloop.optimizer import OPTIMIZER, SCHEDULE, load_optimizers, lr_at, make_optimizers, set_rates
 from nanoloop.parallel import leave, max_over_ranks, rank0_first, reduce_sum, sum_over_ranks, wrap
 from nanoloop.pretraining import pretraining
-from nanoloop.report import Meter, describe_run, differences, doubtful_keys, evaluation_line, step_line
+from nanoloop.report import (
+    Meter,
+    describe_run,
+    differences,
+    doubtful_keys,
+    evaluation_line,
+    sample_text,
+    step_line,
+)
 from nanoloop.run_folder import Log, archive_previous_run, git_commit, open_out_dir
-from nanoloop.tokenizer import make_tokenizer
 
 
 @dataclass
@@ -272,7 +278,7 @@ class Trainer:
         load_optimizers(self.optimizers, state, c)
         if state['scaler'] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state['scaler'])
-        for line in differences(c, self.machine(), state):
+        for line in differences(c, self.m.identity(), state):
             self.say(line)
         limit = 'max_iters' if self.last_step == c.max_iters else 'max_flops'
         done = f', which is the last: a larger {limit} goes on' if self.step >= self.last_step else ''
@@ -369,11 +375,6 @@ class Trainer:
         known = step, loss, result.grad_norm, extra, lr, n_loop, seconds, mfu, self.step_tokens, eta
         self.log.write(*step_line(*known, self.flops_done))
 
-    def machine(self):
-        """Returns what must be the same for a resumed run to be bit-exact."""
-        m, version = self.m, str(torch.__version__)
-        return dict(device=m.kind, dtype=str(m.dtype), compile=m.compile, processes=m.world, torch=version)
-
     def save(self, best=False):
         """Saves a checkpoint on rank 0, the others wait. Raises UserError if the weights are not finite."""
         finite = nn.utils.get_total_norm(list(self.model.parameters())).isfinite().item()
@@ -392,7 +393,7 @@ class Trainer:
             stale=self.evals_since_best,
             config=dict(self.c),
             rng=dict(seed=self.c.seed),  # all there is: random numbers are functions of it
-            machine=self.machine(),
+            machine=self.m.identity(),
             loops_trained=sorted(self.loops_trained) or [self.c.n_loop],
             flops=self.flops_done,
             git=self.git,
@@ -415,27 +416,6 @@ def resumed(c, checkpoint):
     free = c.keys() - c.given - {'init_from'}
     c.update({key: value for key, value in checkpoint['config'].items() if key in free}, out_dir=c.out_dir)
     return c
-
-
-def print_sample(trainer, signals):
-    """Prints a short sample, until a signal comes."""
-    c, m = trainer.c, trainer.m
-    try:
-        tokenizer = make_tokenizer(trainer.task.kept['tokenizer'])
-    except (ValueError, OSError) as error:
-        print_line(f'no sample: {error}')
-        return
-    idx, ids = torch.tensor([[tokenizer.eot_token]], device=m.device), []  # (1, 1)
-    generator = torch.Generator(m.device).manual_seed(c.seed)
-    trainer.model.eval()
-    with torch.compiler.set_stance('force_eager'), m.autocast():
-        for token in stream(trainer.model, idx, c.sample_tokens, temperature=0.8, generator=generator):
-            ids.append(int(token))
-            if signals.number:
-                break
-    text = tokenizer.decode_bytes(ids).decode('utf-8', 'replace')
-    print_line(f'a sample of {len(ids)} tokens:\n---------------\n{text}\n---------------')
-    print_line(f'more: python {os.path.relpath(ROOT / "sample.py")} --out_dir={c.out_dir}')
 
 
 @command
@@ -466,7 +446,8 @@ def main(argv):
             spent = f'peak memory {memory:,.0f} MiB, total time {minutes:.1f} min'
             say(f'best val loss {trainer.best:.4f}, {spent}')
             if m.rank == 0 and c.sample_tokens:
-                print_sample(trainer, signals)
+                say(sample_text(trainer.model, task.kept['tokenizer'], c.sample_tokens, c.seed, m, signals))
+                say(f'more: python {os.path.relpath(ROOT / "sample.py")} --out_dir={c.out_dir}')
         leave(m)
         if not finished:
             saved = f' at step {trainer.step}, saved; the same command with --init_from=resume goes on'

@@ -170,6 +170,13 @@ class Machine:
         """Returns the context in which matrix products run in self.dtype."""
         return autocast(self.kind, self.dtype)
 
+    def identity(self):
+        """Returns what must be the same for a resumed run to be bit-exact."""
+        version = str(torch.__version__)
+        return dict(
+            device=self.kind, dtype=str(self.dtype), compile=self.compile, processes=self.world, torch=version
+        )
+
     def to_device(self, tensor):
         """Returns a CPU tensor's copy on the device. On a GPU the host does not wait for it."""
         if self.kind == 'cuda':
