@@ -26,7 +26,7 @@ from configurator import command, configure, print_line
 from model import GPTConfig
 from nanoloop import RANK, ROOT
 from nanoloop.baselines import BASELINE, apply_baseline
-from nanoloop.checkpoint import find_checkpoint, quarantine_broken, save_checkpoint
+from nanoloop.checkpoint import checkpoint_paths, find_from_flags, quarantine_broken, save_checkpoint
 from nanoloop.checks import (
     AtLeast,
     AtMost,
@@ -437,11 +437,19 @@ def print_sample(trainer, signals):
     print_line(f'more: python {os.path.relpath(ROOT / "sample.py")} --out_dir={c.out_dir}')
 
 
+def warn(text):
+    """Prints a line on stderr, from rank 0 alone."""
+    if RANK == 0:
+        print(text, file=sys.stderr)
+
+
 @command
 def main(argv):
     began = time.time()
     c = configure((TrainConfig, GPTConfig), argv)
-    checkpoint = find_checkpoint(c.init_from, c.out_dir, {key: c[key] for key in c.given})
+    resumable = c.init_from != 'resume' or checkpoint_paths(c.out_dir)
+    check(resumable, 'init_from', c.init_from, f'a checkpoint in {c.out_dir}, there is none')
+    checkpoint = find_from_flags(c.init_from, c.out_dir, {key: c[key] for key in c.given}, say=warn)
     resuming = checkpoint is not None and c.init_from in ('resume', 'auto')
     if resuming:
         c = resumed(c, checkpoint)
