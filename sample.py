@@ -3,7 +3,9 @@ Samples from a trained model.
 
     python sample.py --out_dir=out-quickstart --start="def " --num_samples=3 --n_loop=8
 
-The text and a line of dashes per sample go to stdout, everything else to stderr.
+The text and a line of dashes per sample go to stdout, everything else to stderr. A model's name is the folder
+of a run, the path of a checkpoint, a folder written by export.py, gpt2 to gpt2-xl, a folder with the GPT-2 of
+transformers, or ouro:FOLDER with Ouro's safetensors.
 """
 
 import codecs
@@ -31,7 +33,7 @@ ADVICE = {'kl': 'try 0.001', 'diff': 'try 0.1', 'gate': 'try 0.5'}  # until EXIT
 class SampleConfig:
     # model
     out_dir: str = 'out'  # folder of a run (its best.pt, else its ckpt.pt), or another name as in init_from
-    init_from: str = 'resume'  # resume = the model in out_dir; or a checkpoint, an exported folder, gpt2[-xl]
+    init_from: str = 'resume'  # resume = the model in out_dir; or a name: a folder, a file, gpt2[-xl], ouro:FOLDER
     # text
     start: str = ''  # text to continue; FILE:PATH reads it from a file; nothing = a new line or document
     num_samples: Count = 1  # number of samples, drawn together as one batch
@@ -39,18 +41,18 @@ class SampleConfig:
     stop: str = ''  # end a sample before this text; nothing = after max_new_tokens
     stream: bool = False  # print every token as it comes, one sample after the other
     # sampling
-    temperature: NotNegative = 0.8  # below 1 = safer; 0 = always the likeliest token
+    temperature: NotNegative = 0.8  # below 1 = sharper, above 1 = flatter; 0 = always the likeliest token
     top_k: Count | None = 200  # draw from the k likeliest tokens; None = from all
     top_p: Annotated[float, Above(0), AtMost(1)] | None = None  # nucleus sampling: probability kept; None = 1
     seed: Size = 1337  # seed of the random numbers
     # loops
     n_loop: Count | None = None  # number of loops; None = as trained
     kv_budget: Count | None = None  # loops with their own KV cache; None = all (exact)
-    exit: Annotated[str, OneOf(('', *EXIT))] = ''  # early exit: the rule by which a token ends its loops
-    exit_threshold: NotNegative | None = None  # threshold of the early exit; needs exit
-    min_loops: Count = 1  # number of loops before the first early exit
+    exit: Annotated[str, OneOf(('', *EXIT))] = ''  # rule of the early exit; nothing = all loops
+    exit_threshold: NotNegative | None = None  # value of the exit rule at which a token exits
+    min_loops: Count = 1  # least number of loops of a token; needs exit
     warm_start: bool = False  # start a token's loop from the state of the token before it, an approximation
-    speculate: Size = 0  # tokens drafted with few loops and verified together; 0 = none
+    speculate: Size = 0  # number of tokens drafted, then verified together; 0 = off
     draft_loops: Count = 1  # number of loops of a draft; needs speculate
     # machine
     device: str = 'auto'  # device: auto, cpu, cuda, cuda:N or mps

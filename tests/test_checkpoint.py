@@ -3,14 +3,13 @@
 import math
 import os
 import signal
-import types
 
 import pytest
 import torch
 from helpers import TINY, load, read_log, same, script
 
 import train
-from nanoloop import checkpoint, machine, parallel, pretraining
+from nanoloop import checkpoint, pretraining
 from train import main
 
 
@@ -192,34 +191,3 @@ def test_ranks_that_would_resume_at_different_steps_are_refused(call, flags, mon
     monkeypatch.setattr(train, 'max_over_ranks', lambda m, value: value + 3)
     status, _, err = call(main, *flags)
     assert status == 2 and 'expected a folder that all machines share' in err
-
-
-def test_a_failure_on_the_first_rank_ends_all(monkeypatch):
-    def fails():
-        raise OSError('disk full')
-
-    monkeypatch.setattr(parallel, 'largest_of_ranks', lambda m, value: 1)
-    with pytest.raises(OSError, match='disk full'):
-        parallel.on_first_rank(types.SimpleNamespace(rank=0), fails)
-    with pytest.raises(SystemExit) as stop:
-        parallel.on_first_rank(types.SimpleNamespace(rank=1), fails)
-    assert stop.value.code == 1
-
-
-@pytest.mark.parametrize('world', [1, 2])
-def test_after_a_signal_the_handlers_are_restored_or_silent(monkeypatch, world):
-    monkeypatch.setattr(machine, 'largest_of_ranks', lambda m, value: value)
-    before = signal.getsignal(signal.SIGTERM)
-    with machine.Signals(types.SimpleNamespace(world=world)) as signals:
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert signals.stopped() == signal.SIGTERM
-    assert signal.getsignal(signal.SIGTERM) == (before if world == 1 else signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, before)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def test_what_a_signal_broke_ends_with_its_status():
-    with pytest.raises(SystemExit) as stop, machine.Signals(types.SimpleNamespace(world=1)):
-        os.kill(os.getpid(), signal.SIGTERM)
-        raise RuntimeError('the other rank is gone')
-    assert stop.value.code == 128 + signal.SIGTERM
