@@ -33,7 +33,7 @@ ADVICE = {'kl': 'try 0.001', 'diff': 'try 0.1', 'gate': 'try 0.5'}  # until EXIT
 class SampleConfig:
     # model
     out_dir: str = 'out'  # folder of a run (its best.pt, else its ckpt.pt), or another name as in init_from
-    init_from: str = 'resume'  # resume = the model in out_dir; or a name: a folder, a file, gpt2[-xl], ouro:FOLDER
+    init_from: str = 'resume'  # resume = the model in out_dir; or a folder, a file, gpt2[-xl], ouro:FOLDER
     # text
     start: str = ''  # text to continue; FILE:PATH reads it from a file; nothing = a new line or document
     num_samples: Count = 1  # number of samples, drawn together as one batch

@@ -37,7 +37,7 @@ NAMES += f'{", ".join(GPT2)}, a folder with the GPT-2 of transformers, ouro:FOLD
 EXPORTED = ('iter_num', 'loops_trained')  # what export.py keeps of a checkpoint beside model and tokenizer
 
 # the keys of GPTConfig that may differ from the checkpoint's: the weights keep their meaning
-CHANGEABLE = 'dropout bptt_k n_loop state_init state_std rope_base block_size recompute'.split()
+CHANGEABLE = 'dropout bptt_k n_loop state_init state_std update_alpha rope_base block_size recompute'.split()
 
 
 # -----------------------------------------------------------------------------

@@ -85,6 +85,8 @@ def test_what_gpt2_does_not_have_starts_as_in_a_new_model(gpt2):
     model = taken(gpt2[1], n_loop=2, exit_gate=True)
     assert torch.equal(model.inject.weight, torch.eye(12, 24)) and not model.inject.bias.any()
     assert model.exit_gate.weight.any() and not model.exit_gate.bias.any()
+    damped = taken(gpt2[1], state_update='damp', update_alpha=0.5)
+    assert (damped.config.n_loop, damped.config.state_update, damped.config.update_alpha) == (4, 'damp', 0.5)
     gated = taken(gpt2[1], input_injection='gated', state_update='gate')
     new = GPT(gated.config).state_dict()
     values = {name: w for name, w in gated.state_dict().items() if name.startswith(('inject.', 'update.'))}
