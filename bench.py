@@ -16,6 +16,7 @@ import io
 import itertools
 import shlex
 import statistics
+import sys
 import time
 from dataclasses import dataclass, fields
 
@@ -25,7 +26,7 @@ from configurator import command, configure
 from model import GPT, GPTConfig
 from nanoloop.baselines import apply_baseline
 from nanoloop.batches import Batch
-from nanoloop.checkpoint import find_checkpoint, load_checkpoint
+from nanoloop.checkpoint import find_from_flags, load_checkpoint
 from nanoloop.checks import check, check_least
 from nanoloop.count import flops, parameters
 from nanoloop.datasets import find_data, read_meta
@@ -149,7 +150,8 @@ def decoding_ways(model, c):
 
 def measure_decoding(c, m):
     """Prints tokens per second, time to the first, the cache and the mean loops, the ways taking turns."""
-    checkpoint = find_checkpoint(c.init_from, c.out_dir, {key: c[key] for key in c.given})
+    given, say = {key: c[key] for key in c.given}, functools.partial(print, file=sys.stderr)
+    checkpoint = find_from_flags(c.init_from, c.out_dir, given, say=say)
     torch.manual_seed(c.seed)
     if checkpoint is None:
         model, name = GPT(c.build(GPTConfig)).to(m.device), 'random weights'

@@ -26,7 +26,7 @@ from configurator import command, configure, print_error, print_line
 from model import GPTConfig
 from nanoloop import RANK, ROOT
 from nanoloop.baselines import BASELINE, apply_baseline
-from nanoloop.checkpoint import find_checkpoint, quarantine_broken, save_checkpoint
+from nanoloop.checkpoint import checkpoint_paths, find_from_flags, quarantine_broken, save_checkpoint
 from nanoloop.checks import (
     AtLeast,
     AtMost,
@@ -422,7 +422,10 @@ def resumed(c, checkpoint):
 def main(argv):
     began = time.time()
     c = configure((TrainConfig, GPTConfig), argv)
-    checkpoint = find_checkpoint(c.init_from, c.out_dir, {key: c[key] for key in c.given})
+    resumable = c.init_from != 'resume' or checkpoint_paths(c.out_dir)
+    check(resumable, 'init_from', c.init_from, f'a checkpoint in {c.out_dir}, there is none')
+    given, say = {key: c[key] for key in c.given}, print_error if RANK == 0 else None
+    checkpoint = find_from_flags(c.init_from, c.out_dir, given, say=say)
     resuming = checkpoint is not None and c.init_from in ('resume', 'auto')
     if resuming:
         c = resumed(c, checkpoint)

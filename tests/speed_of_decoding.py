@@ -19,7 +19,7 @@ import torch
 
 from bench import recompute_stream
 from model import GPT, GPTConfig
-from nanoloop.checkpoint import find_checkpoint, load_checkpoint
+from nanoloop.checkpoint import load_checkpoint
 from nanoloop.datasets import Split, find_data, read_meta
 from nanoloop.generate import Decoder, Exit, lower, stream
 from nanoloop.machine import autocast
@@ -112,8 +112,8 @@ def speeds(model, rows, tokens=120, rounds=5):
 
 
 def of_a_trained_model(path):
-    model, _ = load_checkpoint(find_checkpoint(path, path))
-    losses(model.eval())
+    model, _ = load_checkpoint(path)
+    losses(model)
     for rows in (1, 8, 64):
         speeds(model, rows)
 

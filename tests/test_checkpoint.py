@@ -1,6 +1,5 @@
-"""What a run leaves behind stays whole, at every moment something can go wrong."""
+"""Checkpoints stay whole, whatever goes wrong and whenever, and one name means one model everywhere."""
 
-import json
 import math
 import os
 import signal
@@ -19,20 +18,21 @@ class Crash(BaseException):
 
 
 def die_at(monkeypatch, n):
-    """Lets the process die before the n-th operation of saving that changes the disk's contents."""
+    """Lets the process die before the n-th operation that changes the disk's contents: it does no more."""
     count = []
 
-    def dying(real):
+    def dying(real, counts=True):
         def call(*args, **keys):
-            count.append(real)
-            if len(count) == n:
+            count.extend([real] * counts)
+            if len(count) >= n:
                 raise Crash
             return real(*args, **keys)
 
         return call
 
     for name in ('fsync', 'link', 'replace'):
-        monkeypatch.setattr(checkpoint.os, name, dying(getattr(os, name)))
+        monkeypatch.setattr(os, name, dying(getattr(os, name)))
+    monkeypatch.setattr(os, 'unlink', dying(os.unlink, counts=False))  # a dead process cleans nothing up
 
 
 def falling(monkeypatch):
@@ -93,7 +93,7 @@ def test_a_save_forces_everything_to_the_disk_before_it_counts(call, flags, tmp_
     second = done[done.index('fsync out') + 1 :]
     best = ['best.pt.tmp > best.pt'] if 'best.pt.tmp > best.pt' in second else []
     first = ['fsync log.jsonl', 'fsync ckpt.pt.tmp', 'prev.pt.tmp > prev.pt']
-    assert second == [*first, *best, 'ckpt.pt.tmp > ckpt.pt', 'fsync out']
+    assert second == [*first, *best, 'fsync ckpt.pt.tmp', 'ckpt.pt.tmp > ckpt.pt', 'fsync out']
     assert sizes['ckpt.pt.tmp'] == (tmp_path / 'out' / 'ckpt.pt').stat().st_size
 
 
@@ -170,14 +170,6 @@ def test_an_interrupt_saves_also_when_the_reader_of_stdout_is_gone(tmp_path, tin
     assert n > 5 and sum('lr' in line for line in read_log(tmp_path / 'out')) == n
 
 
-def test_a_lost_log_begins_anew(call, flags, tmp_path):
-    call(main, *flags)
-    (tmp_path / 'out' / 'log.jsonl').write_text('')
-    assert call(main, *flags, '--init_from=resume', '--max_iters=15')[0] == 0
-    lines = (tmp_path / 'out' / 'log.jsonl').read_text().splitlines()
-    assert [json.loads(line)['iter'] for line in lines if 'lr' in line] == [12, 13, 14]
-
-
 def test_given_keys_reach_the_optimizer_of_a_resumed_run(call, flags, tmp_path):
     call(main, *flags)
     changed = ['--weight_decay=0.5', '--beta2=0.9', '--max_iters=13']
@@ -199,9 +191,3 @@ def test_ranks_that_would_resume_at_different_steps_are_refused(call, flags, mon
     monkeypatch.setattr(train, 'max_over_ranks', lambda m, value: value + 3)
     status, _, err = call(main, *flags)
     assert status == 2 and 'expected a folder that all machines share' in err
-
-
-def test_a_log_alone_is_no_earlier_run(call, flags, tmp_path):
-    (tmp_path / 'out').mkdir()
-    (tmp_path / 'out' / 'log.jsonl').write_text('old')
-    assert call(main, *flags)[0] == 0 and not (tmp_path / 'out' / 'run-1').exists()
