@@ -422,12 +422,12 @@ def check_combinations(c):
     )
     # fmt: off
     for holds, key, expected in (
-        (not position.rotary or head % 2 == 0, 'pos', f'learned or none: heads of {head} have no pairs'),
+        (not position.rotary or head % 2 == 0, 'pos', f'another: RoPE rotates pairs, and a head has {head}'),
         (c.state_init in inject.states, 'state_init', f'{" or ".join(inject.states)} with {name}'),
         (not (inject.needs_full_bptt and truncated), 'bptt_k',
          f'None or at least n_loop={c.n_loop}: with {name} the prelude would get no gradient'),
         (c.window_size is None or 'S' in c.window_pattern, 'window_size', 'None without S in window_pattern'),
-        (not c.tie_weights or init['wte'] is init['lm_head'], 'init', 'another with tie_weights: see INIT'),
+        (not c.tie_weights or init['wte'] is init['lm_head'], 'init', 'another with tie_weights, see INIT'),
         (c.emb_scale == 1 or position.learned or not c.norm_emb, 'emb_scale', '1: norm_emb undoes it'),
     ):
         check(holds, key, getattr(c, key), expected)

@@ -92,7 +92,7 @@ class TrainConfig:
     gate_ahead: bool = False  # objective=gate: a loop's gate learns whether the next loop helps, not this one
     loop_sampling: Annotated[str, OneOf(LOOP_SAMPLING)] = 'fixed'  # how the loops of a step are drawn
     loop_max: Count | None = None  # largest number of loops ever drawn; loop_sampling=poisson needs it
-    loop_warmup: NotNegative = 0.0  # steps over which n_loop grows from 1; below 1: a share of max_iters
+    loop_warmup: Annotated[int | float, AtLeast(0)] = 0  # steps while n_loop grows; below 1: share of max_iters
     loop_growth: Annotated[str, OneOf(LOOP_GROWTH)] = 'sqrt'  # its shape; late = 1, then n_loop
     max_flops: Annotated[float, AtLeast(1)] | None = None  # training FLOPs that end the run; None = no limit
     # optimizer
