@@ -212,7 +212,7 @@ def main(argv):
     for setting in settings:
         setting.build(BenchConfig)
         setting.build(TrainConfig)
-        apply_baseline(setting)
+        apply_baseline(setting, print)
         if 'vocab_size' not in setting.given:
             try:
                 setting['vocab_size'] = read_meta(find_data(setting.dataset))['vocab_size']

@@ -157,10 +157,10 @@ def describe(checkpoint, config, n_loop):
 
 
 def read_prompt(start, tokenizer, vocab_size):
-    """Returns the text of the key start and its token ids, the tokenizer's start id for an empty text."""
+    """Returns the text of the key start and its token ids; an empty text becomes the end-of-text token."""
     if start.startswith('FILE:'):
         start = read_text(start.removeprefix('FILE:'))
-    ids = tokenizer.encode(start) or [tokenizer.start]
+    ids = tokenizer.encode(start) or [tokenizer.eot_token]
     check(max(ids) < vocab_size, 'start', start[:40], 'text in the tokens of the checkpoint')
     return start, ids
 

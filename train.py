@@ -327,7 +327,8 @@ class Trainer:
             self.bad_steps = 0
             return
         self.bad_steps += 1
-        self.say(f'iter {self.step}: the gradient is not finite (loss {result.loss:.4g}): skipped')
+        loss = f'(loss {result.loss:.4g})'
+        self.say(f'iter {self.step}: the gradient is not finite {loss}, the step is skipped')
         last = 'none' if self.saved is None else f'step {self.saved} in {self.c.out_dir}'
         expected = f'a finite gradient at iter {self.step}, {self.bad_steps} steps were skipped in a row; '
         expected += f'try a lower one; the last good checkpoint: {last}'
@@ -424,7 +425,7 @@ def print_sample(trainer, signals):
     except (ValueError, OSError) as error:
         print_line(f'no sample: {error}')
         return
-    idx, ids = torch.tensor([[tokenizer.start]], device=m.device), []  # (1, 1)
+    idx, ids = torch.tensor([[tokenizer.eot_token]], device=m.device), []  # (1, 1)
     generator = torch.Generator(m.device).manual_seed(c.seed)
     trainer.model.eval()
     with torch.compiler.set_stance('force_eager'), m.autocast():

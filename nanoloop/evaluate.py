@@ -18,12 +18,12 @@ def evaluate(model, splits, c, m, token_bytes, stopped=lambda: False):
     every token id in bytes; bits per byte is taken over targets that stand for bytes, so special tokens have
     0.
     """
-    n = c.eval_iters * c.batch_size or len(splits['val'].fixed())
+    n = c.eval_iters * c.batch_size or len(splits['val'].eval_windows())
     bytes_of, training, result = torch.tensor(token_bytes, dtype=torch.float64), model.training, {}
     model.eval()
     try:
         for name, split in splits.items():
-            sums = sum_over_windows(model, split, split.fixed(n), c.batch_size, m, bytes_of, stopped)
+            sums = sum_over_windows(model, split, split.eval_windows(n), c.batch_size, m, bytes_of, stopped)
             if sums is None:
                 return None
             nll, tokens, nll_of_bytes, size = sums.tolist()
@@ -48,7 +48,7 @@ def sum_over_windows(model, split, windows, batch_size, m, bytes_of, stopped):
         own = windows[i + m.rank * batch_size :][:batch_size]
         if not own:
             continue
-        idx, targets = (torch.from_numpy(a) for a in split.stack(own, batch_size))  # (B, T) each
+        idx, targets = (torch.from_numpy(a) for a in split.read_windows(own, batch_size))  # (B, T) each
         with m.autocast():
             ce, _ = model.loss_table(m.to_device(idx), m.to_device(targets))
         ce, counted = ce[0].cpu().double(), targets != -1  # (B, T) each

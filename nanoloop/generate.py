@@ -509,3 +509,10 @@ def speculation(rows, token, n, draft_loops, sampler):
     tokens = list(tokens[:, None])
     rows.new.extend([token, *tokens[:-1]])
     return tokens, kept
+
+
+@torch.no_grad()
+def generate(model, idx, max_new_tokens, **options):
+    """Returns idx (B, T) with max_new_tokens tokens after each row. options: as of stream."""
+    tokens = stream(model, idx, max_new_tokens, **options)
+    return torch.cat((idx, *(token[:, None] for token in tokens)), dim=1)

@@ -34,6 +34,9 @@ def pretraining(c, m, checkpoint, stopped, say):
 
     checkpoint: the weights to begin with, or None. say: prints a line, on rank 0. Raises UserError.
     """
+    n, world = c.gradient_accumulation_steps, m.world
+    expected = f'a multiple of the {world} processes: {world}, {2 * world}, {4 * world}, ...'
+    check(n % world == 0, 'gradient_accumulation_steps', n, expected)
     folder, meta = prepare_data(c, m, say)
     model = build_model(c, meta, checkpoint).to(m.device)
     c.update(asdict(model.config))

@@ -71,7 +71,7 @@ def loss(model, windows=64, pieces=(10**9,), **options):
     c, leave = model.config, options.get('leave')
     folder = find_data('shakespeare_char')
     split = Split(folder, read_meta(folder), 'val', c.block_size, c.vocab_size)
-    x, y = (torch.from_numpy(a) for a in split.stack(split.fixed(windows), windows))
+    x, y = (torch.from_numpy(a) for a in split.read_windows(split.eval_windows(windows), windows))
     decoder = Decoder(model, windows, c.block_size, **options)
     read = torch.cat([decoder.advance(piece) for piece in x.split(*pieces, dim=1)], dim=1)
     return model.nll(read.flatten(0, 1), y.flatten()).mean().item(), (leave.mean() if leave else LOOPS)

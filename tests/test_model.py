@@ -20,7 +20,7 @@ from model import (
     POS,
     STATE,
     UPDATE,
-    Activation,
+    Act,
     GPTConfig,
     Injection,
     LoopPart,
@@ -28,8 +28,8 @@ from model import (
 )
 from nanoloop.checkpoint import load_checkpoint
 from nanoloop.count import flops, parameters, sections
-from nanoloop.generate import Sampler, stream, window
-from nanoloop.objective import Objective
+from nanoloop.generate import Sampler, generate, stream, window
+from nanoloop.objective import TrainingLoss
 from nanoloop.optimizer import make_optimizers
 from train import TrainConfig
 
@@ -113,7 +113,7 @@ def test_every_accepted_combination_works(injection, state, place):
         per_position = seen[0].grad[0].abs().sum(-1)
         assert (per_position[:10] > 0).all() and (per_position[10:] == 0).all(), keys
         hook.remove()
-        Objective(model, TrainConfig())(*tokens(), n_loop=3)[0].backward()
+        TrainingLoss(model, TrainConfig())(*tokens(), n_loop=3)[0].backward()
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters()), keys
 
 
@@ -344,8 +344,8 @@ def test_chunks_keep_the_heads_gradient_exact_under_autocast(monkeypatch):
         x = torch.randn(512, 64, generator=torch.Generator().manual_seed(1), dtype=dtype)
         y = torch.randint(64, (512,), generator=torch.Generator().manual_seed(2))
         model = model.to(dtype)
-        model.states = lambda *_: ([x.view(2, 256, 64)], None)
-        model.run_coda = lambda s, context: s
+        model.loop_states = lambda *_: ([x.view(2, 256, 64)], None)
+        model.run_coda = lambda s, attn_inputs: s
         with autocast('cpu', torch.bfloat16 if dtype == torch.float32 else torch.float32):
             model.loss_table(y.view(2, 256), y.view(2, 256))[0].mean().backward()
         return model.lm_head.weight.grad.double()
@@ -426,14 +426,14 @@ def test_generate_is_greedy_at_temperature_zero_and_within_top_k_and_top_p():
     idx, _ = tokens(B=2, T=5)
     model.transformer.recur[0].register_forward_hook(lambda *_: graphs.append(torch.is_grad_enabled()))
     graphs = []
-    model.generate(idx, 1)
+    generate(model, idx, 1)
     assert graphs == [False] * 3
-    greedy = model.generate(idx, 20, temperature=0, n_loop=2)  # past block_size as well
+    greedy = generate(model, idx, 20, temperature=0, n_loop=2)  # past block_size as well
     for t in range(5, 25):
         logits = model(greedy[:, t - window(t, 16) : t], n_loop=2)[0][:, -1]
         assert torch.equal(logits.argmax(-1), greedy[:, t])
-    assert torch.equal(model.generate(idx, 20, top_k=1, n_loop=2), greedy)
-    assert torch.equal(model.generate(idx, 20, top_p=1e-6, n_loop=2), greedy)
+    assert torch.equal(generate(model, idx, 20, top_k=1, n_loop=2), greedy)
+    assert torch.equal(generate(model, idx, 20, top_p=1e-6, n_loop=2), greedy)
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(4000, 4)
     generator, model.logits = torch.Generator().manual_seed(0), lambda x: x
 
@@ -499,7 +499,7 @@ def test_compiled_equals_eager():
         (dict(input_injection='passthrough', bptt_k=2), 'the prelude would get no gradient'),
         (dict(input_injection='passthrough', state_init='zero'), "state_init='zero', expected prelude with"),
         (dict(state_std=0.5), "state_std=0.5, expected None with state_init='prelude'"),
-        (dict(rope_base=500.0), 'rope_base=500.0, expected no value'),
+        (dict(rope_base=500.0), "rope_base=500.0, expected 10000.0 with pos='learned'"),
         (dict(norm_eps=0.0), 'norm_eps=0.0, expected above 0'),
         *[
             (dict(keys, **{key: math.inf}), f'{key}=inf, expected')
@@ -513,10 +513,13 @@ def test_compiled_equals_eager():
                 state_std=dict(state_init='random'),
             ).items()
         ],
-        (dict(norm_emb=True, emb_scale=2.0, pos='rope'), 'emb_scale=2.0, expected 1 with norm_emb'),
+        (dict(norm_emb=True, emb_scale=2.0, pos='rope'), 'emb_scale=2.0, expected 1: norm_emb'),
         (dict(dropout=-0.1), 'dropout=-0.1, expected at least 0'),
         (dict(vocab_size=0), 'vocab_size=0, expected at least 1'),
-        (dict(input_injection='inject_random', state_init='none'), "state_init='none', expected random"),
+        (
+            dict(input_injection='inject_random', state_init='none'),
+            "state_init='none', expected no value with input_injection=inject_random",
+        ),
         (dict(bias='no'), "bias='no', expected True or False"),
         (dict(n_loop='4'), "n_loop='4', expected int"),
         (dict(n_loop=True), 'n_loop=True, expected int'),
@@ -532,7 +535,12 @@ def test_a_config_refuses_what_has_no_meaning(keys, told):
 
 def test_the_states_that_go_with_an_injection():
     """The pairs of the README's table, no other."""
-    accepted = dict(passthrough='prelude', inject='prelude random zero', add='prelude random zero none')
+    accepted = dict(
+        passthrough='prelude',
+        inject='prelude random zero',
+        gated='prelude random zero',
+        add='prelude random zero none',
+    )
     accepted |= dict.fromkeys(('query_first', 'query_all'), 'none prelude random')
     accepted |= dict(residual_all='prelude random zero none')
     assert sorted(PAIRS) == sorted(
@@ -606,7 +614,7 @@ START = {'mix': 0.25, 'index': 0.0, 'vector': 0.125, 'number': 0.5, 'alpha': 0.5
         ('input_injection', Half, {}),
         ('input_injection', Half, dict(init='huginn')),
         ('input_injection', Attracted, dict(state_init='none')),
-        ('mlp', Activation(torch.sin, 1, lambda C: 3 * C), dict(init='huginn')),
+        ('mlp', Act(torch.sin, 1, lambda C: 3 * C), dict(init='huginn')),
         ('norm', DyT, {}),
         ('norm', DyT, dict(init='nanochat', tie_weights=False)),
         ('norm_place', NormPlace(True, True, True), {}),
@@ -628,7 +636,7 @@ def test_a_variant_is_an_entry_of_a_table(key, entry, keys, monkeypatch):
     inside = {name for name in names.values() if name.startswith(('inject.', 'update.'))}
     assert by_muon & inside == ({'inject.mix.weight'} if entry is Half else by_muon & {'inject.weight'})
     randomize(model).train()
-    Objective(model, TrainConfig())(*tokens(), n_loop=3)[0].backward()
+    TrainingLoss(model, TrainConfig())(*tokens(), n_loop=3)[0].backward()
     assert all(p.grad.abs().sum() > 0 for p in model.parameters())
     check_optimized(model)
     assert sum(parameters(model)[part] for part in sections(model)) == model.get_num_params()

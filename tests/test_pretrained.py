@@ -134,7 +134,7 @@ def test_gpt2_is_sampled_from_without_training(gpt2, call, monkeypatch):
 
 
 class Plain:
-    start = 0
+    eot_token = 0
 
     def encode(self, text):
         return [ord(x) - 96 for x in text]
