@@ -22,7 +22,7 @@ from typing import Annotated, NamedTuple
 import torch
 from torch import nn
 
-from configurator import command, configure, print_line
+from configurator import command, configure, print_error, print_line
 from model import GPTConfig
 from nanoloop import RANK, ROOT
 from nanoloop.baselines import BASELINE, apply_baseline
@@ -41,7 +41,6 @@ from nanoloop.checks import (
 )
 from nanoloop.count import parameters
 from nanoloop.diagnose import Look
-from nanoloop.generate import stream
 from nanoloop.machine import Signals, exit_status, peak_memory, setup, signal_name
 from nanoloop.objective import (
     LOOP_GROWTH,
@@ -55,9 +54,16 @@ from nanoloop.objective import (
 from nanoloop.optimizer import OPTIMIZER, SCHEDULE, load_optimizers, lr_at, make_optimizers, set_rates
 from nanoloop.parallel import leave, max_over_ranks, rank0_first, reduce_sum, sum_over_ranks, wrap
 from nanoloop.pretraining import pretraining
-from nanoloop.report import Meter, describe_run, differences, doubtful_keys, evaluation_line, step_line
+from nanoloop.report import (
+    Meter,
+    describe_run,
+    differences,
+    doubtful_keys,
+    evaluation_line,
+    sample_text,
+    step_line,
+)
 from nanoloop.run_folder import Log, archive_previous_run, git_commit, open_out_dir
-from nanoloop.tokenizer import make_tokenizer
 
 
 @dataclass
@@ -272,7 +278,7 @@ class Trainer:
         load_optimizers(self.optimizers, state, c)
         if state['scaler'] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state['scaler'])
-        for line in differences(c, self.machine(), state):
+        for line in differences(c, self.m.identity(), state):
             self.say(line)
         limit = 'max_iters' if self.last_step == c.max_iters else 'max_flops'
         done = f', which is the last: a larger {limit} goes on' if self.step >= self.last_step else ''
@@ -369,11 +375,6 @@ class Trainer:
         known = step, loss, result.grad_norm, extra, lr, n_loop, seconds, mfu, self.step_tokens, eta
         self.log.write(*step_line(*known, self.flops_done))
 
-    def machine(self):
-        """Returns what must be the same for a resumed run to be bit-exact."""
-        m, version = self.m, str(torch.__version__)
-        return dict(device=m.kind, dtype=str(m.dtype), compile=m.compile, processes=m.world, torch=version)
-
     def save(self, best=False):
         """Saves a checkpoint on rank 0, the others wait. Raises UserError if the weights are not finite."""
         finite = nn.utils.get_total_norm(list(self.model.parameters())).isfinite().item()
@@ -392,7 +393,7 @@ class Trainer:
             stale=self.evals_since_best,
             config=dict(self.c),
             rng=dict(seed=self.c.seed),  # all there is: random numbers are functions of it
-            machine=self.machine(),
+            machine=self.m.identity(),
             loops_trained=sorted(self.loops_trained) or [self.c.n_loop],
             flops=self.flops_done,
             git=self.git,
@@ -417,40 +418,14 @@ def resumed(c, checkpoint):
     return c
 
 
-def print_sample(trainer, signals):
-    """Prints a short sample, until a signal comes."""
-    c, m = trainer.c, trainer.m
-    try:
-        tokenizer = make_tokenizer(trainer.task.kept['tokenizer'])
-    except (ValueError, OSError) as error:
-        print_line(f'no sample: {error}')
-        return
-    idx, ids = torch.tensor([[tokenizer.eot_token]], device=m.device), []  # (1, 1)
-    generator = torch.Generator(m.device).manual_seed(c.seed)
-    trainer.model.eval()
-    with torch.compiler.set_stance('force_eager'), m.autocast():
-        for token in stream(trainer.model, idx, c.sample_tokens, temperature=0.8, generator=generator):
-            ids.append(int(token))
-            if signals.number:
-                break
-    text = tokenizer.decode_bytes(ids).decode('utf-8', 'replace')
-    print_line(f'a sample of {len(ids)} tokens:\n---------------\n{text}\n---------------')
-    print_line(f'more: python {os.path.relpath(ROOT / "sample.py")} --out_dir={c.out_dir}')
-
-
-def warn(text):
-    """Prints a line on stderr, from rank 0 alone."""
-    if RANK == 0:
-        print(text, file=sys.stderr)
-
-
 @command
 def main(argv):
     began = time.time()
     c = configure((TrainConfig, GPTConfig), argv)
     resumable = c.init_from != 'resume' or checkpoint_paths(c.out_dir)
     check(resumable, 'init_from', c.init_from, f'a checkpoint in {c.out_dir}, there is none')
-    checkpoint = find_from_flags(c.init_from, c.out_dir, {key: c[key] for key in c.given}, say=warn)
+    given, say = {key: c[key] for key in c.given}, print_error if RANK == 0 else None
+    checkpoint = find_from_flags(c.init_from, c.out_dir, given, say=say)
     resuming = checkpoint is not None and c.init_from in ('resume', 'auto')
     if resuming:
         c = resumed(c, checkpoint)
@@ -461,7 +436,7 @@ def main(argv):
     layers = c.n_prelude + c.n_block * c.n_loop + c.n_coda
     work = c.max_iters * c.gradient_accumulation_steps * c.batch_size * c.block_size * layers * c.n_embd
     m = setup(settings, work)
-    with Signals(m) as signals, contextlib.ExitStack() as stack:
+    with Signals(m, print_error) as signals, contextlib.ExitStack() as stack:
         say = print_line if m.rank == 0 else lambda text: None
         task = pretraining(c, m, checkpoint, signals.stopped, say)
         trainer = Trainer(task, c, m, signals, checkpoint if resuming else {})
@@ -474,7 +449,8 @@ def main(argv):
             spent = f'peak memory {memory:,.0f} MiB, total time {minutes:.1f} min'
             say(f'best val loss {trainer.best:.4f}, {spent}')
             if m.rank == 0 and c.sample_tokens:
-                print_sample(trainer, signals)
+                say(sample_text(trainer.model, task.kept['tokenizer'], c.sample_tokens, c.seed, m, signals))
+                say(f'more: python {os.path.relpath(ROOT / "sample.py")} --out_dir={c.out_dir}')
         leave(m)
         if not finished:
             saved = f' at step {trainer.step}, saved; the same command with --init_from=resume goes on'

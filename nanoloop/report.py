@@ -5,6 +5,11 @@ The lines that a training run prints, and the records of log.jsonl.
 import time
 from datetime import timedelta
 
+import torch
+
+from nanoloop.generate import stream
+from nanoloop.tokenizer import make_tokenizer
+
 
 class Meter:
     """Measures seconds and FLOPs per step since the last reading."""
@@ -77,3 +82,24 @@ def step_line(step, loss, grad_norm, extra, lr, n_loop, seconds, mfu, tokens, et
     record = {'iter': step, 'train/loss': loss, 'train/grad_norm': grad_norm, 'lr': lr, 'mfu': mfu}
     record |= {'train/ms': ms, 'train/tok_per_sec': rate, 'train/loops': n_loop, 'train/flops': flops_done}
     return text, record | {f'train/{name}': value for name, value in extra.items()}
+
+
+def sample_text(model, spec, n_tokens, seed, m, signals):
+    """Returns a short sample as the lines that a run ends with; a signal ends it early.
+
+    spec: what make_tokenizer takes. Sets the model to eval mode.
+    """
+    try:
+        tokenizer = make_tokenizer(spec)
+    except (ValueError, OSError) as error:
+        return f'no sample: {error}'
+    idx, ids = torch.tensor([[tokenizer.eot_token]], device=m.device), []  # (1, 1)
+    generator = torch.Generator(m.device).manual_seed(seed)
+    model.eval()
+    with torch.compiler.set_stance('force_eager'), m.autocast():
+        for token in stream(model, idx, n_tokens, temperature=0.8, generator=generator):
+            ids.append(int(token))
+            if signals.number:
+                break
+    text = tokenizer.decode_bytes(ids).decode('utf-8', 'replace')
+    return f'a sample of {len(ids)} tokens:\n---------------\n{text}\n---------------'

@@ -18,7 +18,7 @@ from resume_under_fire import survive
 
 import train
 from model import GPT, GPTConfig
-from nanoloop import batches, checkpoint, machine, pretraining, run_folder
+from nanoloop import batches, checkpoint, pretraining, run_folder
 from nanoloop.datasets import Split, read_meta
 from nanoloop.evaluate import evaluate
 from nanoloop.optimizer import SCHEDULE, lr_at, make_optimizers
@@ -546,21 +546,6 @@ def test_signals_save_and_all_ranks_leave(call, flags, tmp_path, target, number)
     assert losses(tmp_path / 'out')[:n] == pytest.approx(losses(tmp_path / 'out')[:n])
     assert call(main, *resumed, *never, f'--out_dir={tmp_path}/whole')[0] == 0
     assert losses(tmp_path / 'out') == pytest.approx(losses(tmp_path / 'whole'), abs=1e-4)
-
-
-@pytest.mark.parametrize('seconds, killed', [(0.5, False), (2.5, True)])
-def test_a_second_interrupt_kills_only_after_two_seconds(monkeypatch, seconds, killed):
-    now, raised = [100.0], []
-    monkeypatch.setattr(machine.time, 'monotonic', lambda: now[0])
-    monkeypatch.setattr(machine.signal, 'signal', lambda *args: raised.append(args))
-    monkeypatch.setattr(machine.signal, 'raise_signal', raised.append)
-    signals = machine.Signals(types.SimpleNamespace(cpu_group=None, world=1))
-    signals.note(signal.SIGINT, None)
-    now[0] += seconds
-    signals.note(signal.SIGTERM, None)
-    assert not raised and signals.stopped() == signal.SIGINT
-    signals.note(signal.SIGINT, None)
-    assert raised == ([(signal.SIGINT, signal.SIG_DFL), signal.SIGINT] if killed else [])
 
 
 def parent(proc):
