@@ -16,7 +16,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from configurator import command, configure
+from configurator import command, configure, print_error
 from nanoloop.checkpoint import BEST, EXPORTED, find_from_flags, load_checkpoint, tokenizer_dict
 from nanoloop.checks import UserError, check
 from nanoloop.files import replace_file, sync, write_json
@@ -27,11 +27,6 @@ class ExportConfig:
     out_dir: str = 'out'  # folder of a run (its best.pt, else its ckpt.pt), or another name as in init_from
     init_from: str = 'resume'  # resume = the model in out_dir; or a folder, a file, gpt2[-xl], ouro:FOLDER
     to: str = ''  # folder to write, which is created
-
-
-def tell(text):
-    """Prints a line on stderr."""
-    print(text, file=sys.stderr)
 
 
 def write_weights(model, path, metadata):
@@ -58,11 +53,11 @@ def main(argv):
     folder = Path(c.to)
     free = not folder.exists() or (folder.is_dir() and not (folder / 'ckpt.pt').exists())
     check(free, 'to', c.to, 'a folder for the model alone')
-    checkpoint = find_from_flags(c.init_from, c.out_dir, words=('resume',), prefer=BEST, say=tell)
+    checkpoint = find_from_flags(c.init_from, c.out_dir, words=('resume',), prefer=BEST, say=print_error)
     model, _ = load_checkpoint(checkpoint)
     tokenizer = tokenizer_dict(checkpoint)
     if tokenizer is None:
-        tell(f'{checkpoint["path"]} has no tokenizer: the exported model has none, either')
+        print_error(f'{checkpoint["path"]} has no tokenizer: the exported model has none, either')
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {key: json.dumps(checkpoint[key]) for key in EXPORTED if key in checkpoint}
     weights = folder / 'model.safetensors'

@@ -10,8 +10,6 @@ transformers, or ouro:FOLDER with Ouro's safetensors.
 
 import codecs
 import collections
-import contextlib
-import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -19,11 +17,11 @@ from typing import Annotated
 
 import torch
 
-from configurator import command, configure
+from configurator import command, configure, print_error
 from nanoloop.checkpoint import BEST, find_from_flags, find_tokenizer, load_checkpoint
 from nanoloop.checks import Above, AtMost, Count, NotNegative, OneOf, Size, check, settle_fields
 from nanoloop.generate import EXIT, Exit, lower, stream
-from nanoloop.machine import autocast, choose_compile, choose_device, choose_dtype
+from nanoloop.machine import autocast, choose_compile, choose_device, choose_dtype, exit_on_sigterm
 from nanoloop.tokenizer import read_text
 
 ADVICE = {'kl': 'try 0.001', 'diff': 'try 0.1', 'gate': 'try 0.5'}  # until EXIT's rules hold it
@@ -73,11 +71,6 @@ class SampleConfig:
         check(plain or not self.compile, 'compile', True, 'False with an exit or speculate')
 
 
-def tell(text):
-    """Prints a line on stderr: stdout is for the samples."""
-    print(text, file=sys.stderr)
-
-
 class TextStream:
     """Turns the tokens of one sample into text, and ends it before the text `stop`.
 
@@ -110,16 +103,6 @@ class TextStream:
         return new
 
 
-@contextlib.contextmanager
-def sigterm_exits():
-    """Turns SIGTERM into SystemExit, as Ctrl-C is KeyboardInterrupt, while the block runs."""
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def print_samples(tokens, texts, start, live):
     """Prints a batch of samples: start, the text and a line of dashes each. Returns the number of tokens.
 
@@ -128,7 +111,7 @@ def print_samples(tokens, texts, start, live):
     """
     parts, interruption, count, shown = [[start] for _ in texts], None, 0, 0
     try:
-        with sigterm_exits():
+        with exit_on_sigterm():
             for new in tokens:
                 count += len(new)
                 for text, part, token in zip(texts, parts, new.tolist(), strict=True):
@@ -153,11 +136,11 @@ def describe(checkpoint, config, n_loop):
     step, trained = int(checkpoint['iter_num']), checkpoint.get('loops_trained', [config.n_loop])
     at_step = f'step {step}, ' if step else ''
     note = '' if n_loop in trained else f', trained with {", ".join(map(str, trained))}'
-    tell(f'{checkpoint["path"]}: {at_step}n_loop {n_loop}{note}')
+    print_error(f'{checkpoint["path"]}: {at_step}n_loop {n_loop}{note}')
 
 
 def read_prompt(start, tokenizer, vocab_size):
-    """Returns the text of the key start and its token ids, the tokenizer's start id for an empty text."""
+    """Returns the text of the key start and its token ids; an empty text becomes the end-of-text token."""
     if start.startswith('FILE:'):
         start = read_text(start.removeprefix('FILE:'))
     ids = tokenizer.encode(start) or [tokenizer.eot_token]
@@ -168,13 +151,13 @@ def read_prompt(start, tokenizer, vocab_size):
 def report(c, stats, seconds, early_exit):
     """Tells the speed, the memory of the KV cache, and what speculation and early exits have saved."""
     rate = f'{stats["tokens"]:,} tokens in {seconds:.1f} s, {stats["tokens"] / seconds:,.1f} tokens/s'
-    tell(f'{rate}, keys and values: {stats["cache_bytes"] / 2**20:.1f} MiB')
+    print_error(f'{rate}, keys and values: {stats["cache_bytes"] / 2**20:.1f} MiB')
     if c.speculate:
-        tell(f'drafts: {stats["kept"]:,} of {stats["drafted"]:,} kept')
+        print_error(f'drafts: {stats["kept"]:,} of {stats["drafted"]:,} kept')
     if early_exit:
         total = early_exit.taken.total()
         shares = ', '.join(f'{loops}: {n / total:.1%}' for loops, n in sorted(early_exit.taken.items()))
-        tell(f'loops per token: {early_exit.mean():.2f} on average, of {total:,} processed ({shares})')
+        print_error(f'loops per token: {early_exit.mean():.2f} on average, of {total:,} processed ({shares})')
 
 
 @command
@@ -184,7 +167,7 @@ def main(argv):
     device, _ = choose_device(c.device)
     dtype, _ = choose_dtype(c.dtype, device.type)
     compile, _ = choose_compile(c.compile, device.type, 0)
-    checkpoint = find_from_flags(c.init_from, c.out_dir, words=('resume',), prefer=BEST, say=tell)
+    checkpoint = find_from_flags(c.init_from, c.out_dir, words=('resume',), prefer=BEST, say=print_error)
     model, _ = load_checkpoint(checkpoint, device)
     describe(checkpoint, model.config, c.n_loop or model.config.n_loop)
     tokenizer = find_tokenizer(checkpoint)
@@ -197,7 +180,7 @@ def main(argv):
     options['generator'] = torch.Generator(device).manual_seed(c.seed)
     lower(model, dtype)
     if compile:
-        tell('compiling the step of a token, which pays from about 10,000 tokens on')
+        print_error('compiling the step of a token, which pays from about 10,000 tokens on')
     one_by_one = c.stream or c.speculate
     batches = [1] * c.num_samples if one_by_one else [c.num_samples]
     began = time.perf_counter()
