@@ -19,6 +19,7 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass, fields
+from typing import Annotated
 
 import torch
 
@@ -27,7 +28,7 @@ from model import GPT, GPTConfig
 from nanoloop.baselines import apply_baseline
 from nanoloop.batches import Batch
 from nanoloop.checkpoint import find_from_flags, load_checkpoint
-from nanoloop.checks import check, check_least
+from nanoloop.checks import Count, NotNegative, OneOf, check, settle_fields
 from nanoloop.count import flops, parameters
 from nanoloop.datasets import find_data, read_meta
 from nanoloop.generate import Exit, lower, stream
@@ -39,22 +40,20 @@ from train import TrainConfig, train_step
 
 @dataclass
 class BenchConfig:
-    mode: str = 'train'  # or decode: tokens per second of a model (init_from=PATH, else random weights)
+    mode: Annotated[str, OneOf(('train', 'decode'))] = 'train'  # what is measured: training steps or decoding
     count_only: bool = False  # print parameters and FLOPs, and measure nothing
-    tokens: int = 256  # of mode decode: new ones per row
-    sequences: int = 1  # of mode decode: rows decoded together
-    exit_threshold: float = 0.05  # of mode decode: of the exits kl and diff; gates leave at 0.5
-    draft_tokens: int = 4  # of mode decode: of speculation, with one loop
-    vs: str = ''  # flags of a second setting, measured in turns with the first
-    warmup: int = 5  # steps before measuring; compilation is in the first
-    rounds: int = 5  # measurements, of which the median is taken
-    steps: int = 10  # steps per measurement
+    tokens: Count = 256  # mode=decode: new tokens per row
+    sequences: Count = 1  # mode=decode: rows that are decoded together
+    exit_threshold: NotNegative = 0.05  # mode=decode: threshold of the exits kl and diff
+    draft_tokens: Count = 4  # mode=decode: tokens that speculation drafts with one loop
+    vs: str = ''  # flags of a second setting, which is measured in turns with the first
+    warmup: Count = 5  # steps before measuring; the first of them compiles
+    rounds: Count = 5  # number of measurements; their median is printed
+    steps: Count = 10  # steps per measurement
 
     def __post_init__(self):
-        """Raises ValueError for a value outside its range."""
-        check(self.mode in ('train', 'decode'), 'mode', self.mode, 'train or decode')
-        check_least(self, 1, 'rounds', 'steps', 'warmup', 'tokens', 'sequences', 'draft_tokens')
-        check_least(self, 0, 'exit_threshold')
+        """Raises UserError for a value out of its bounds."""
+        settle_fields(self)
 
 
 class Side:

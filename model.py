@@ -34,7 +34,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from nanoloop import checks
-from nanoloop.checks import Count, Fraction, OneOf, Positive, Share, Size, check
+from nanoloop.checks import Count, Fraction, OneOf, Positive, Share, Size
 
 HEAD_CHUNK = 2**25  # logits computed at once, 128 MiB in float32; longer inputs are split into chunks
 
@@ -404,34 +404,12 @@ class GPTConfig:
     def __post_init__(self):
         """Settles the values that other values stand for. Raises UserError for what has no meaning."""
         checks.settle_fields(self)
-        check_combinations(self)
+        checks.check_model(self, INJECT[self.input_injection], POS[self.pos], INIT[self.init](self))
 
     @property
     def depth(self):
         """The number of executed layers."""
         return self.n_prelude + self.n_block * self.n_loop + self.n_coda
-
-
-def check_combinations(c):
-    """Raises UserError for values that mean nothing together."""
-    inject, position, init = INJECT[c.input_injection], POS[c.pos], INIT[c.init](c)
-    name, head, truncated = (
-        c.input_injection,
-        c.n_embd // c.n_head,
-        c.bptt_k is not None and c.bptt_k < c.n_loop,
-    )
-    # fmt: off
-    for holds, key, expected in (
-        (not position.rotary or head % 2 == 0, 'pos', f'another: RoPE rotates pairs, and a head has {head}'),
-        (c.state_init in inject.states, 'state_init', f'{" or ".join(inject.states)} with {name}'),
-        (not (inject.needs_full_bptt and truncated), 'bptt_k',
-         f'None or at least n_loop={c.n_loop}: with {name} the prelude would get no gradient'),
-        (c.window_size is None or 'S' in c.window_pattern, 'window_size', 'None without S in window_pattern'),
-        (not c.tie_weights or init['wte'] is init['lm_head'], 'init', 'another with tie_weights, see INIT'),
-        (c.emb_scale == 1 or position.learned or not c.norm_emb, 'emb_scale', '1: norm_emb undoes it'),
-    ):
-        check(holds, key, getattr(c, key), expected)
-    # fmt: on
 
 
 # -----------------------------------------------------------------------------
@@ -659,7 +637,11 @@ class GPT(nn.Module):
         idx: (B, T) token ids. loops: indices from 0 on, -1 = the last. Beyond block_size a layer sees the
         last block_size keys. Raises UserError if n_loop, loops or the length of idx is not possible.
         """
-        n_loop = self.check_call(idx, n_loop, loops)
+        n_loop = self.config.n_loop if n_loop is None else n_loop
+        with_graph = self.training and torch.is_grad_enabled()
+        checks.check_call(
+            self.config, POS[self.config.pos], self.inject, idx.size(1), n_loop, loops, with_graph
+        )
         pos = torch.arange(idx.size(1), device=idx.device)  # (T,)
         attn_inputs = self.attn_inputs(pos)
         e = self.apply_blocks(self.transformer.prelude, self.embed(idx, pos), attn_inputs)
@@ -671,19 +653,6 @@ class GPT(nn.Module):
             if i in loops or i - n_loop in loops:
                 states[i] = s
         return [states[i % n_loop] for i in loops], attn_inputs
-
-    def check_call(self, idx, n_loop, loops):
-        """Returns n_loop, or the configuration's if it is None. Raises UserError, see loop_states."""
-        c, fits = self.config, idx.size(1) <= self.config.block_size or not POS[self.config.pos].learned
-        check(fits, 'length', idx.size(1), f'at most block_size={c.block_size} tokens')
-        n_loop = c.n_loop if n_loop is None else n_loop
-        check(isinstance(n_loop, int) and n_loop >= 1, 'n_loop', n_loop, 'an int, at least 1')
-        exist = len(loops) > 0 and all(-n_loop <= i < n_loop for i in loops)
-        check(exist, 'loops', loops, f'indices of n_loop={n_loop} loops')
-        lost = self.inject.needs_full_bptt and self.training and torch.is_grad_enabled()
-        lost = lost and n_loop > (c.bptt_k or n_loop)
-        check(not lost, 'n_loop', n_loop, f'at most bptt_k={c.bptt_k}: the prelude would get no gradient')
-        return n_loop
 
     def run_coda(self, s, attn_inputs, caches=None):
         """Returns the head's input (B, T, C) for a state s (B, T, C): coda and final norm."""
@@ -727,8 +696,7 @@ class GPT(nn.Module):
         """
         states, attn_inputs = self.loop_states(idx, n_loop, loops)
         ce = torch.stack([self.cross_entropy(s, targets, attn_inputs, len(loops) > 1) for s in states])
-        gates = torch.stack([self.exit_probability(s) for s in states]) if self.exit_gate else None
-        return ce, gates
+        return ce, torch.stack([self.exit_probability(s) for s in states]) if self.exit_gate else None
 
     def forward(self, idx, targets=None, n_loop=None):
         """Returns (logits, loss) after the last loop, as nanoGPT does. idx, targets: (B, T), -1 = ignored.
@@ -751,7 +719,7 @@ class GPT(nn.Module):
         as fast, and with early exits or speculation.
         """
         for _ in range(max_new_tokens):
-            logits, _ = self(idx[:, -self.config.block_size :], n_loop=n_loop)
+            logits, _ = self(idx[:, -self.config.block_size :], n_loop=n_loop)  # (B, 1, V)
             logits = upcast(logits[:, -1]) / max(temperature, 1e-6)  # (B, V)
             if top_k is not None:
                 logits[logits < logits.topk(min(top_k, logits.size(-1))).values[:, [-1]]] = -math.inf

@@ -26,7 +26,7 @@ from configurator import command, configure, print_error, print_line
 from model import GPTConfig
 from nanoloop import RANK, ROOT
 from nanoloop.baselines import BASELINE, apply_baseline
-from nanoloop.checkpoint import checkpoint_paths, find_from_flags, quarantine_broken, save_checkpoint
+from nanoloop.checkpoint import quarantine_broken, save_checkpoint
 from nanoloop.checks import (
     AtLeast,
     AtMost,
@@ -53,7 +53,7 @@ from nanoloop.objective import (
 )
 from nanoloop.optimizer import OPTIMIZER, SCHEDULE, load_optimizers, lr_at, make_optimizers, set_rates
 from nanoloop.parallel import leave, max_over_ranks, rank0_first, reduce_sum, sum_over_ranks, wrap
-from nanoloop.pretraining import pretraining
+from nanoloop.pretraining import find_start, pretraining
 from nanoloop.report import (
     Meter,
     describe_run,
@@ -92,7 +92,7 @@ class TrainConfig:
     gate_ahead: bool = False  # objective=gate: a loop's gate learns whether the next loop helps, not this one
     loop_sampling: Annotated[str, OneOf(LOOP_SAMPLING)] = 'fixed'  # how the loops of a step are drawn
     loop_max: Count | None = None  # largest number of loops ever drawn; loop_sampling=poisson needs it
-    loop_warmup: Annotated[int | float, AtLeast(0)] = 0  # steps while n_loop grows; below 1: share of max_iters
+    loop_warmup: Annotated[int | float, AtLeast(0)] = 0  # steps over which n_loop grows; < 1: share of all
     loop_growth: Annotated[str, OneOf(LOOP_GROWTH)] = 'sqrt'  # its shape; late = 1, then n_loop
     max_flops: Annotated[float, AtLeast(1)] | None = None  # training FLOPs that end the run; None = no limit
     # optimizer
@@ -409,26 +409,11 @@ class Trainer:
 # main
 
 
-def resumed(c, checkpoint):
-    """Returns c, with the checkpoint's values for the keys that were not given now."""
-    resumable = 'format_version' in checkpoint
-    check(resumable, 'init_from', c.init_from, 'a path: that file has no state to resume')
-    free = c.keys() - c.given - {'init_from'}
-    c.update({key: value for key, value in checkpoint['config'].items() if key in free}, out_dir=c.out_dir)
-    return c
-
-
 @command
 def main(argv):
     began = time.time()
     c = configure((TrainConfig, GPTConfig), argv)
-    resumable = c.init_from != 'resume' or checkpoint_paths(c.out_dir)
-    check(resumable, 'init_from', c.init_from, f'a checkpoint in {c.out_dir}, there is none')
-    given, say = {key: c[key] for key in c.given}, print_error if RANK == 0 else None
-    checkpoint = find_from_flags(c.init_from, c.out_dir, given, say=say)
-    resuming = checkpoint is not None and c.init_from in ('resume', 'auto')
-    if resuming:
-        c = resumed(c, checkpoint)
+    checkpoint, resuming = find_start(c, print_error if RANK == 0 else None)
     settings = c.build(TrainConfig)
     fresh = checkpoint is None or resuming
     check(fresh or not c.baseline, 'baseline', c.baseline, f'none with the weights of {c.init_from}')

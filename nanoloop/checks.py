@@ -246,9 +246,49 @@ def check_options(config, key, bound):
         check(got == default, option, got, f'{default} with {key}={getattr(config, key)!r}')
 
 
-def check_least(config, least, *keys):
-    """Raises UserError for keys below least, infinite, or None where that is not the default."""
-    for key in keys:
-        value = getattr(config, key)
-        fits = getattr(type(config), key) is None if value is None else least <= value < math.inf
-        check(fits, key, value, f'at least {least}')
+# -----------------------------------------------------------------------------
+# a model
+
+
+def check_model(c, injection, position, init):
+    """Raises UserError for values of a GPTConfig that mean nothing together.
+
+    injection, position: the entries of model.py's tables that it chooses; init: the rules of its initial
+    values.
+    """
+    head_width = c.n_embd // c.n_head
+    truncated = c.bptt_k is not None and c.bptt_k < c.n_loop
+    lost = f'with {c.input_injection} the prelude would get no gradient'
+    one_scale = init['wte'] is init['lm_head']
+    # fmt: off
+    for holds, key, expected in (
+        (not position.rotary or head_width % 2 == 0, 'pos',
+         f'learned or none: RoPE rotates pairs of channels, and a head has {head_width}'),
+        (c.state_init in injection.states, 'state_init',
+         f'{" or ".join(injection.states)} with {c.input_injection}'),
+        (not (injection.needs_full_bptt and truncated), 'bptt_k',
+         f'None or at least n_loop={c.n_loop}: {lost}'),
+        (c.window_size is None or 'S' in c.window_pattern, 'window_size',
+         'None without an S in window_pattern'),
+        (one_scale or not c.tie_weights, 'init',
+         'another with tie_weights: its embedding and its head start at different scales'),
+        (c.emb_scale == 1 or position.learned or not c.norm_emb, 'emb_scale',
+         '1 with norm_emb, which undoes it'),
+    ):
+        check(holds, key, getattr(c, key), expected)
+    # fmt: on
+
+
+def check_call(c, position, injection, length, n_loop, loops, with_graph):
+    """Raises UserError for a call of a model that is not possible.
+
+    c: its GPTConfig; position, injection: its entry and module. length: tokens of a row; n_loop, loops: the
+    number of loops, and the indices of those that are read. with_graph: it trains, and records a graph.
+    """
+    fits = length <= c.block_size or not position.learned
+    check(fits, 'length', length, f'at most block_size={c.block_size} tokens')
+    check(isinstance(n_loop, int) and n_loop >= 1, 'n_loop', n_loop, 'an int, at least 1')
+    exist = len(loops) > 0 and all(-n_loop <= i < n_loop for i in loops)
+    check(exist, 'loops', loops, f'indices of n_loop={n_loop} loops')
+    lost = with_graph and injection.needs_full_bptt and n_loop > (c.bptt_k or n_loop)
+    check(not lost, 'n_loop', n_loop, f'at most bptt_k={c.bptt_k}: the prelude would get no gradient')

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from model import GPT, GPTConfig
 from nanoloop import LOCAL_RANK
 from nanoloop.batches import window_batches
-from nanoloop.checkpoint import load_checkpoint
+from nanoloop.checkpoint import checkpoint_paths, find_from_flags, load_checkpoint
 from nanoloop.checks import check
 from nanoloop.datasets import Split, find_data, read_meta
 from nanoloop.evaluate import evaluate
@@ -50,6 +50,24 @@ def pretraining(c, m, checkpoint, stopped, say):
     batches = window_batches(splits['train'], c, m)
     validate = functools.partial(evaluate, model, splits, c, m, meta['token_bytes'], stopped)
     return Task(model, batches, validate, dict(tokenizer=meta['tokenizer']), origin(c, checkpoint))
+
+
+def find_start(c, say=None):
+    """Returns the checkpoint that c.init_from names, or None, and whether the run that saved it is resumed.
+
+    A resumed run has the checkpoint's values for the keys that were not given now. say: gets a line about each
+    broken file that is passed over. Raises UserError if there is no such checkpoint.
+    """
+    wanted = c.init_from != 'resume' or checkpoint_paths(c.out_dir)
+    check(wanted, 'init_from', c.init_from, f'a checkpoint in {c.out_dir}, there is none')
+    checkpoint = find_from_flags(c.init_from, c.out_dir, {key: c[key] for key in c.given}, say=say)
+    resuming = checkpoint is not None and c.init_from in ('resume', 'auto')
+    if resuming:
+        complete = 'format_version' in checkpoint
+        check(complete, 'init_from', c.init_from, 'a path: that file has no state to resume')
+        free = c.keys() - c.given - {'init_from', 'out_dir'}
+        c.update({key: value for key, value in checkpoint['config'].items() if key in free})
+    return checkpoint, resuming
 
 
 def prepare_data(c, m, say):

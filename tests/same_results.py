@@ -86,11 +86,11 @@ VARIANTS = f"""
 --baseline=same_params --bptt_k=2 --objective=few | --baseline=same_flops --window_pattern=LS
 {HARD} | {HARD} --input_injection=inject_random --loop_warmup=10 --exit_gate=True --objective=exit
 """
-MODEL = f'{TINY} --max_iters=120 --eval_interval=60 --loop_sampling=uniform --n_loop=4'
-MODELS = {  # to sample from, trained long enough that loops differ
+MODEL = f'{TINY} --max_iters=120 --eval_interval=60 --n_loop=4 --optimizer=muon --matrix_lr=0.05'
+MODELS = {  # to sample from, trained until tokens need different numbers of loops
     'learned positions': '--input_injection=inject',
     'rope and windows': '--pos=rope --window_pattern=LS --window_size=6 --n_kv_head=2 --bptt_k=2',
-    'query_all': '--pos=none --input_injection=query_all --state_init=none --objective=step',
+    'query_all': '--pos=none --input_injection=query_all --state_init=none',
     'exit gate': '--pos=rope --qk_norm=True --exit_gate=True --objective=exit',
 }
 SAMPLE = '--max_new_tokens=50 --device=cpu --dtype=float32'  # past block_size
@@ -98,12 +98,12 @@ SAMPLES = """
 --temperature=0 --num_samples=3 | --num_samples=3 | --temperature=1.2 --top_k=5 --seed=3 --start=FILE:{prompt}
 --top_p=0.7 --num_samples=3 | --n_loop=5 --num_samples=2 | --n_loop=1 | --stop=e --num_samples=3
 --stream=True --num_samples=2 | --kv_budget=1 --num_samples=3 | --warm_start=True --num_samples=3
---exit=diff --exit_threshold=0.2 --num_samples=3 | --exit=kl --exit_threshold=0.02 --num_samples=3
+--exit=diff --exit_threshold=0.2 --num_samples=3 | --exit=kl --exit_threshold=0.005 --num_samples=3
 --exit=diff --exit_threshold=0.2 --min_loops=2 --kv_budget=2 --start=FILE:{prompt}
---exit=kl --exit_threshold=0.02 --temperature=0 --kv_budget=1 --num_samples=2
+--exit=kl --exit_threshold=0.005 --temperature=0 --kv_budget=1 --num_samples=2
 --warm_start=True --exit=diff --exit_threshold=0.2 --num_samples=3 | --dtype=bfloat16 --num_samples=3
 --speculate=3 --num_samples=2 | --speculate=3 --draft_loops=2 --temperature=0
---exit=gate --exit_threshold=0.5 --num_samples=3 | --exit=gate --exit_threshold=0.8 --temperature=0 --n_loop=5
+--exit=gate --exit_threshold=0.3 --num_samples=3 | --exit=gate --exit_threshold=0.7 --temperature=0 --n_loop=5
 """
 
 
@@ -208,7 +208,8 @@ def run_and_compare(cases, trees, results, places):
     """Runs cases in both trees at once and prints a line for each. Returns how many of them differ."""
     drivers, differ = [], 0
     for tree, out in zip(trees, results, strict=True):
-        job = out.with_suffix('.json')
+        out.mkdir(parents=True, exist_ok=True)
+        job = out / 'job.json'
         job.write_text(json.dumps(dict(cases=cases, results=str(out), places=places)))
         env = dict(os.environ, OMP_NUM_THREADS='1', PYTHONDONTWRITEBYTECODE='1')
         argv = [sys.executable, Path(__file__).resolve(), '--drive', job]
@@ -299,14 +300,12 @@ def main():
     start, step = time.time(), 4 if args.quick else 1
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        trees, results = (
-            [folder / f'{part}_{x}' for x in ('base', 'tree')] for part in ('source', 'results')
-        )
+        trees, results = ([folder / part / x for x in ('base', 'tree')] for part in ('code', 'results'))
         subprocess.check_call(['git', 'clone', '-q', '--shared', '--no-checkout', REPOSITORY, trees[0]])
         subprocess.check_call(['git', '-C', trees[0], 'checkout', '-q', args.base])
         shutil.copytree(args.tree, trees[1], ignore=shutil.ignore_patterns(*NOT_COPIED))
         dice, text, prompt = random.Random(0), folder / 'text.txt', folder / 'prompt.txt'
-        words = [''.join(dice.choices('etaoinshrdlu', k=dice.randint(2, 7))) for _ in range(50)]
+        words = [''.join(dice.choices('etaoinshrdlu', k=dice.randint(2, 7))) for _ in range(12)]
         text.write_text(''.join(dice.choice(words) + dice.choice('    ,.\n') for _ in range(5000)))
         prompt.write_text(text.read_text()[:600])
         prepare = [sys.executable, 'data/text/prepare.py', '--input', text, '--name', 'words']

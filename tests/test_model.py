@@ -513,7 +513,7 @@ def test_compiled_equals_eager():
                 state_std=dict(state_init='random'),
             ).items()
         ],
-        (dict(norm_emb=True, emb_scale=2.0, pos='rope'), 'emb_scale=2.0, expected 1: norm_emb'),
+        (dict(norm_emb=True, emb_scale=2.0, pos='rope'), 'emb_scale=2.0, expected 1 with norm_emb'),
         (dict(dropout=-0.1), 'dropout=-0.1, expected at least 0'),
         (dict(vocab_size=0), 'vocab_size=0, expected at least 1'),
         (
