@@ -55,8 +55,8 @@ def pretraining(c, m, checkpoint, stopped, say):
 def find_start(c, say=None):
     """Returns the checkpoint that c.init_from names, or None, and whether the run that saved it is resumed.
 
-    A resumed run has the checkpoint's values for the keys that were not given now. say: gets a line about each
-    broken file that is passed over. Raises UserError if there is no such checkpoint.
+    A resumed run has the checkpoint's values for the keys that were not given now. say: gets a line about
+    each broken file that is passed over. Raises UserError if there is no such checkpoint.
     """
     wanted = c.init_from != 'resume' or checkpoint_paths(c.out_dir)
     check(wanted, 'init_from', c.init_from, f'a checkpoint in {c.out_dir}, there is none')

@@ -30,7 +30,7 @@ from nanoloop.checkpoint import load_checkpoint
 from nanoloop.count import flops, parameters, sections
 from nanoloop.generate import Sampler, generate, stream, window
 from nanoloop.objective import TrainingLoss
-from nanoloop.optimizer import make_optimizers
+from nanoloop.optimizer import OPTIMIZER, make_optimizers
 from train import TrainConfig
 
 SIZES = dict(block_size=16, vocab_size=23, n_head=2, n_embd=12, n_prelude=1, n_block=2, n_coda=1, n_loop=3)
@@ -50,7 +50,7 @@ def tokens(B=3, T=16, seed=0):
 
 def check_optimized(model):
     """Every parameter is in exactly one group."""
-    for optimizer in ('adamw', 'muon'):
+    for optimizer in OPTIMIZER:
         optimizers, _ = make_optimizers(model, TrainConfig(optimizer=optimizer))
         held = [p for o in optimizers for group in o.param_groups for p in group['params']]
         assert sorted(map(id, held)) == sorted(map(id, model.parameters()))

@@ -7,14 +7,15 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
-from helpers import by_hand, load, randomize, read_log
+from helpers import by_hand, load, randomize, read_log, same
 from test_recipes import RECIPES, build
 
 import model as model_file
-from model import GPT, GPTConfig
+from model import GPT, INJECT, GPTConfig
 from nanoloop.batches import Batch
-from nanoloop.count import flops
+from nanoloop.count import flops, parameters
 from nanoloop.objective import (
+    LOOP_GROWTH,
     LOOP_SAMPLING,
     OBJECTIVE,
     TrainingLoss,
@@ -23,7 +24,7 @@ from nanoloop.objective import (
     loops_at,
     training_flops,
 )
-from nanoloop.optimizer import lr_at, make_optimizers, momentum_at, set_rates
+from nanoloop.optimizer import OPTIMIZER, Optimizer, lr_at, make_optimizers, momentum_at, set_rates
 from train import TrainConfig, main, train_step
 
 SIZES = dict(block_size=12, vocab_size=23, n_head=2, n_embd=12, n_prelude=1, n_block=2, n_coda=1, n_loop=4)
@@ -110,6 +111,11 @@ def test_objectives_and_their_gradients_are_their_formulas(name, n_loop):
     for row in objective.rule.loops(n_loop) if len(objective.rule.loops(n_loop)) > 1 else ():
         expected = (ce[row] * counted).sum() / targets.numel()
         assert more[f'loss/loop_{row:02d}'].item() == pytest.approx(expected.item(), abs=1e-10)
+
+
+def test_every_entry_has_its_formula_in_the_tests():
+    missing = [name for name in OBJECTIVE if name not in FORMULAS] + [n for n in LOOP_GROWTH if n not in GROWTH]
+    assert not missing, f'write the formula of {missing} into FORMULAS or GROWTH of tests/test_objective.py'
 
 
 def test_rows_of_the_objectives():
@@ -239,6 +245,29 @@ def test_loops_grow_as_published():
     sampled = [np.mean([loops_at(t, types.SimpleNamespace(**vars(c) | dict(seed=s))) for s in range(300)])
                for t in (10, 60, 110)]  # fmt: skip
     assert sampled == pytest.approx([2, 4, 7], abs=0.6)  # targets 1, 3, 6, and one more
+
+
+GROWTH = {  # the share of n_loop by progress from 0 to 1, written out; a new entry needs its own
+    'linear': lambda progress: progress,
+    'sqrt': lambda progress: 1 - (1 - progress) ** 0.5,
+    'late': lambda progress: 0,
+}
+
+
+@pytest.mark.parametrize('growth', LOOP_GROWTH)
+def test_loops_grow_as_written_over_steps_or_over_a_share_of_the_run(growth):
+    c = types.SimpleNamespace(objective='end', seed=0, n_loop=6, loop_sampling='fixed', loop_max=None)
+    c.loop_growth, c.max_iters = growth, 80
+    for c.loop_warmup, steps in ((40, 40), (0.5, 40), (0.25, 20), (0, 0)):
+        expected = [max(1, math.ceil(6 * GROWTH[growth](step / steps))) for step in range(steps)]
+        assert [loops_at(step, c) for step in range(80)] == expected + [6] * (80 - steps)
+    c.loop_warmup, c.objective = 0.5, 'exit'
+    assert min(loops_at(step, c) for step in range(80)) == 2  # an exit gate needs two loops
+
+
+def test_late_loops_are_switched_on_in_a_run(call, flags, tmp_path):
+    call(main, *flags, '--loop_growth=late', '--loop_warmup=0.5', '--n_loop=3')
+    assert [line['train/loops'] for line in read_log(tmp_path / 'out') if 'lr' in line] == [1] * 6 + [3] * 6
 
 
 def test_a_run_ends_when_its_flops_are_spent(call, flags, tmp_path):
@@ -392,6 +421,59 @@ def test_resuming_with_other_learners_is_refused(call, flags, tmp_path):
     status, out, _ = call(main, *flags, '--init_from=resume', '--learning_rate=0.1', '--matrix_lr=0.05',
                           '--weight_decay=0.0', '--max_iters=4')  # fmt: skip
     assert status == 0 and 'changed: matrix_lr was None, is 0.05' in out
+
+
+class Lion(torch.optim.Optimizer):
+    """Moves by the sign of the momentum. Source: arXiv:2302.06675."""
+
+    def __init__(self, params, betas):
+        super().__init__(params, dict(betas=betas))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in (p for p in group['params'] if p.grad is not None):
+                m = self.state[p].setdefault('m', torch.zeros_like(p))
+                p.mul_(1 - group['lr'] * group['weight_decay'])
+                p.sub_(group['lr'] * m.lerp(p.grad, 1 - group['betas'][0]).sign())
+                m.lerp_(p.grad, 1 - group['betas'][1])
+
+
+def test_an_optimizer_is_an_entry_of_a_table(call, flags, tmp_path, monkeypatch):
+    """It takes its groups, decays what it says, is told every step, and resumes exactly."""
+    steps = []
+    lion = Optimizer(
+        lambda groups, c: Lion(groups, (c.beta1, c.beta2)),
+        takes=('matrices', 'head'),
+        decays=('matrices',),
+        before_step=lambda optimizer, step: steps.append(step),
+    )
+    monkeypatch.setitem(OPTIMIZER, 'lion', lion)
+    keys = [*flags, '--optimizer=lion', '--tie_weights=False', '--head_lr=0.05']
+    status, out, err = call(main, *keys)
+    assert status == 0 and steps == list(range(12)), err
+    whole = load(tmp_path / 'out' / 'ckpt.pt')
+    taken, rest = whole['optimizer']
+    assert [group['weight_decay'] for group in taken['param_groups']] == [0.1, 0.0]
+    assert all(group['weight_decay'] == 0 for group in rest['param_groups'])
+    assert taken['param_groups'][1]['lr_ratio'] == pytest.approx(0.05 / 1e-2)
+    assert 'matrices, lion, learning rate 0.01' in out and 'embedding, adamw' in out
+    parts = [*keys, f'--out_dir={tmp_path}/parts']
+    call(main, *parts, '--max_iters=5', '--lr_decay_iters=12')
+    call(main, *parts, '--init_from=resume', '--lr_decay_iters=12')
+    assert same(whole['model'], load(tmp_path / 'parts' / 'ckpt.pt')['model'])
+
+
+def test_a_parameter_in_no_group_or_no_section_ends_the_run_with_its_name(monkeypatch):
+    model = GPT(GPTConfig(**SIZES))
+    model.scale = torch.nn.Parameter(torch.ones(3))
+    for work in (lambda: make_optimizers(model, TrainConfig()), lambda: parameters(model)):
+        with pytest.raises(RuntimeError, match='scale'):
+            work()
+    for groups in ({'wieght': 'injection'}, {'weight': 'injections'}):
+        monkeypatch.setattr(INJECT['inject'], 'groups', groups)
+        with pytest.raises(RuntimeError, match='groups of Concat: no parameter or group w'):
+            make_optimizers(GPT(GPTConfig(**SIZES)), TrainConfig())
 
 
 # -----------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import export
 import sample
 import train
 from model import GPT, GPTConfig
+from nanoloop import pretraining
 from nanoloop.checkpoint import load_checkpoint
 from nanoloop.pretrained import find_pretrained
 
@@ -235,12 +236,12 @@ def test_weights_that_cannot_be_had_are_told(call, gpt2, ouro, tiny_data, tmp_pa
 
 
 def test_the_tokens_must_be_gpt2s(gpt2, call, tiny_data, tmp_path, monkeypatch):
-    real = train.find_from_flags
+    real = pretraining.find_from_flags
 
     def find(*args, **keys):
         return dict(real(*args, **keys), tokenizer=dict(kind='tiktoken', name='gpt2'))
 
-    monkeypatch.setattr(train, 'find_from_flags', find)
+    monkeypatch.setattr(pretraining, 'find_from_flags', find)
     status, _, err = call(
         train.main, f'--init_from={gpt2[1]}', f'--dataset={tiny_data}', f'--out_dir={tmp_path}/a'
     )
