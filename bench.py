@@ -10,8 +10,6 @@ Utilisation counts every executed layer, the loop's backward pass only for the l
 taken against the device's dense peak, on a CPU against its own matrix products, measured here.
 """
 
-import collections
-import functools
 import io
 import itertools
 import shlex
@@ -23,11 +21,12 @@ import torch
 
 from configurator import command, configure
 from model import GPT, GPTConfig
+from nanoloop.bench_decode import decoding_ways, print_timings, time_decoding
 from nanoloop.checkpoint import find_checkpoint, load_checkpoint
 from nanoloop.checks import check, check_least
 from nanoloop.count import flops, parameters
 from nanoloop.datasets import find_data, read_meta
-from nanoloop.generate import Exit, lower, stream
+from nanoloop.decode import cast_linears_
 from nanoloop.machine import peak_memory, setup
 from nanoloop.objective import OBJECTIVE, Objective, check_loops, loops_at
 from nanoloop.optimizer import make_optimizers
@@ -40,7 +39,7 @@ class BenchConfig:
     count_only: bool = False  # print parameters and FLOPs, and measure nothing
     tokens: int = 256  # of mode decode: new ones per row
     sequences: int = 1  # of mode decode: rows decoded together
-    exit_threshold: float = 0.05  # of mode decode: of the exits kl and diff; gates leave at 0.5
+    exit_threshold: float | None = None  # of mode decode: of every early exit; None = as each rule advises
     draft_tokens: int = 4  # of mode decode: of speculation, with one loop
     vs: str = ''  # flags of a second setting, measured in turns with the first
     warmup: int = 5  # steps before measuring; compilation is in the first
@@ -108,40 +107,6 @@ def matmul_rate(m, size=2048):
     return 2 * size**3 / min(seconds)
 
 
-@torch.inference_mode()
-def recompute_stream(model, idx, max_new_tokens):
-    """nanoGPT's way: every token anew over all that is in sight."""
-    for _ in range(max_new_tokens):
-        logits, _ = model(idx[:, -model.config.block_size :])
-        token = logits[:, -1].argmax(dim=-1)
-        idx = torch.cat((idx, token[:, None]), dim=1)
-        yield token
-
-
-def decoding_ways(model, c):
-    """{name: (a function of the prompts that yields tokens, an Exit or None, info)}."""
-    loops, ways = model.config.n_loop, {}
-
-    def add(name, rule=None, threshold=0.0, **options):
-        leave, info = rule and Exit(rule, threshold), collections.Counter()
-        options = dict(temperature=0, info=info, leave=leave, **options)
-        ways[name] = functools.partial(stream, model, max_new_tokens=c.tokens, **options), leave, info
-
-    ways['recomputing all'] = functools.partial(recompute_stream, model, max_new_tokens=c.tokens), None, {}
-    add('cached')
-    if c.compile is True:
-        add('compiled', compile=True)
-    if loops > 1:
-        add('kv_budget=1', kv_budget=1)
-        for rule in ('kl', 'diff'):
-            add(f'exit={rule} at {c.exit_threshold:g}', rule, c.exit_threshold)
-        if model.exit_gate:
-            add('exit=gate at 0.5', 'gate', 0.5)
-        if c.sequences == 1:
-            add(f'speculate={c.draft_tokens}', speculate=c.draft_tokens)
-    return ways
-
-
 def measure_decoding(c, m):
     """Prints tokens per second, time to the first, the cache and the mean loops, the ways taking turns."""
     checkpoint = find_checkpoint(c.init_from, c.out_dir, {key: c[key] for key in c.given})
@@ -154,28 +119,11 @@ def measure_decoding(c, m):
         name = f'{checkpoint["path"]}, step {int(checkpoint["iter_num"])}'
     print(f'{name}: {model.get_num_params():,} parameters, n_loop {model.config.n_loop}')
     prompts = torch.randint(model.config.vocab_size, (c.sequences, 16), device=m.device)
-    lower(model.eval(), m.dtype)
-    ways = decoding_ways(model, c)
-    seconds, firsts = {name: [] for name in ways}, {name: [] for name in ways}
-    for _ in range(c.rounds + 1):  # the first is not counted
-        for name, (way, _, _) in ways.items():
-            start = time.perf_counter()
-            with m.autocast():
-                for i, token in enumerate(way(prompts)):
-                    if i == 0:
-                        token.tolist()
-                        firsts[name].append(time.perf_counter() - start)
-            token.tolist()
-            seconds[name].append(time.perf_counter() - start)
-    print(f'{"decoding":22} {"tokens/s":>9} {"ratio":>6} {"first, ms":>9} {"cache, MiB":>10} {"loops":>6}')
-    for name, (_, leave, info) in ways.items():
-        rate = c.tokens * c.sequences / statistics.median(seconds[name][1:])
-        pairs = zip(seconds['cached'][1:], seconds[name][1:], strict=True)
-        ratio = statistics.median(cached / mine for cached, mine in pairs)
-        loops = leave.mean() if leave else model.config.n_loop
-        size = f'{info["cache_bytes"] / 2**20:.2f}' if info else '-'
-        first = 1000 * statistics.median(firsts[name][1:])
-        print(f'{name:22} {rate:9.1f} {ratio:6.2f} {first:9.1f} {size:>10} {loops:6.2f}')
+    cast_linears_(model.eval(), m.dtype)
+    ways = decoding_ways(model, c.sequences, c.draft_tokens, c.exit_threshold, c.compile)
+    with m.autocast():
+        timings = time_decoding(model, prompts, c.tokens, ways, c.rounds)
+    print_timings(timings, c.tokens, c.sequences, model.config.n_loop, print)
 
 
 def print_counts(c):

@@ -7,7 +7,6 @@ The text and a line of dashes per sample go to stdout, everything else to stderr
 """
 
 import codecs
-import collections
 import signal
 import sys
 import time
@@ -20,7 +19,9 @@ from configurator import command, configure
 from nanoloop.checkpoint import PLACES, find_paths, load_checkpoint, read_first
 from nanoloop.checks import check, check_least
 from nanoloop.datasets import find_data, read_meta
-from nanoloop.generate import EXIT, Exit, lower, stream
+from nanoloop.decode import Stats, cast_linears_
+from nanoloop.early_exit import EXIT, EarlyExit
+from nanoloop.generate import Generation
 from nanoloop.machine import autocast, choose_compile, choose_device, choose_dtype
 from nanoloop.pretrained import GPT2, find_pretrained
 from nanoloop.tokenizer import make_tokenizer, read_text
@@ -60,7 +61,7 @@ class SampleConfig:
         check(p is None or 0 < p <= 1, 'top_p', p, 'above 0 and at most 1, or None')
         check(self.exit in ('', *EXIT), 'exit', self.exit, f'nothing, {", ".join(EXIT)}')
         if self.exit:
-            wanted = 'at least 0: try 0.001 for kl, 0.1 for diff, 0.5 for gate'
+            wanted = f'at least 0: {EXIT[self.exit].advice}'
             check(threshold is not None and threshold >= 0, 'exit_threshold', threshold, wanted)
         check(self.exit or threshold is None, 'exit_threshold', threshold, 'None without an exit')
         check(self.exit or self.min_loops == 1, 'min_loops', self.min_loops, '1 without an exit')
@@ -172,27 +173,29 @@ def main(argv):
     check(max(prompt) < model.config.vocab_size, 'start', start[:40], 'text in the tokens of the checkpoint')
 
     keys = ('temperature', 'top_k', 'top_p', 'n_loop', 'kv_budget', 'warm_start', 'speculate', 'draft_loops')
-    info, leave = collections.Counter(), Exit(c.exit, c.exit_threshold, c.min_loops) if c.exit else None
-    options = {key: c[key] for key in keys} | dict(info=info, leave=leave, compile=compile)
+    early_exit = EarlyExit(c.exit, c.exit_threshold, c.min_loops) if c.exit else None
+    options = {key: c[key] for key in keys} | dict(early_exit=early_exit, compile=compile)
+    options['max_tokens'], stats, n_tokens = len(prompt) + c.max_new_tokens, Stats(), 0
     options['generator'] = torch.Generator(device).manual_seed(c.seed)
-    lower(model, dtype)
+    cast_linears_(model, dtype)
     if compile:
         print('compiling the step of a token, which pays from about 10,000 tokens on', file=sys.stderr)
     began = time.perf_counter()
     with autocast(device.type, dtype):
         for size in [1] * c.num_samples if c.stream or c.speculate else [c.num_samples]:
             idx = torch.tensor([prompt] * size, device=device)
-            tokens = stream(model, idx, c.max_new_tokens, **options)
-            info['tokens'] += write(tokens, [Text(tokenizer, c.stop) for _ in range(size)], start, c.stream)
+            generation = Generation(model, idx, **options)
+            texts = [Text(tokenizer, c.stop) for _ in range(size)]
+            n_tokens += write(generation.stream(c.max_new_tokens), texts, start, c.stream)
+            stats += generation.stats
     seconds = time.perf_counter() - began
-    rate = f'{info["tokens"]:,} tokens in {seconds:.1f} s, {info["tokens"] / seconds:,.1f} tokens/s'
-    print(f'{rate}, keys and values: {info["cache_bytes"] / 2**20:.1f} MiB', file=sys.stderr)
+    rate = f'{n_tokens:,} tokens in {seconds:.1f} s, {n_tokens / seconds:,.1f} tokens/s'
+    print(f'{rate}, keys and values: {stats.cache_bytes / 2**20:.1f} MiB', file=sys.stderr)
     if c.speculate:
-        print(f'drafts: {info["kept"]:,} of {info["drafted"]:,} kept', file=sys.stderr)
-    if leave:
-        tokens = leave.taken.total()
-        shares = ', '.join(f'{loops}: {n / tokens:.1%}' for loops, n in sorted(leave.taken.items()))
-        told = f'loops per token: {leave.mean():.2f} on average, of {tokens:,} processed ({shares})'
+        print(f'drafts: {stats.accepted:,} of {stats.drafted:,} kept', file=sys.stderr)
+    if early_exit:
+        shares = ', '.join(f'{n}: {k / stats.tokens:.1%}' for n, k in sorted(stats.loops_taken.items()))
+        told = f'loops per token: {stats.mean_loops:.2f} on average, of {stats.tokens:,} processed ({shares})'
         print(told, file=sys.stderr)
 
 

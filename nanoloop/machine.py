@@ -2,6 +2,7 @@
 The machine a script runs on: device, precision, compilation, ranks, peak FLOP/s and memory.
 """
 
+import contextlib
 import functools
 import math
 import os
@@ -102,6 +103,28 @@ def choose_compile(compile, kind, work):
     fault = compiler_fault(kind) if compile else 'asked for'
     check(compile != True or not fault, 'compile', True, f'False: {fault}')  # noqa: E712, auto is no True
     return not fault, fault or 'torch.compile works here'
+
+
+def compile_step(function, device):
+    """Returns the compiled function, for one that is called once per generated token."""
+    return torch.compile(function, options={'cpp_wrapper': device.type == 'cpu'})
+
+
+ONEDNN_MIN_TOKENS = 3
+
+
+@contextlib.contextmanager
+def onednn_for(n_tokens):
+    """Switches oneDNN off for fewer than ONEDNN_MIN_TOKENS tokens.
+
+    On CPUs matrix products of a single bfloat16 token are then 1.5 times as fast.
+    """
+    before = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = before and n_tokens >= ONEDNN_MIN_TOKENS
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = before
 
 
 # dense bfloat16 FLOP/s by a part of the device's name, the more special first; from the makers' data sheets

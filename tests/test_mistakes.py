@@ -154,7 +154,7 @@ SAMPLE = [
     (['--compile=True', '--speculate=2'], 'compile=True, expected False with an exit or speculate'),
     (['--compile=True', '--exit=kl', '--exit_threshold=1'], 'compile=True, expected False with an exit or'),
     (['--init_from=ouro:x'], "init_from='ouro:x', expected resume, the folder of a run"),
-    (['--exit=diff'], 'exit_threshold=None, expected at least 0: try 0.001 for kl'),
+    (['--exit=diff'], 'exit_threshold=None, expected at least 0: try 0.1'),
     (['--exit_threshold=0.1'], 'exit_threshold=0.1, expected None without an exit'),
     (['--exit=kl', '--exit_threshold=-1'], 'exit_threshold=-1.0, expected at least 0: try'),
     (['--exit=gate', '--exit_threshold=0.5'], "exit='gate', expected kl or diff: the model has no exit gate"),
