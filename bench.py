@@ -10,10 +10,12 @@ Utilisation counts every executed layer, the loop's backward pass only for the l
 taken against the device's dense peak, on a CPU against its own matrix products, measured here.
 """
 
+import functools
 import io
 import itertools
 import shlex
 import statistics
+import sys
 import time
 from dataclasses import dataclass, fields
 
@@ -21,16 +23,18 @@ import torch
 
 from configurator import command, configure
 from model import GPT, GPTConfig
+from nanoloop.baselines import apply_baseline
+from nanoloop.batches import Batch
 from nanoloop.bench_decode import decoding_ways, print_timings, time_decoding
-from nanoloop.checkpoint import find_checkpoint, load_checkpoint
+from nanoloop.checkpoint import find_from_flags, load_checkpoint
 from nanoloop.checks import check, check_least
 from nanoloop.count import flops, parameters
 from nanoloop.datasets import find_data, read_meta
 from nanoloop.decode import cast_linears_
 from nanoloop.machine import peak_memory, setup
-from nanoloop.objective import OBJECTIVE, Objective, check_loops, loops_at
+from nanoloop.objective import OBJECTIVE, TrainingLoss, check_loops, freeze, loops_at, training_flops
 from nanoloop.optimizer import make_optimizers
-from train import TrainConfig, apply_baseline, flops_of, train_step
+from train import TrainConfig, train_step
 
 
 @dataclass
@@ -64,11 +68,14 @@ class Side:
             for block in self.model.blocks():
                 block.compile()
         check_loops(c, self.model.config)
-        self.objective = Objective(self.model, c)
+        freeze(self.model, OBJECTIVE[c.objective])
+        self.model.train(OBJECTIVE[c.objective].trains_model)
+        self.objective = TrainingLoss(self.model, c)
         self.optimizers, _ = make_optimizers(self.model, c)
         self.scaler = torch.amp.GradScaler(m.kind, enabled=m.dtype == torch.float16)
         tokens = torch.randint(c.vocab_size, (c.batch_size, c.block_size + 1))
-        self.batches = itertools.repeat((tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), c.seed))
+        idx, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()  # (B, T) each
+        self.batches = itertools.repeat(Batch(idx, targets, c.seed))
         self.tokens = c.gradient_accumulation_steps * c.batch_size * c.block_size
         self.step, self.flops = 0, 0.0
         self.first = self.run(1)
@@ -81,7 +88,7 @@ class Side:
         for _ in range(steps):
             n_loop = loops_at(self.step, self.c)
             train_step(self.objective, self.optimizers, self.scaler, self.batches, n_loop, self.c, self.m)
-            self.step, self.flops = self.step + 1, self.flops + flops_of(self.model, self.c, n_loop)
+            self.step, self.flops = self.step + 1, self.flops + training_flops(self.model, self.c, n_loop)
         return (time.perf_counter() - start) / steps
 
     def report(self, peak):
@@ -108,8 +115,9 @@ def matmul_rate(m, size=2048):
 
 
 def measure_decoding(c, m):
-    """Prints tokens per second, time to the first, the cache and the mean loops, the ways taking turns."""
-    checkpoint = find_checkpoint(c.init_from, c.out_dir, {key: c[key] for key in c.given})
+    """Prints how fast a model decodes, in all ways that are possible with it."""
+    given, say = {key: c[key] for key in c.given}, functools.partial(print, file=sys.stderr)
+    checkpoint = find_from_flags(c.init_from, c.out_dir, given, say=say)
     torch.manual_seed(c.seed)
     if checkpoint is None:
         model, name = GPT(c.build(GPTConfig)).to(m.device), 'random weights'
@@ -137,8 +145,8 @@ def print_counts(c):
     layers = f'{config.n_prelude} + {config.n_block} x {config.n_loop} + {config.n_coda}'
     print(f'{"executed layers":24} {config.depth:16,} ({layers})')
     aim = OBJECTIVE[c.objective]
-    counted = flops(model, rows=len(aim.rows(config.n_loop)))
-    if aim.frozen:  # its backward pass is the gate's alone
+    counted = flops(model, loops_read=len(aim.loops(config.n_loop)))
+    if not aim.trains_model:  # its backward pass is the gate's alone
         counted['training'] = counted['forward']
     for phase, kinds in counted.items():
         split = ', '.join(f'{kind} {n:.6e}' for kind, n in kinds.items())
@@ -153,7 +161,7 @@ def main(argv):
     for setting in settings:
         setting.build(BenchConfig)
         setting.build(TrainConfig)
-        apply_baseline(setting)
+        apply_baseline(setting, print)
         if 'vocab_size' not in setting.given:
             try:
                 setting['vocab_size'] = read_meta(find_data(setting.dataset))['vocab_size']

@@ -1,11 +1,17 @@
 """
-Keys from the command line, and the machine a script runs on.
+The keys of a script: set by config files and flags, listed by --help. Also: how a script ends.
 
-    python train.py config/a.py config/b.py --key=value   files are executed in order, then flags are applied
+    python train.py config/a.py config/b.py --key=value     applied from left to right
 
-A script's keys are the fields of its dataclasses: name, type, default, and the comment that --help prints.
-A config file is Python that assigns some of them; it sees all values so far, but no flag: those come last.
-include('other.py') in it takes over the keys of a file beside it.
+The fields of a script's dataclasses are its keys; a field's comment is what --help says about the key:
+
+    norm: Annotated[str, OneOf(NORM)] = 'rmsnorm'  # normalisation layer
+
+A config file is Python that assigns keys. It can read the value that every key has so far, and
+include('other.py') runs the file other.py beside it. Names that begin with _ are its own.
+
+The values are in one place, the Config, which is a dict; the dataclasses only validate them and derive some
+from others (Config.build). This file needs no torch: neither does preparing data.
 """
 
 import ast
@@ -14,175 +20,200 @@ import difflib
 import functools
 import inspect
 import os
-import re
-import signal
 import sys
+import traceback
 import types
 from pathlib import Path
-from typing import get_type_hints
 
 from nanoloop import RANK, ROOT
-from nanoloop.checks import UserError, check, typed
+from nanoloop.checks import UserError, check, find_table, hints_of, split_hint, typed
+from nanoloop.helptext import help_text
 
-RENAMED = {'n_layer': ('n_prelude', 'n_block', 'n_coda')}  # nanoGPT's keys that are others here
+TOOLS = types.ModuleType | types.FunctionType | types.BuiltinFunctionType | type  # a config file's own things
+RENAMED = {'n_layer': ('n_prelude', 'n_block', 'n_coda')}  # keys of nanoGPT that have another name here
 
 
 class Config(dict):
-    """The value of every key, also as attributes; given: the keys that were set by a file or a flag."""
+    """The value of every key, also as attributes: config.n_loop is config['n_loop'].
+
+    given: the keys that a file or a flag has set, even if to their default.
+    """
 
     given = frozenset()
     __getattr__ = dict.__getitem__
 
     def build(self, cls):
-        """cls(**its keys), the values it settled on written back. Raises ValueError if cls refuses them."""
-        built = cls(**{key: self[key] for key in get_type_hints(cls)})
-        for key in (
-            self.given & get_type_hints(cls).keys()
-        ):  # not replaced without a word, but that name for two
-            settled = getattr(built, key)
-            check(self[key] in (settled, 'inject_random'), key, self[key], f'{settled!r} with the other keys')
+        """Builds the dataclass cls from its keys and copies the values that it derives back into this dict.
+
+        Raises UserError if cls refuses a value, and if it changes a key that was given: what a user sets is
+        never replaced silently. An alias is replaced (see OneOf), because it only stands for other values.
+        """
+        hints = hints_of(cls)
+        built = cls(**{key: self[key] for key in hints})
+        for key, hint in hints.items():
+            table = find_table(hint)
+            if key in self.given and not (table and self[key] in table.aliases):
+                derived = getattr(built, key)
+                check(self[key] == derived, key, self[key], f'{derived!r} with the other keys')
         self.update(vars(built))
         return built
 
 
-def configure(defaults, argv, out=None):
-    """The Config of a script: defaults (dataclasses), changed by the files and flags in argv.
+def configure(classes, argv, out=None):
+    """Returns the Config of a script: the defaults of its dataclasses, changed by argv's files and flags.
 
-    Raises ValueError for a name that is no key, a value of another type, and a file that does not run. Prints
-    what was changed to out (None: stdout).
+    Prints the changes to `out`, a file; None = stdout. With --help it prints the keys and exits. Raises
+    UserError for an unknown key, for a value of a wrong type, and for a config file that does not run.
     """
-    out = out if RANK == 0 else open(os.devnull, 'w')
-    hints = {key: hint for cls in defaults for key, hint in get_type_hints(cls).items()}
-    config = Config((key, getattr(cls, key)) for cls in defaults for key in get_type_hints(cls))
     if {'--help', '-h'} & set(argv):
-        print(help_text(defaults))
+        print(help_text(classes))
         sys.exit(0)
-    given = set()
+    say = functools.partial(print, file=out) if RANK == 0 else lambda text: None
+    hints = {key: hint for cls in classes for key, hint in hints_of(cls).items()}
+    config = Config((key, getattr(cls, key)) for cls in classes for key in hints_of(cls))
     for arg in argv:
-        if not arg.startswith('-'):
-            path = find_file(arg)
-            print(f'Overriding config with {arg}:', file=out)
-            for key, value in run_file(path, config, hints).items():
-                config[key] = typed(f'{arg}: {key}', value, hints[key])
-                given.add(key)
-                print(f'    {key} = {config[key]!r}', file=out)
+        if arg.startswith('-'):
+            changes, start = read_flag(arg, hints), 'Overriding: '
         else:
-            key, equals, text = arg.removeprefix('--').partition('=')
-            wanted = f'--{key if key in hints else "key"}=value (with the equals sign) or a config file'
-            check(equals and arg.startswith('--'), 'argument', arg, wanted)
-            check_key(key, hints, '')
-            config[key] = parse(key, text, hints[key])
-            given.add(key)
-            print(f'Overriding: {key} = {config[key]!r}', file=out)
-    config.given = frozenset(given)
+            say(f'Overriding config with {arg}:')
+            changes, start = read_file(arg, config, hints), '    '
+        for key, value in changes.items():
+            say(f'{start}{key} = {value!r}')
+        config.update(changes)
+        config.given |= frozenset(changes)
     return config
 
 
-def find_file(name):
-    """A config file, looked up from the working directory, then from the repository."""
-    for path in (Path(name), ROOT / name):
-        if path.is_file():
-            return path
-    meant = next((path for path in (f'{name}.py', f'config/{name}.py') if (ROOT / path).is_file()), None)
-    hint = f'did you mean {meant}?' if meant else 'flags look like --key=value'
-    raise UserError(f'there is no config file {name} ({hint})')
-
-
-class Assigned(dict):
-    """The locals of a config file: note what is assigned, and pass it on to the globals."""
-
-    def __init__(self, names):
-        self.names = names
-
-    def __setitem__(self, key, value):
-        super().__setitem__(key, value)
-        self.names[key] = value
-
-
-def run_file(path, config, hints):
-    """The keys that a config file assigns. It is executed with every key's value so far as its globals."""
-    names = dict(config, __file__=str(path))
-    assigned = Assigned(names)
-
-    def include(name):
-        exec(compile((path.parent / name).read_text(), path.parent / name, 'exec'), names, assigned)
-
-    names['include'] = include
-    try:
-        exec(compile(path.read_text(), path, 'exec'), names, assigned)
-    except Exception as error:
-        frames = inspect.getinnerframes(error.__traceback__)
-        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
-        line = lines[-1] if lines else getattr(error, 'lineno', '?')
-        raise UserError(f'{path}, line {line}: {type(error).__name__}: {error}') from None
-    helpers = types.ModuleType | types.FunctionType | types.BuiltinFunctionType | type
-    found = {key: names[key] for key in assigned if key[:1] != '_' and not isinstance(names[key], helpers)}
-    for key in found:
-        check_key(key, hints, f'{path}: ')
-    return found
-
-
-def check_key(key, hints, where):
+def check_key(key, hints, where=''):
+    """Raises UserError, with the key that is most like it, if there is no such key."""
     if key not in hints:
         close = RENAMED.get(key) or difflib.get_close_matches(key, hints, n=1)
         hint = f', did you mean {" or ".join(map(repr, close))}?' if close else ', see --help'
         raise UserError(f'{where}unknown key {key!r}{hint}')
 
 
-def parse(key, text, hint):
-    """A flag's value: a Python literal of the key's type, or where str is accepted the text itself."""
-    if hint is not str:
+# -----------------------------------------------------------------------------
+# flags and config files
+
+
+def read_flag(arg, hints):
+    """Returns {key: value} of an argument --key=value.
+
+    The value is a Python literal of the key's type, or the text itself if the key takes text.
+    """
+    key, equals, text = arg.removeprefix('--').partition('=')
+    form = f'--{key if key in hints else "key"}=value'
+    check(equals and arg.startswith('--'), 'argument', arg, f'{form} (with the equals sign) or a config file')
+    check_key(key, hints)
+    if split_hint(hints[key])[0] != [str]:  # a key that takes text only reads 123 as '123'
         literal = {'true': 'True', 'false': 'False'}.get(text, text).strip()
-        with contextlib.suppress(ValueError, SyntaxError):
-            return typed(key, ast.literal_eval(literal), hint)
-    return typed(key, text, hint)
+        with contextlib.suppress(ValueError, SyntaxError, TypeError):
+            return {key: typed(key, ast.literal_eval(literal), hints[key])}
+    return {key: typed(key, text, hints[key])}
 
 
-def help_text(defaults):
-    """Every key with its default and comment, in the order and sections of the source."""
-    lines = [inspect.getmodule(defaults[0]).__doc__]
-    for cls in defaults:
-        for line in inspect.getsource(cls).splitlines():
-            field = re.match(r'    (\w+): [^=]+ = (.+?)(?:  # (.*))?$', line)
-            if field and field[1] in get_type_hints(cls):
-                lines.append(f'  --{field[1]}={field[2]}'.ljust(40) + f'  {field[3] or ""}')
-            elif line.startswith('    # '):
-                lines.append(line[6:])
-    return '\n'.join(lines)
+def read_file(arg, config, hints):
+    """Returns {key: value} of what a config file assigns. config: the values that the file can read."""
+    path = find_file(arg)
+    values = run_file(path, config)
+    for key in values:
+        check_key(key, hints, f'{path}: ')
+    return {key: typed(f'{arg}: {key}', value, hints[key]) for key, value in values.items()}
+
+
+def find_file(name):
+    """Returns the path of a config file, relative to the working directory or else to the repository."""
+    for path in (Path(name), ROOT / name):
+        if path.is_file():
+            return path
+    similar = [path for path in (f'{name}.py', f'config/{name}.py') if (ROOT / path).is_file()]
+    hint = f'did you mean {similar[0]}?' if similar else 'flags look like --key=value'
+    raise UserError(f'there is no config file {name} ({hint})')
+
+
+class Assignments(dict):
+    """The names that a config file assigns, which also become global: its functions can read them."""
+
+    def __init__(self, global_names):
+        self.global_names = global_names
+
+    def __setitem__(self, name, value):
+        super().__setitem__(name, value)
+        self.global_names[name] = value
+
+
+def run_file(path, config):
+    """Runs a config file, in which every key is a name, and returns {name: value} of what it sets."""
+    names = dict(config, __file__=str(path))
+    assigned = Assignments(names)
+
+    def run(file):
+        exec(compile(file.read_text(), str(file), 'exec'), names, assigned)
+
+    names['include'] = lambda name: run(path.parent / name)
+    try:
+        run(path)
+    except Exception as error:  # a config file can raise anything
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+        line = lines[-1] if lines else getattr(error, 'lineno', '?')  # a SyntaxError has a line, but no frame
+        raise UserError(f'{path}, line {line}: {type(error).__name__}: {error}') from None
+    own = {name for name in assigned if name.startswith('_') or isinstance(names[name], TOOLS)}
+    return {name: names[name] for name in assigned if name in config or name not in own}
+
+
+# -----------------------------------------------------------------------------
+# how a script prints and ends
 
 
 def command(main):
-    """Makes main(argv) exit with 0, 1 if the machine failed, or 2 for a user's mistake, told in one line."""
+    """Decorates a script's main(argv), which then ends the process with an exit status.
+
+    0: done. 1: the machine failed, for example a full disk. 2: the user got something wrong. 1 and 2 print
+    the reason in one line. Other exceptions are errors of the program and keep their traceback.
+    """
+    script = Path(inspect.getfile(main)).name
+
+    def fail(error, status):
+        print_error(f'{script}: {" ".join(str(error).split()) or "out of memory"}')
+        sys.exit(status)
 
     @functools.wraps(main)
-    def wrapped(argv=None):
+    def run(argv=None):
         try:
             return main(sys.argv[1:] if argv is None else list(argv))
         except UserError as error:
-            failure, status, told = error, 2, RANK == 0 or not error.same_on_all_ranks
+            if RANK == 0 or not error.same_on_all_ranks:
+                fail(error, 2)
+            sys.exit(2)
         except KeyboardInterrupt:
-            sys.exit(128 + signal.SIGINT)
-        except BrokenPipeError:  # python sample.py | head
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            sys.exit(128 + signal.SIGPIPE)
-        except (OSError, RuntimeError, MemoryError) as error:  # torch's CPU out of memory has no class
-            memory = type(error).__name__ == 'OutOfMemoryError' or "can't allocate memory" in str(error)
-            if isinstance(error, RuntimeError) and not memory:
+            sys.exit(130)  # 128 + SIGINT, as a shell reports it
+        except BrokenPipeError:  # the reader of stdout has ended: python sample.py | head
+            drop_stdout()
+            sys.exit(141)  # 128 + SIGPIPE
+        except (OSError, MemoryError) as error:
+            fail(error, 1)
+        except RuntimeError as error:  # torch has no class for a CPU that runs out of memory
+            if type(error).__name__ != 'OutOfMemoryError' and "can't allocate memory" not in str(error):
                 raise
-            failure, status, told = error, 1, True
-        if told:
-            script = Path(inspect.getfile(main)).name
-            print(
-                f'{script}: {" ".join(str(failure).split()) or "out of memory"}', file=sys.stderr, flush=True
-            )
-        sys.exit(status)
+            fail(error, 1)
 
-    return wrapped
+    return run
 
 
-def tell(text):
-    """Prints, and goes on without stdout when its reader is gone, as tee is after a Ctrl-C."""
+def print_line(text):
+    """Prints a line. If the reader of stdout has ended, as tee does at a Ctrl-C, goes on without stdout."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        drop_stdout()
+
+
+def print_error(text):
+    """Prints a line on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def drop_stdout():
+    """Discards what is printed from now on: Python itself flushes stdout once more when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

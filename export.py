@@ -4,7 +4,7 @@ Writes a model as files that anyone can read without running code: weights, conf
     python export.py --out_dir=out-quickstart --to=my-model
 
 my-model gets model.safetensors, config.json and tokenizer.json; sample.py --init_from=my-model and train.py
---init_from=my-model take it, and so do model.py, tables.py and checks.py alone:
+--init_from=my-model take it, and so do model.py and nanoloop/checks.py alone:
 
     model = GPT(GPTConfig(**json.load(open('my-model/config.json'))))
     safetensors.torch.load_model(model, 'my-model/model.safetensors')
@@ -17,44 +17,59 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from configurator import command, configure
+from nanoloop.checkpoint import BEST, EXPORTED, find_from_flags, load_checkpoint, tokenizer_dict
 from nanoloop.checks import UserError, check
-from sample import find_model, find_tokenizer
+from nanoloop.files import replace_file, sync, write_json
 
 
 @dataclass
 class ExportConfig:
-    out_dir: str = 'out'  # the run: its best.pt, else its ckpt.pt; or the path of a checkpoint
-    init_from: str = 'resume'  # resume: from out_dir; or another path, gpt2, gpt2-medium, ...
-    to: str = ''  # the folder to write
+    out_dir: str = 'out'  # folder of a run (its best.pt, else its ckpt.pt), or another name as in init_from
+    init_from: str = 'resume'  # resume = the model in out_dir; or a folder, a file, gpt2[-xl], ouro:FOLDER
+    to: str = ''  # folder to write, which is created
 
 
-def write(path, content):
-    """Writes a file under another name first, so that it is whole when it is there."""
-    path.with_name(path.name + '.tmp').write_text(json.dumps(content, indent=1))
-    os.replace(path.with_name(path.name + '.tmp'), path)
+def tell(text):
+    """Prints a line on stderr."""
+    print(text, file=sys.stderr)
+
+
+def write_weights(model, path, metadata):
+    """Writes the model's weights as safetensors, with the access rights of any new file."""
+    from safetensors.torch import save_model
+
+    with replace_file(path, 'wb') as file:
+        mode = os.fstat(file.fileno()).st_mode
+        save_model(model, file.name, metadata)  # takes a path, and makes a new file for its owner alone
+        os.chmod(file.name, mode)
+        with open(file.name, 'rb') as written:
+            sync(written)
 
 
 @command
 def main(argv):
     c = configure((ExportConfig,), argv, out=sys.stderr)
+    c.build(ExportConfig)
     check(c.to, 'to', c.to, 'a folder to write')
     try:
-        from safetensors.torch import save_model
+        import safetensors  # noqa: F401
     except ImportError:
         raise UserError('exporting needs safetensors: pip install safetensors') from None
     folder = Path(c.to)
     free = not folder.exists() or (folder.is_dir() and not (folder / 'ckpt.pt').exists())
     check(free, 'to', c.to, 'a folder for the model alone')
-    model, checkpoint = find_model(c, 'cpu')
-    tokenizer = find_tokenizer(checkpoint)
+    checkpoint = find_from_flags(c.init_from, c.out_dir, words=('resume',), prefer=BEST, say=tell)
+    model, _ = load_checkpoint(checkpoint)
+    tokenizer = tokenizer_dict(checkpoint)
+    if tokenizer is None:
+        tell(f'{checkpoint["path"]} has no tokenizer: the exported model has none, either')
     folder.mkdir(parents=True, exist_ok=True)
-    trained = {key: json.dumps(checkpoint[key]) for key in ('iter_num', 'loops_trained') if key in checkpoint}
-    save_model(model, str(folder / 'model.safetensors.tmp'), trained)
-    write(folder / 'tokenizer.json', tokenizer.dict)
-    write(folder / 'config.json', asdict(model.config))
-    (folder / 'model.safetensors.tmp').chmod((folder / 'config.json').stat().st_mode)  # it was for us alone
-    os.replace(folder / 'model.safetensors.tmp', folder / 'model.safetensors')
-    size, path = (folder / 'model.safetensors').stat().st_size / 2**20, checkpoint['path']
+    metadata = {key: json.dumps(checkpoint[key]) for key in EXPORTED if key in checkpoint}
+    weights = folder / 'model.safetensors'
+    write_weights(model, weights, metadata)
+    write_json(folder / 'tokenizer.json', tokenizer, indent=1)
+    write_json(folder / 'config.json', asdict(model.config), indent=1)
+    size, path = weights.stat().st_size / 2**20, checkpoint['path']
     print(f'{path}: {model.get_num_params():,} parameters, {size:,.1f} MiB in {folder}')
 
 

@@ -32,7 +32,6 @@ from typing import Annotated
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from nanoloop import checks
 from nanoloop.checks import Count, Fraction, OneOf, Positive, Share, Size, check
@@ -90,13 +89,12 @@ def swiglu(x):
 
 # what an MLP does between its two matrices: function takes n_parts times as many channels as it returns;
 # hidden: C -> the default width inside the MLP
-Activation = namedtuple('Activation', 'function n_parts hidden', defaults=(1, lambda C: 4 * C))
-MLP_ACT = {
-    'gelu': Activation(F.gelu),
-    'gelu_tanh': Activation(functools.partial(F.gelu, approximate='tanh')),  # GPT-2's released weights
-    'relu2': Activation(lambda x: F.relu(x).square()),
-    'swiglu': Activation(swiglu, 2, lambda C: math.ceil(C / 24) * 64),  # 8/3 C, rounded up to 64s
-}
+Act = namedtuple('Act', 'function n_parts hidden', defaults=(1, lambda C: 4 * C))
+# fmt: off
+MLP_ACT = dict(  # gelu_tanh: GPT-2's released weights; swiglu: 8/3 C, rounded up to 64s
+    gelu=Act(F.gelu), gelu_tanh=Act(functools.partial(F.gelu, approximate='tanh')),
+    relu2=Act(lambda x: F.relu(x).square()), swiglu=Act(swiglu, 2, lambda C: math.ceil(C / 24) * 64))
+# fmt: on
 
 # how a token's position enters the model: an embedding is added; queries and keys are rotated (RoPE);
 # options: fields of GPTConfig that mean something with this entry only
@@ -130,6 +128,7 @@ class FromPrelude(LoopPart):
     """s_0 = e."""
 
     def forward(self, e, pos):
+        """Returns s_0 (B, T, C), or None. e: the prelude's output (B, T, C); pos: (T,) or (B, T)."""
         return e
 
 
@@ -161,12 +160,11 @@ class FromNoise(LoopPart):
         self.register_buffer('noise', torch.empty(config.block_size, config.n_embd), persistent=False)
 
     def init(self, rules):
-        generator = torch.Generator('cpu').manual_seed(0)
-        for position in self.noise:  # one by one: the table does not depend on block_size, device and dtype
-            position.copy_(torch.randn(len(position), device='cpu', dtype=torch.float32, generator=generator))
+        # position by position, so that the table does not depend on block_size, device and dtype
+        draw = dict(device='cpu', dtype=torch.float32, generator=torch.Generator('cpu').manual_seed(0))
+        self.noise.copy_(torch.stack([torch.randn(self.config.n_embd, **draw) for _ in self.noise]))
 
     def forward(self, e, pos):
-        """e: (B, T, C); pos: (T,) or (B, T)."""
         x = torch.randn_like(e) if self.training else self.noise[pos % len(self.noise)].expand_as(e)
         return (self.config.state_std or self.config.n_embd**-0.5) * x
 
@@ -216,7 +214,7 @@ class Concat(Injection, nn.Linear):
     def init(self, rules):
         rules['concat'](self.weight)
         if self.bias is not None:
-            nn.init.zeros_(self.bias)
+            rules['bias'](self.bias)
 
     def forward(self, e, s, i):
         # (B, T, 2C) -> (B, T, C); autocast must not lower the precision of the residual stream
@@ -323,7 +321,8 @@ def truncated(std):
 
 def by_part(rest, **parts):
     """Returns the rules of all parts: `parts`, and `rest` for the others."""
-    return dict.fromkeys('wte wpe c_attn c_fc c_proj concat exit_gate lm_head'.split(), rest) | parts
+    names = 'wte wpe c_attn c_fc c_proj concat exit_gate lm_head'.split()
+    return dict.fromkeys(names, rest) | dict(parts, bias=nn.init.zeros_)
 
 
 def huginn(c):
@@ -356,10 +355,8 @@ INIT = {
 # the configuration
 
 
-def width_of(size):
-    """Returns the fields that looped nanochat's dial sets: n_embd = 64 size, rounded up to heads of 128."""
-    heads = math.ceil(size / 2)
-    return dict(n_embd=128 * heads, n_head=heads)
+# looped nanochat's dial: n_embd = 64 size, rounded up to heads of 128
+NANOCHAT_SIZE = checks.Sets(lambda size: dict(n_embd=128 * math.ceil(size / 2), n_head=math.ceil(size / 2)))
 
 
 @dataclass
@@ -370,7 +367,7 @@ class GPTConfig:
     n_head: Annotated[Count, checks.Divides('n_embd')] = 12  # number of attention heads
     n_kv_head: Annotated[Count, checks.Divides('n_head')] | None = None  # key and value heads; None = n_head
     n_embd: Count = 768  # width of the residual stream
-    size: Annotated[Count, checks.Sets(width_of)] | None = None  # looped nanochat's dial: n_embd = 64 size
+    size: Annotated[Count, NANOCHAT_SIZE] | None = None  # looped nanochat's dial: n_embd = 64 size
     dropout: Share = 0.0  # dropout rate; 0 for pretraining, 0.1 or more for small data
     bias: bool = False  # biases in Linear and LayerNorm layers, as in GPT-2
     n_prelude: Size = 2  # number of layers before the loop
@@ -417,15 +414,18 @@ class GPTConfig:
 
 def check_combinations(c):
     """Raises UserError for values that mean nothing together."""
-    injection, position, init = INJECT[c.input_injection], POS[c.pos], INIT[c.init](c)
-    head, truncated = c.n_embd // c.n_head, c.bptt_k is not None and c.bptt_k < c.n_loop
+    inject, position, init = INJECT[c.input_injection], POS[c.pos], INIT[c.init](c)
+    name, head, truncated = (
+        c.input_injection,
+        c.n_embd // c.n_head,
+        c.bptt_k is not None and c.bptt_k < c.n_loop,
+    )
     # fmt: off
     for holds, key, expected in (
         (not position.rotary or head % 2 == 0, 'pos', f'learned or none: heads of {head} have no pairs'),
-        (c.state_init in injection.states, 'state_init',
-         f'{" or ".join(injection.states)} with input_injection={c.input_injection!r}'),
-        (not (injection.needs_full_bptt and truncated), 'bptt_k',
-         f'None or at least n_loop={c.n_loop}: with {c.input_injection} the prelude would get no gradient'),
+        (c.state_init in inject.states, 'state_init', f'{" or ".join(inject.states)} with {name}'),
+        (not (inject.needs_full_bptt and truncated), 'bptt_k',
+         f'None or at least n_loop={c.n_loop}: with {name} the prelude would get no gradient'),
         (c.window_size is None or 'S' in c.window_pattern, 'window_size', 'None without S in window_pattern'),
         (not c.tie_weights or init['wte'] is init['lm_head'], 'init', 'another with tie_weights: see INIT'),
         (c.emb_scale == 1 or position.learned or not c.norm_emb, 'emb_scale', '1: norm_emb undoes it'),
@@ -554,7 +554,8 @@ class Block(nn.Module):
 
 def maybe_checkpoint(recompute, f, *args):
     """Returns f(*args). With recompute its activations are computed again in backward instead of stored."""
-    return checkpoint(f, *args, use_reentrant=False) if recompute and torch.is_grad_enabled() else f(*args)
+    stored = not recompute or not torch.is_grad_enabled()
+    return f(*args) if stored else torch.utils.checkpoint.checkpoint(f, *args, use_reentrant=False)
 
 
 class GPT(nn.Module):
@@ -607,13 +608,12 @@ class GPT(nn.Module):
                 for p, fresh in zip(module.parameters(), module.entry(self.config).parameters(), strict=True):
                     p.copy_(fresh)
             for key, p in module.named_parameters(recurse=False):
-                part = name.rpartition('.')[2]
-                if p in own or p in ruled:  # ruled: the head that is tied to the embedding
-                    continue
-                if part not in rules or key not in ('weight', 'bias'):
-                    raise RuntimeError(f'no rule says how {name}.{key} starts, see INIT')
-                (nn.init.zeros_ if key == 'bias' else rules[part])(p)
-                ruled.add(p)
+                part = name.rpartition('.')[2] if key == 'weight' else key
+                if p not in own and p not in ruled:  # a tied head is ruled already, as the embedding
+                    if part not in rules:
+                        raise RuntimeError(f'no rule says how {name}.{key} starts, see INIT')
+                    rules[part](p)
+                    ruled.add(p)
 
     def blocks(self):
         """Returns every block once, in the order of first use."""
@@ -674,16 +674,15 @@ class GPT(nn.Module):
 
     def check_call(self, idx, n_loop, loops):
         """Returns n_loop, or the configuration's if it is None. Raises UserError, see loop_states."""
-        c, T = self.config, idx.size(1)
+        c, fits = self.config, idx.size(1) <= self.config.block_size or not POS[self.config.pos].learned
+        check(fits, 'length', idx.size(1), f'at most block_size={c.block_size} tokens')
         n_loop = c.n_loop if n_loop is None else n_loop
         check(isinstance(n_loop, int) and n_loop >= 1, 'n_loop', n_loop, 'an int, at least 1')
         exist = len(loops) > 0 and all(-n_loop <= i < n_loop for i in loops)
         check(exist, 'loops', loops, f'indices of n_loop={n_loop} loops')
-        fits = T <= c.block_size or not POS[c.pos].learned
-        check(fits, 'length', T, f'at most block_size={c.block_size} tokens')
-        truncated = self.training and torch.is_grad_enabled() and n_loop > (c.bptt_k or n_loop)
-        expected = f'at most bptt_k={c.bptt_k}: the prelude would get no gradient'
-        check(not (truncated and self.inject.needs_full_bptt), 'n_loop', n_loop, expected)
+        lost = self.inject.needs_full_bptt and self.training and torch.is_grad_enabled()
+        lost = lost and n_loop > (c.bptt_k or n_loop)
+        check(not lost, 'n_loop', n_loop, f'at most bptt_k={c.bptt_k}: the prelude would get no gradient')
         return n_loop
 
     def run_coda(self, s, attn_inputs, caches=None):
@@ -755,8 +754,7 @@ class GPT(nn.Module):
             logits, _ = self(idx[:, -self.config.block_size :], n_loop=n_loop)
             logits = upcast(logits[:, -1]) / max(temperature, 1e-6)  # (B, V)
             if top_k is not None:
-                smallest = logits.topk(min(top_k, logits.size(-1))).values[:, [-1]]  # (B, 1)
-                logits = logits.masked_fill(logits < smallest, -math.inf)
+                logits[logits < logits.topk(min(top_k, logits.size(-1))).values[:, [-1]]] = -math.inf
             token = torch.multinomial(logits.softmax(dim=-1), 1)  # (B, 1)
             idx = torch.cat((idx, token), dim=1)
         return idx

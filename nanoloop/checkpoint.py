@@ -1,34 +1,276 @@
 """
-Checkpoint files: find, read and save them; load_checkpoint turns a name into a model.
+Checkpoints: one way from a name to a model, and saving.
+
+    model, checkpoint = load_checkpoint('out-quickstart')
+
+A name is the folder of a run, the path of a checkpoint, a folder written by export.py, or a name that
+pretrained.py knows. A checkpoint is a dict as train.py saves it: model (the weights), model_args (values of
+GPTConfig), tokenizer, config (the keys of the run), iter_num and more, with the path that it was read from.
 """
 
-import contextlib
+import json
 import os
 import pickle
 import shutil
-import sys
+import warnings
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from model import GPT, GPTConfig
-from nanoloop import RANK
 from nanoloop.checks import UserError, check
-from nanoloop.pretrained import GPT2, find_pretrained
+from nanoloop.datasets import find_data, read_meta
+from nanoloop.files import replace_file, sync
+from nanoloop.pretrained import GPT2, find_pretrained, from_nanogpt, from_nanoloop, read_config
+from nanoloop.tokenizer import make_tokenizer
 
-PLACES = 'the folder of a run with a checkpoint, the path of one, of a model by export.py or of a GPT-2'
+# which file of a run's folder is read: the first of these that is not broken
+LATEST = ('ckpt.pt', 'prev.pt')  # to train on
+BEST = ('best.pt', 'ckpt.pt', 'prev.pt')  # to use the model
+
+NAMES = 'the folder of a run with a checkpoint, the path of a checkpoint, a folder written by export.py, '
+NAMES += f'{", ".join(GPT2)}, a folder with the GPT-2 of transformers, ouro:FOLDER'
+
+EXPORTED = ('iter_num', 'loops_trained')  # what export.py keeps of a checkpoint beside model and tokenizer
+
+# the keys of GPTConfig that may differ from the checkpoint's: the weights keep their meaning
+CHANGEABLE = 'dropout bptt_k n_loop state_init state_std update_alpha rope_base block_size recompute'.split()
 
 
-# what a run may change while the weights keep their meaning
-FREE = 'dropout bptt_k n_loop state_init state_std rope_base block_size recompute'.split()
+# -----------------------------------------------------------------------------
+# from a name to a checkpoint
 
 
-EPS = torch.finfo(torch.float32).eps  # of torch's RMSNorm where none is given
+def find_checkpoint(name, given=None, prefer=LATEST, say=None, key='checkpoint', words=()):
+    """Returns the checkpoint that a name stands for.
+
+    given: {key: value} of GPTConfig, which decide how GPT-2's layers are used. prefer: the files of a run's
+    folder in the order in which they are tried. say: called with a line about each broken file before a good
+    one. key, words: the option that holds the name and its values that are no names, for the error message.
+    Raises UserError if there is no such checkpoint, or none that loads.
+    """
+    name = str(name)
+    if paths := checkpoint_paths(name, prefer):
+        return read_first(paths, say)
+    config = read_config(name)
+    if config is not None and 'n_loop' in config:
+        return read_export(Path(name), config)
+    checkpoint = find_pretrained(name, given or {})
+    check(checkpoint, key, name, ', '.join((*words, NAMES)))
+    return checkpoint
+
+
+def find_from_flags(
+    init_from, out_dir, given=None, prefer=LATEST, say=None, words=('scratch', 'resume', 'auto')
+):
+    """Returns the checkpoint that a script's --init_from and --out_dir name, None for random weights.
+
+    given, prefer, say: see find_checkpoint. words: the values of init_from that are no names, some of scratch
+    (random weights), resume (out_dir has the name) and auto (resume if out_dir is the folder of a run with a
+    checkpoint, else scratch).
+    """
+    if init_from not in words:
+        return find_checkpoint(init_from, given, prefer, say, 'init_from', words)
+    if init_from == 'scratch' or (init_from == 'auto' and not checkpoint_paths(out_dir, prefer)):
+        return None
+    return find_checkpoint(out_dir, given, prefer, say, 'out_dir')
+
+
+def checkpoint_paths(name, prefer=LATEST):
+    """Returns the paths of the checkpoints that name stands for: of itself, or of files in a run's folder."""
+    path = Path(name)
+    return [path] if path.is_file() else [path / file for file in prefer if (path / file).exists()]
+
+
+def read_first(paths, say=None):
+    """Returns the first checkpoint that is not broken. say: called with the fault of each one before it."""
+    *others, last = paths
+    for path in others:
+        try:
+            return read_checkpoint(path)
+        except UserError as error:
+            if say:
+                say(str(error))
+    return read_checkpoint(last)
+
+
+def read_checkpoint(path):
+    """Reads a checkpoint's file, memory-mapped and on the CPU. No code in it is run.
+
+    Raises UserError if it is broken.
+    """
+    try:
+        checkpoint = torch.load(path, map_location='cpu', mmap=True, weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(f'the checkpoint {path} is broken, or more than tensors and plain values') from None
+    except (RuntimeError, OSError, EOFError) as error:  # torch raises any of these for a file that was cut
+        reason = getattr(error, 'strerror', None) or 'it was cut, or is no checkpoint'
+        raise UserError(f'the checkpoint {path} cannot be read: {reason}') from None
+    complete = isinstance(checkpoint, dict) and all(
+        isinstance(checkpoint.get(key), dict) for key in ('model', 'model_args')
+    )
+    check(complete, 'checkpoint', str(path), 'a file with model and model_args')
+    return checkpoint | dict(path=str(path))
+
+
+def read_export(folder, args):
+    """Reads a folder written by export.py as a checkpoint; args: its config.json, the values of GPTConfig."""
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError:
+        raise UserError(f'{folder} needs safetensors: pip install safetensors') from None
+    try:
+        with safe_open(folder / 'model.safetensors', 'pt') as file:
+            model = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+            metadata = file.metadata() or {}
+        training = {key: json.loads(metadata[key]) for key in EXPORTED if key in metadata}
+        tokenizer = json.loads((folder / 'tokenizer.json').read_text())
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f'the exported model in {folder} cannot be read: {error}') from None
+    if args.get('tie_weights', True):  # the file holds the shared matrix once, under either name
+        embedding, head = 'transformer.wte.weight', 'lm_head.weight'
+        model[embedding] = model[head] = model.get(embedding, model.get(head))
+    checkpoint = dict(model=model, model_args=args, tokenizer=tokenizer, config={}, iter_num=0)
+    return checkpoint | training | dict(path=str(folder))
+
+
+def find_tokenizer(checkpoint):
+    """Returns the tokenizer of a checkpoint. Raises UserError if nothing says which one it is."""
+    plain = tokenizer_dict(checkpoint)
+    dataset = checkpoint.get('config', {}).get('dataset', '')
+    expected = f'one with a tokenizer, or with its data set in data/, which is {dataset!r}'
+    check(plain is not None, 'checkpoint', checkpoint['path'], expected)
+    return make_tokenizer(plain)
+
+
+def tokenizer_dict(checkpoint):
+    """Returns the plain dict of a checkpoint's tokenizer, see make_tokenizer; None if nothing says which.
+
+    nanoGPT's files hold no tokenizer: theirs is that of the run's data set, or GPT-2's where the size of the
+    vocabulary is GPT-2's.
+    """
+    if checkpoint.get('tokenizer') is not None:
+        return checkpoint['tokenizer']
+    dataset = checkpoint.get('config', {}).get('dataset', '')
+    folder = find_data(dataset)
+    if dataset and any((folder / name).exists() for name in ('meta.json', 'meta.pkl')):
+        return read_meta(folder)['tokenizer']
+    is_gpt2 = checkpoint['model_args']['vocab_size'] in (50257, 50304)  # 50304: padded to a multiple of 64
+    return dict(kind='tiktoken', name='gpt2') if is_gpt2 else None
+
+
+# -----------------------------------------------------------------------------
+# from a checkpoint to a model
+
+
+class Format(NamedTuple):
+    """The way in which a program writes its checkpoints."""
+
+    recognises: Callable  # model_args -> whether they are of this format
+    translate: Callable  # (model_args, weights) -> values of GPTConfig, and weights with GPT's names
+
+
+FORMATS = {  # the first that recognises model_args; each program has keys that those after it do not have
+    'this program': Format(lambda args: 'norm' in args, lambda args, weights: (args, weights)),
+    'nanoLOOP': Format(lambda args: 'n_prelude' in args, from_nanoloop),
+    'nanoGPT': Format(lambda args: 'n_layer' in args, from_nanogpt),
+}
+
+
+def load_checkpoint(name, device='cpu', prefer=BEST, say=warnings.warn, **changes):
+    """Returns (the model in eval mode, its checkpoint) of a name, or of a dict from find_checkpoint.
+
+    prefer, say: see find_checkpoint. changes: values of GPTConfig that replace the checkpoint's. A smaller
+    block_size keeps the first positions, exit_gate=True adds an untrained gate. Raises UserError if the
+    checkpoint is broken or does not fit, or if a change would give its weights another meaning.
+    """
+    checkpoint = name if isinstance(name, dict) else find_checkpoint(name, changes, prefer, say)
+    saved, weights = translate(checkpoint)
+    if 'S' in saved.window_pattern:  # half of the checkpoint's block_size, not of a smaller one given now
+        window = saved.window_size or max(1, saved.block_size // 2)
+        saved.window_size = min(window, changes.get('block_size', window))
+    config = GPTConfig(**asdict(saved) | changes)
+    new_gate = config.exit_gate and not saved.exit_gate
+    for key, value in asdict(saved).items():
+        changed = getattr(config, key)
+        allowed = key in CHANGEABLE or (key == 'exit_gate' and new_gate)
+        check(allowed or changed == value, key, changed, f'{value!r} as in the checkpoint')
+    weights = cut_positions(weights, config.block_size)
+    model = GPT(config)
+    fresh = (*checkpoint.get('fresh', ()), *['exit_gate.'] * new_gate)
+    try:
+        model.load_state_dict(weights | initial_values(model, fresh, weights))
+    except RuntimeError as error:
+        raise UserError(f'the checkpoint does not fit: {str(error).splitlines()[1].strip()}') from None
+    return model.to(device).eval(), checkpoint
+
+
+def translate(checkpoint):
+    """Returns the GPTConfig and the weights, with GPT's names, of a checkpoint in one of FORMATS."""
+    args, weights = checkpoint['model_args'], checkpoint['model']
+    form = next((form for form in FORMATS.values() if form.recognises(args)), None)
+    check(form, 'checkpoint', checkpoint.get('path'), f'one of {", ".join(FORMATS)}')
+    args, weights = form.translate(args, weights)
+    try:
+        return GPTConfig(**args), weights
+    except TypeError as error:
+        raise UserError(f'the checkpoint is of another program: {error}') from None
+
+
+def cut_positions(weights, block_size):
+    """Returns the weights with the first block_size position embeddings, if there are any."""
+    name = 'transformer.wpe.weight'
+    if name not in weights:
+        return weights
+    positions = len(weights[name])
+    expected = f'at most {positions}: the checkpoint has no more positions'
+    check(block_size <= positions, 'block_size', block_size, expected)
+    return weights | {name: weights[name][:block_size]}
+
+
+def initial_values(model, sections, weights):
+    """Returns {name: value} of the new model's parameters in these sections that weights do not have.
+
+    sections: beginnings of names, such as `inject.`.
+    Only what a checkpoint cannot have starts anew. A parameter that is missing for another reason stays
+    missing, and load_state_dict refuses the checkpoint.
+    """
+    state = model.state_dict().items()
+    return {name: w for name, w in state if name not in weights and name.startswith(tuple(sections))}
+
+
+# -----------------------------------------------------------------------------
+# saving
+
+
+def save_checkpoint(out_dir, checkpoint, log, best):
+    """Saves a checkpoint as ckpt.pt and, if best, as best.pt; the ckpt.pt before it becomes prev.pt.
+
+    The checkpoint holds the length of the log, which is on the disk before it. At every moment, also of a
+    power cut, the files that are there are whole. Raises OSError with the reason if it cannot be saved.
+    """
+    path, prev = out_dir / 'ckpt.pt', out_dir / 'prev.pt'
+    try:
+        os.fsync(log.file)
+        position = dict(log_bytes=os.fstat(log.file.fileno()).st_size, wandb_id=log.wandb_id)
+        with replace_file(path, 'wb') as file:
+            torch.save(checkpoint | position, file)
+            sync(file)  # now, since best.pt becomes this file before ckpt.pt does
+            if path.exists():
+                replace_by_link(path, prev)
+            if best:  # before ckpt.pt: after a crash in between, resuming makes this evaluation again
+                replace_by_link(Path(file.name), out_dir / 'best.pt')
+    except (RuntimeError, OSError) as error:  # torch's zip writer reports a full disk as a RuntimeError
+        good = next((str(file) for file in (path, prev) if file.exists()), 'none')
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise OSError(f'the checkpoint cannot be saved: {reason}; the last good one: {good}') from None
 
 
 def replace_by_link(source, target):
-    """Makes target the same file as source, at once; a copy where the file system has no links."""
+    """Makes target the same file as source in one step; a copy where the file system has no hard links."""
     new = target.with_name(target.name + '.tmp')
     new.unlink(missing_ok=True)
     try:
@@ -36,147 +278,14 @@ def replace_by_link(source, target):
     except OSError:
         shutil.copyfile(source, new)
     os.replace(new, target)
-    new.unlink(missing_ok=True)  # replacing a file by itself leaves the other name behind
+    new.unlink(missing_ok=True)  # os.replace of a file by itself does nothing and leaves `new` behind
 
 
-def save_checkpoint(out_dir, checkpoint, log, best):
-    """Writes ckpt.pt, and best.pt if best, with the place in the log. Raises OSError with the reason."""
-    path, prev, new = (out_dir / name for name in ('ckpt.pt', 'prev.pt', 'ckpt.pt.tmp'))
-    try:
-        os.fsync(log.file)
-        place = dict(log_bytes=os.fstat(log.file.fileno()).st_size, wandb_id=log.wandb_id)
-        with open(new, 'wb') as file:
-            torch.save(checkpoint | place, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if path.exists():
-            replace_by_link(path, prev)
-        if best:  # before ckpt.pt: after a crash in between the evaluation is made again
-            replace_by_link(new, out_dir / 'best.pt')
-        os.replace(new, path)
-        folder = os.open(out_dir, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-    except (RuntimeError, OSError) as error:  # torch's zip writer tells a full disk as a RuntimeError
-        with contextlib.suppress(OSError):
-            new.unlink(missing_ok=True)
-        kept = next((str(file) for file in (path, prev) if file.exists()), 'none')
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise OSError(f'the checkpoint cannot be saved: {reason}; the last good one: {kept}') from None
-
-
-def find_paths(path, names=('ckpt.pt', 'prev.pt')):
-    """The checkpoints there are at path: the file itself, or those of names in a run's folder."""
-    path = Path(path)
-    return [path] if path.is_file() else [path / name for name in names if (path / name).exists()]
-
-
-def read_checkpoint(path):
-    """The dict of a checkpoint, on the CPU, mapped. Runs no code. Raises ValueError if it is broken."""
-    try:
-        checkpoint = torch.load(path, map_location='cpu', mmap=True, weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f'there is no checkpoint {path}') from None
-    except pickle.UnpicklingError:
-        raise UserError(f'the checkpoint {path} is broken, or more than tensors and plain values') from None
-    except (RuntimeError, OSError, EOFError) as error:  # torch gives any of them for a file that was cut
-        reason = getattr(error, 'strerror', None) or 'it was cut, or is no checkpoint'
-        raise UserError(f'the checkpoint {path} cannot be read: {reason}') from None
-    whole = isinstance(checkpoint, dict) and all(
-        isinstance(checkpoint.get(k), dict) for k in ('model', 'model_args')
-    )
-    check(whole, 'checkpoint', str(path), 'a file with model and model_args')
-    return checkpoint | dict(path=str(path))
-
-
-def read_first(paths):
-    """The first of these checkpoints that loads; of those before it is told why not."""
-    *others, last = paths
-    for path in others:
-        try:
-            return read_checkpoint(path)
-        except ValueError as error:
-            if RANK == 0:
-                print(error, file=sys.stderr)
-    return read_checkpoint(last)
-
-
-def find_checkpoint(init_from, out_dir, given=()):
-    """The checkpoint init_from names, None for scratch. Raises ValueError if there is none that loads.
-
-    given: {key: value} of GPTConfig, which decide how GPT-2's weights are used.
-    """
-    if init_from == 'scratch':
-        return None
-    named = init_from not in ('resume', 'auto')
-    if paths := find_paths(init_from if named else out_dir):
-        return read_first(paths)
-    if init_from == 'auto':
-        return None
-    check(named, 'init_from', init_from, f'a checkpoint in {out_dir}, there is none')
-    found = find_pretrained(init_from, given)
-    check(found, 'init_from', init_from, f'scratch, resume, auto, {PLACES}, {", ".join(GPT2)}, ouro:FOLDER')
-    return found
-
-
-def set_broken_aside(out_dir):
-    """Renames a ckpt.pt that cannot be read: the next save must not put it in the place of a good prev.pt."""
+def quarantine_broken(out_dir):
+    """Renames a ckpt.pt that cannot be read: the next save would put it in the place of a good prev.pt."""
     path = out_dir / 'ckpt.pt'
     try:
         read_checkpoint(path)
-    except ValueError:
+    except UserError:
         if path.exists():
             os.replace(path, out_dir / 'ckpt.pt.broken')
-
-
-def load_checkpoint(path, device='cpu', **changes):
-    """(GPT, checkpoint) from a file of this train.py, of nanoGPT, or of the original nanoLOOP.
-
-    path: also what find_pretrained knows, or the dict that such a file holds. changes: GPTConfig values
-    instead of the file's; a smaller block_size keeps the first positions, an exit_gate is added. Raises
-    ValueError if it is broken, does not fit, or the changes give the weights another meaning.
-    """
-    checkpoint = path
-    if not isinstance(path, dict):
-        checkpoint = find_pretrained(str(path), changes) or read_checkpoint(path)
-    args, weights = translate(checkpoint['model_args'], checkpoint['model'])
-    try:
-        config = GPTConfig(**args)
-    except TypeError as error:
-        raise UserError(f'the checkpoint is of another program: {error}') from None
-    if 'S' in config.window_pattern:  # theirs, not half of a block_size given now, which may be shorter
-        window = config.window_size or max(1, config.block_size // 2)
-        config.window_size = min(window, changes.get('block_size', window))
-    changed = GPTConfig(**dict(asdict(config), **changes))
-    for key, theirs in asdict(config).items():
-        value = getattr(changed, key)
-        free = key in FREE or (key, value) == ('exit_gate', True)
-        check(free or value == theirs, key, value, f'{theirs!r} as in the checkpoint')
-    if (wpe := weights.get('transformer.wpe.weight')) is not None:
-        wanted = f'at most {len(wpe)}: the checkpoint has no more positions'
-        check(changed.block_size <= len(wpe), 'block_size', changed.block_size, wanted)
-        weights = dict(weights, **{'transformer.wpe.weight': wpe[: changed.block_size]})
-    model = GPT(changed)
-    if changed.exit_gate and not config.exit_gate:
-        gate = {name: w for name, w in model.state_dict().items() if name.startswith('exit_gate.')}
-        weights = weights | gate
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise UserError(f'the checkpoint does not fit: {str(error).splitlines()[1].strip()}') from None
-    return model.to(device), checkpoint
-
-
-def translate(args, weights):
-    """A checkpoint's (model_args, model) as values of GPTConfig and weights of GPT, even nanoGPT's."""
-    if 'norm' in args:
-        return args, weights
-    weights = {name.removeprefix('_orig_mod.').removeprefix('module.'): w for name, w in weights.items()}
-    if 'n_layer' not in args:  # nanoLOOP, which truncates even where the prelude then gets no gradient
-        kept = None if args.get('input_injection') == 'passthrough' else args.get('bptt_k')
-        return dict(args, norm='rmsnorm', norm_eps=EPS, bptt_k=kept), weights
-    args = dict(args, n_prelude=0, n_block=args['n_layer'], n_coda=0, n_loop=1, input_injection='passthrough')
-    del args['n_layer']
-    masks = '.attn.bias'  # in old files
-    weights = {name.replace('.h.', '.recur.'): w for name, w in weights.items() if not name.endswith(masks)}
-    return dict(args, norm='layernorm', norm_loop=False), weights

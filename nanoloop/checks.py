@@ -156,6 +156,11 @@ def split_hint(hint):
     return [t for types, _ in split for t in types], [bound for _, bounds in split for bound in bounds]
 
 
+def find_table(hint):
+    """Returns the OneOf of an annotation, None if it has none."""
+    return next((bound for bound in split_hint(hint)[1] if isinstance(bound, OneOf)), None)
+
+
 def hints_of(cls):
     """Returns {field: annotation} of a configuration's class, bounds included."""
     return get_type_hints(cls, include_extras=True)

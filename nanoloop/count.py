@@ -1,7 +1,9 @@
 """
-Parameters and FLOPs of a model, counted by its structure: every layer as often as it is executed, backward
-passes only where they happen. Matrix products and attention equal torch's FlopCounterMode, which counts a
-window as full attention, since a dense mask computes it so; here a window counts as the keys it sees.
+Counts a model's parameters and FLOPs by its structure: every layer as often as it is executed, backward
+passes only where they happen.
+
+Matrix products and attention equal torch's FlopCounterMode, which counts a window as full attention, since a
+dense mask computes it so. Here a window counts as the keys that it sees.
 """
 
 import torch
@@ -11,14 +13,20 @@ from model import Block
 
 
 def sections(model):
-    """{name: modules} of all parameters; tied weights belong to the embedding."""
+    """Returns {section: nn.ModuleList} of all parameters; a tied head belongs to the embedding."""
     t = model.transformer
+    # fmt: off
     parts = dict(
-        embedding=[t.wte, t.wpe], prelude=t.prelude, inject=[model.inject], recur=t.recur, coda=t.coda
+        embedding=[t.wte, t.wpe],
+        prelude=[*t.prelude, model.start],
+        inject=[model.inject, model.update],  # what a loop has beside its blocks
+        recur=t.recur,
+        coda=t.coda,
+        norms=[t.norm_emb, model.norm_recur, t.ln_f],
+        gate=[model.exit_gate],
+        lm_head=[model.lm_head],
     )
-    parts |= dict(
-        norms=[t.norm_emb, model.norm_recur, t.ln_f], gate=[model.exit_gate], lm_head=[model.lm_head]
-    )
+    # fmt: on
     return {
         name: nn.ModuleList(module for module in modules if module is not None)
         for name, modules in parts.items()
@@ -26,51 +34,84 @@ def sections(model):
 
 
 def parameters(model):
-    """{section: parameters}, with total (shared ones once) and effective (the loop's as often as it runs)."""
-    sizes, seen = {}, set()
-    for name, part in sections(model).items():
-        new = set(part.parameters()) - seen
-        sizes[name], seen = sum(p.numel() for p in new), seen | new
-    assert seen == set(model.parameters()), 'sections() misses a parameter'
+    """Returns {section: parameters}, `total`, and `effective`, where a loop's count as often as it runs.
+
+    Shared parameters count once. Raises RuntimeError with the name of a parameter that is in no section.
+    """
+    sizes, counted = {}, set()
+    for name, section in sections(model).items():
+        new = set(section.parameters()) - counted
+        sizes[name] = sum(p.numel() for p in new)
+        counted |= new
+    for name, p in model.named_parameters():
+        if p not in counted:
+            raise RuntimeError(f'no section of nanoloop/count.py holds {name}')
     total = sum(sizes.values())
-    again = (model.config.n_loop - 1) * (sizes['recur'] + sizes['inject'])
-    return dict(sizes, total=total, effective=total + again)
+    repeated = (model.config.n_loop - 1) * (sizes['recur'] + sizes['inject'])
+    return dict(sizes, total=total, effective=total + repeated)
 
 
-def queries_from_state(model, block):
-    """Says whether a block takes its attention's queries from the loop's state, by trying its hook."""
-    if block.state_hook is None:
-        return False
-    x, state = (model.lm_head.weight.new_zeros(1, 1, model.config.n_embd) for _ in 'xs')
-    with torch.enable_grad():
-        _, query_source = block.state_hook(x.requires_grad_(), state)
-    return query_source is not None and not query_source.requires_grad
+def flops(model, n_loop=None, loops_read=1):
+    """Returns {forward, training: {matmul, attention, norm: FLOPs per token}} at T = block_size.
 
+    A weight of a matrix costs 2 FLOPs per use, and attention 4 C w per layer with w keys in sight. A backward
+    pass costs twice that, once where the input carries no gradient, and happens in the last bptt_k loops
+    only. The weights of the blocks' norms count like those of a matrix, as looped nanochat publishes it.
 
-def flops(model, n_loop=None, rows=1):
-    """{forward, training: {matmul, attention, norm}}: FLOPs per token at T = block_size.
-
-    A weight of a matrix costs 2 per use, attention 4 C w per layer with w keys in sight; backward costs twice
-    that (once where the input carries no gradient), and only in the last bptt_k iterations. The weights of
-    the blocks' norms count like a matrix's, as looped nanochat publishes it. rows: iterations read out.
+    n_loop: None = the configuration's. loops_read: after how many loops coda and head are run.
     """
     c, parts = model.config, sections(model)
     n_loop = c.n_loop if n_loop is None else n_loop
-    carried = min(n_loop, c.bptt_k or n_loop)
-
-    def cost(*names):
-        modules = [module for name in names for module in parts[name].modules()]
-        blocks = [module for module in modules if isinstance(module, Block)]
-        seen = (model.window if block.windowed else c.block_size for block in blocks)
-        matrices = (module.weight.numel() for module in modules if isinstance(module, nn.Linear))
-        norms = [m for block in blocks for name, m in block.named_children() if name not in ('attn', 'mlp')]
-        vectors = (p.numel() for norm in norms for name, p in norm.named_parameters() if name != 'bias')
-        return dict(matmul=2 * sum(matrices), attention=4 * c.n_embd * sum(seen), norm=2 * sum(vectors))
-
-    once, loop, read = cost('prelude'), cost('inject', 'recur'), cost('coda', 'lm_head')
-    forward = {kind: once[kind] + n_loop * loop[kind] + rows * read[kind] for kind in once}
-    backward = {kind: 2 * (once[kind] + carried * loop[kind] + rows * read[kind]) for kind in once}
-    if carried < n_loop or c.state_init == 'random':  # the first s to record a graph carries no gradient
-        takers = sum(queries_from_state(model, block) for block in model.transformer.recur)
-        backward['matmul'] -= 2 * takers * c.n_embd**2
+    with_graph = min(n_loop, c.bptt_k or n_loop)  # loops with a backward pass
+    once, loop, read = (
+        section_flops(model, *(parts[name] for name in names))
+        for names in (['prelude'], ['inject', 'recur'], ['coda', 'lm_head'])
+    )
+    forward = {kind: once[kind] + n_loop * loop[kind] + loops_read * read[kind] for kind in once}
+    backward = {kind: 2 * (once[kind] + with_graph * loop[kind] + loops_read * read[kind]) for kind in once}
+    if with_graph < n_loop or not state_has_gradient(model):
+        # the state that enters the first loop with a graph carries no gradient: queries taken from it cost
+        # less
+        blocks = sum(queries_from_state(model, block) for block in model.transformer.recur)
+        backward['matmul'] -= 2 * blocks * c.n_embd**2
     return dict(forward=forward, training={kind: forward[kind] + backward[kind] for kind in forward})
+
+
+def section_flops(model, *modules):
+    """Returns {matmul, attention, norm: FLOPs per token} of one forward pass through modules."""
+    c, parts = model.config, [part for module in modules for part in module.modules()]
+    blocks = [part for part in parts if isinstance(part, Block)]
+    keys_in_sight = (model.window if block.windowed else c.block_size for block in blocks)
+    matrices = (part.weight.numel() for part in parts if isinstance(part, nn.Linear))
+    norms = [part for block in blocks for name, part in block.named_children() if name not in ('attn', 'mlp')]
+    # biases are added, not multiplied: they count nowhere
+    norm_weights = (p.numel() for norm in norms for name, p in norm.named_parameters() if name != 'bias')
+    return dict(
+        matmul=2 * sum(matrices), attention=4 * c.n_embd * sum(keys_in_sight), norm=2 * sum(norm_weights)
+    )
+
+
+def probe(model, requires_grad):
+    """Returns zeros (1, 1, C) where the model's weights are."""
+    weight = model.lm_head.weight  # (V, C)
+    return torch.zeros_like(weight[:1, None].detach()).requires_grad_(requires_grad)
+
+
+@torch.enable_grad()
+def state_has_gradient(model):
+    """Says whether s_0 depends on the prelude's output, by making one. No s_0 counts as yes."""
+    e, was_training = probe(model, True), model.start.training
+    s = model.start.eval()(
+        e, torch.zeros(1, dtype=torch.long, device=e.device)
+    )  # in training it may draw numbers
+    model.start.train(was_training)
+    return s is None or s.requires_grad
+
+
+@torch.enable_grad()
+def queries_from_state(model, block):
+    """Says whether a block takes its attention's queries from the loop's state, by calling its hook."""
+    if block.state_hook is None:
+        return False
+    _, query_source = block.state_hook(probe(model, True), probe(model, False))
+    return query_source is not None and not query_source.requires_grad

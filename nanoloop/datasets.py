@@ -1,199 +1,216 @@
 """
-Reads data sets: their meta.json and the windows of a split.
+Reads data sets. A data set is a folder, data/NAME, with token files and meta.json:
+
+    train.bin, val.bin    token ids, little-endian uint16 or uint32; large sets: shards train_00000.bin, ...
+    train.mask, val.mask  optional, a byte per token: 1 = this token is a target that counts, 0 = it is not
+    meta.json             vocab_size, max_id (the largest id there is), dtype, tokenizer (its spec),
+                          token_bytes (per id, 0 for special tokens), source, row_len (optional: the tokens
+                          are rows of this length), splits: per split its tokens and files, per file its name,
+                          tokens, sha256 and, if it has a mask, mask_sha256
+
+nanoGPT's folders, with meta.pkl or without any meta, are read, too. nanoloop/prepare.py writes data sets.
 """
 
 import contextlib
 import json
 import os
-import pickle
 from pathlib import Path
 
 import numpy as np
 
 from nanoloop import ROOT
 from nanoloop.checks import UserError
+from nanoloop.nanogpt_data import nanogpt_meta
 from nanoloop.tokenizer import make_tokenizer
 
 DATA = ROOT / 'data'
-
-
 DTYPES = {'uint16': np.dtype('<u2'), 'uint32': np.dtype('<u4')}
+SCAN_TOKENS = 2**24  # tokens read at a time when a file is searched for its largest id
+MOVING = 'unfinished/moving'  # is there while new files replace a set's: if it stays, they are of two sets
+
+# -----------------------------------------------------------------------------
+# meta.json
 
 
 def find_data(dataset):
-    """The folder of a data set: data/NAME, or a path if it has a slash."""
+    """Returns the folder of a data set: data/NAME for a name, the path itself for one with a slash."""
     return Path(dataset) if os.sep in dataset else DATA / dataset
 
 
 def read_meta(folder):
-    """meta.json of a data set, or what replaces it in nanoGPT folders. Raises ValueError with what to run."""
+    """Returns meta.json of a data set as a dict, complete even for old sets and nanoGPT's folders.
+
+    Raises UserError with the command that prepares the data if there is no whole data set.
+    """
     folder = Path(folder)
-    script = folder / 'prepare.py'
     if folder.is_file():
-        raise UserError(
-            f'dataset={str(folder)!r} is a file, run: python data/text/prepare.py --input {folder}'
-        )
+        command = f'python data/text/prepare.py --input {folder}'
+        raise UserError(f'dataset={str(folder)!r} is a file, run: {command}')
     if not folder.is_dir():
-        known = {path.parent.name for name in ('prepare.py', 'meta.json') for path in DATA.glob(f'*/{name}')}
-        known = ', '.join(sorted(known))
-        raise UserError(
-            f'dataset={folder.name!r}: there is no folder {folder}, prepared or known are {known}'
-        )
+        names = {path.parent.name for file in ('prepare.py', 'meta.json') for path in DATA.glob(f'*/{file}')}
+        known = ', '.join(sorted(names))
+        raise UserError(f'dataset={folder.name!r}: there is no folder {folder}, expected one of {known}')
     if (folder / 'meta.json').exists():
-        try:
-            meta = json.loads((folder / 'meta.json').read_text())
-            missing = {'vocab_size', 'dtype', 'tokenizer', 'splits'} - set(meta)
-        except ValueError as error:
-            raise UserError(f'{folder}/meta.json is broken ({error}): prepare the data again') from None
-        if missing:
-            raise UserError(f'{folder}/meta.json has no {", ".join(sorted(missing))}: prepare the data again')
-        return complete(folder, meta)
-    if not (folder / 'train.bin').exists():
-        how = (
-            f'python {os.path.relpath(script)}'
-            if script.exists()
-            else 'python data/text/prepare.py --input TEXT'
-        )
-        raise UserError(f'the data set {folder.name} is not prepared, run: {how}')
-    return nanogpt_meta(folder)
-
-
-class PlainUnpickler(pickle.Unpickler):
-    """Reads nanoGPT's meta.pkl, which holds plain values: a pickle naming a class or function is refused."""
-
-    def find_class(self, module, name):
-        raise pickle.UnpicklingError(f'{module}.{name} is not a plain value')
-
-
-def nanogpt_meta(folder):
-    """A meta.json for nanoGPT's folders: from meta.pkl, or GPT-2's encoding where there is none."""
-    gpt2 = dict(kind='tiktoken', name='gpt2')
-    meta = dict(dtype='uint16', source='nanoGPT', tokenizer=gpt2, vocab_size=50257)
-    if (folder / 'meta.pkl').exists():
-        try:
-            with open(folder / 'meta.pkl', 'rb') as file:
-                old = PlainUnpickler(file).load()
-            chars = [old['itos'][i] for i in range(old['vocab_size'])]
-        except (pickle.UnpicklingError, KeyError, TypeError, EOFError) as error:
-            broken = f'{folder}/meta.pkl is not what nanoGPT writes ({error})'
-            raise UserError(f'{broken}: prepare the data again') from None
-        meta.update(tokenizer=dict(kind='char', chars=chars), vocab_size=len(chars))
-    meta['splits'] = {}
-    for split in ('train', 'val'):
-        if (path := folder / f'{split}.bin').exists():
-            tokens = path.stat().st_size // 2
-            meta['splits'][split] = dict(tokens=tokens, files=[dict(name=path.name, tokens=tokens)])
-    return complete(folder, meta)
-
-
-def complete(folder, meta):
-    """meta with what can be found out of the files: token_bytes and, by scanning them once, max_id."""
+        meta = read_meta_json(folder / 'meta.json')
+    elif (folder / 'train.bin').exists() and not (folder / MOVING).exists():
+        meta = nanogpt_meta(folder)
+    else:
+        script = folder / 'prepare.py'
+        script = os.path.relpath(script) if script.exists() else 'data/text/prepare.py --input TEXT'
+        raise UserError(f'the data set {folder.name} is not prepared, run: python {script}')
     if 'token_bytes' not in meta:
-        meta['token_bytes'] = [0] * meta['vocab_size']  # no bits per byte where the tokenizer cannot be had
-        with contextlib.suppress(OSError, ValueError):
+        meta['token_bytes'] = [0] * meta['vocab_size']  # without its tokenizer there are no bits per byte
+        with contextlib.suppress(OSError, UserError):
             meta['token_bytes'] = make_tokenizer(meta['tokenizer']).token_bytes
-    if 'max_id' in meta:
-        return meta
-    files = [folder / file['name'] for split in meta['splits'].values() for file in split['files']]
-    stamp = [[path.stat().st_size, path.stat().st_mtime_ns] for path in files if path.exists()]
-    scan = folder / 'max_id.json'
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        old = json.loads(scan.read_text())
-        if old['stamp'] == stamp:
-            return dict(meta, max_id=old['max_id'])
-    dtype = DTYPES[meta['dtype']]
-    blocks = (block for path in files if path.exists() for block in read_blocks(path, dtype))
-    meta['max_id'] = max((int(block.max()) for block in blocks), default=0)
-    with contextlib.suppress(OSError):  # a folder that cannot be written is scanned again
-        scan.write_text(json.dumps(dict(max_id=meta['max_id'], stamp=stamp)))
+    if 'max_id' not in meta:
+        meta['max_id'] = find_max_id(folder, meta)
     return meta
 
 
-def read_blocks(path, dtype, count=2**24):
-    with open(path, 'rb') as file:
-        while len(block := np.fromfile(file, dtype, count)):
-            yield block
+def read_meta_json(path):
+    """Returns the dict in a meta.json. Raises UserError if it is broken or has too few keys."""
+    try:
+        meta = json.loads(path.read_text())
+        missing = {'vocab_size', 'dtype', 'tokenizer', 'splits'} - set(meta)
+    except ValueError as error:
+        raise UserError(f'{path} is broken ({error}): prepare the data again') from None
+    if missing:
+        raise UserError(f'{path} has no {", ".join(sorted(missing))}: prepare the data again')
+    return meta
+
+
+def find_max_id(folder, meta):
+    """Returns the largest token id in a data set's files, which max_id.json keeps for the next time."""
+    paths = [folder / file['name'] for split in meta['splits'].values() for file in split['files']]
+    paths = [path for path in paths if path.exists()]
+    stamp = [[path.stat().st_size, path.stat().st_mtime_ns] for path in paths]
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        saved = json.loads((folder / 'max_id.json').read_text())
+        if saved['stamp'] == stamp:
+            return saved['max_id']
+    max_id = 0
+    for path in paths:
+        with open(path, 'rb') as file:
+            while len(ids := np.fromfile(file, DTYPES[meta['dtype']], SCAN_TOKENS)):
+                max_id = max(max_id, int(ids.max()))
+    with contextlib.suppress(OSError):  # a folder that cannot be written is searched again
+        (folder / 'max_id.json').write_text(json.dumps(dict(max_id=max_id, stamp=stamp)))
+    return max_id
+
+
+# -----------------------------------------------------------------------------
+# the windows of a split
+
+
+def ceil_div(a, b):
+    """Returns a / b, rounded up to an integer."""
+    return -(-a // b)
 
 
 class Split:
-    """The windows of one split: block_size tokens and the tokens that follow them.
+    """The windows of one split. A window has T = block_size tokens and the T tokens that follow them.
 
-    Raises ValueError for files that are missing or not as long as meta.json says, a split too short for one
-    window, and ids that are not below vocab_size.
+    vocab_size: of the model; every id must be below it. Raises UserError for files that are missing or not
+    as long as meta.json says, a split too short for one window, and ids that are too large.
     """
 
     def __init__(self, folder, meta, name, block_size, vocab_size):
         if name not in meta['splits']:
             splits = ', '.join(meta['splits'])
             raise UserError(f'the data set {Path(folder).name} has no {name} split, only {splits}')
-        self.T, self.vocab_size = block_size, vocab_size
+        files = meta['splits'][name]['files']
+        self.block_size, self.vocab_size = block_size, vocab_size
         self.dtype = DTYPES[meta['dtype']]
-        self.files = [Path(folder) / file['name'] for file in meta['splits'][name]['files']]
-        self.tokens = np.array([file['tokens'] for file in meta['splits'][name]['files']])
+        self.files = [Path(folder) / file['name'] for file in files]
+        self.tokens = np.array([file['tokens'] for file in files])  # of each file
         self.masks = [path.with_suffix('.mask') for path in self.files]
-        self.masked = any(path.exists() for path in self.masks)
-        for path, tokens in zip(self.files, self.tokens, strict=True):
-            self.expect_size(path, tokens * self.dtype.itemsize)
-        for path, tokens in zip(self.masks if self.masked else (), self.tokens, strict=self.masked):
-            self.expect_size(path, tokens)
-        row = meta.get('row_len')
-        if row and block_size != row - 1:
-            raise UserError(f'block_size={block_size}, expected {row - 1}: the data is rows of {row} tokens')
-        if self.tokens.max() <= block_size:
-            fits = f'{self.tokens.max()} tokens, a window needs block_size + 1'
-            raise UserError(f'block_size={block_size} is too long for {self.files[0]}: it has {fits}')
-        self.check_ids(meta['max_id'], Path(folder).name)
-        self.step, self.stride = row or 1, row or block_size  # between windows, of training and of evaluation
-        self.starts = np.maximum(0, (self.tokens - block_size - 1) // self.step + 1)  # for training, per file
-
-    def expect_size(self, path, size):
-        found = path.stat().st_size if path.exists() else 'no'
-        if found != size:
-            raise UserError(f'{path} has {found} bytes, meta.json says {size}: prepare the data again')
-
-    def check_ids(self, largest, where, same_on_all_ranks=True):
-        if largest >= self.vocab_size:
-            mistake = UserError(
-                f'vocab_size={self.vocab_size}, expected at least {largest + 1}: {where} has the id {largest}'
+        self.masked = any('mask_sha256' in file for file in files) or any(
+            mask.exists() for mask in self.masks
+        )
+        for path, mask, tokens in zip(self.files, self.masks, self.tokens, strict=True):
+            self.check_size(path, tokens * self.dtype.itemsize)
+            if self.masked:
+                self.check_size(mask, tokens)
+        row_len = meta.get('row_len')
+        if row_len and block_size != row_len - 1:
+            raise UserError(
+                f'block_size={block_size}, expected {row_len - 1}: the data is rows of {row_len} tokens'
             )
-            mistake.same_on_all_ranks = same_on_all_ranks
-            raise mistake
+        if self.tokens.max() <= block_size:
+            raise UserError(
+                f'block_size={block_size} is too long for {self.files[0]}: '
+                f'it has {self.tokens.max()} tokens, a window needs block_size + 1'
+            )
+        self.check_ids(meta['max_id'], Path(folder).name)
+        # training windows start at any token, evaluation windows end to end; rows are taken whole in both
+        self.train_step, self.eval_step = row_len or 1, row_len or block_size
+        self.train_windows = np.maximum(0, (self.tokens - block_size - 1) // self.train_step + 1)  # per file
 
-    def window(self, file, start):
-        """Inputs and targets, each (T,) int64; past the file's end and where its mask is 0 targets are -1."""
-        offset = start * self.dtype.itemsize
-        ids = np.fromfile(self.files[file], self.dtype, self.T + 1, offset=offset).astype(np.int64)
-        self.check_ids(
-            ids.max(), self.files[file], same_on_all_ranks=False
-        )  # perhaps only this rank draws it
-        x, y = np.zeros(self.T, np.int64), np.full(self.T, -1)
-        n = len(ids) - 1
-        x[:n], y[:n] = ids[:-1], ids[1:]
-        if self.masked:
-            y[:n][np.fromfile(self.masks[file], np.uint8, n, offset=start + 1) == 0] = -1
-        return x, y
+    def check_size(self, path, size):
+        """Raises UserError unless the file has `size` bytes."""
+        actual = path.stat().st_size if path.exists() else 'no'
+        if actual != size:
+            raise UserError(f'{path} has {actual} bytes, meta.json says {size}: prepare the data again')
 
-    def draw(self, rng, n):
-        """n windows drawn from all of the split by a numpy Generator, as inputs and targets (n, T)."""
-        ends = np.cumsum(self.starts)
-        picks = rng.integers(ends[-1], size=n)
-        files = np.searchsorted(ends, picks, side='right')
-        starts = (picks - ends[files] + self.starts[files]) * self.step
-        return self.stack(zip(files, starts, strict=True), n)
+    def check_ids(self, largest, source, same_on_all_ranks=True):
+        """Raises UserError if the largest id of a source is not below vocab_size."""
+        if largest >= self.vocab_size:
+            error = UserError(
+                f'vocab_size={self.vocab_size}, expected at least {largest + 1}: '
+                f'{source} has the id {largest}'
+            )
+            error.same_on_all_ranks = same_on_all_ranks
+            raise error
 
-    def fixed(self, n=None):
-        """(file, start) of the windows for evaluation: end to end through the split, or n evenly spread."""
-        counts = np.maximum(0, -((1 - self.tokens) // self.stride))  # with one target at least
-        ends = np.cumsum(counts)
-        n = ends[-1] if n is None else min(n, ends[-1])
-        picks = np.arange(n) * ends[-1] // max(1, n)
-        files = np.searchsorted(ends, picks, side='right')
-        starts = (picks - ends[files] + counts[files]) * self.stride
+    def locate(self, numbers, windows, step):
+        """Returns the (file, start) of windows given by number, counted through the files.
+
+        windows: how many each file has; step: tokens between the starts of two of them.
+        """
+        ends = np.cumsum(windows)
+        files = np.searchsorted(ends, numbers, side='right')
+        starts = (numbers - (ends - windows)[files]) * step
         return list(zip(files.tolist(), starts.tolist(), strict=True))
 
-    def stack(self, windows, n):
-        """The windows as (n, T) inputs and targets, filled up with targets -1."""
-        xs, ys = np.zeros((n, self.T), np.int64), np.full((n, self.T), -1)
-        for i, (file, start) in enumerate(windows):
-            xs[i], ys[i] = self.window(file, start)
-        return xs, ys
+    def draw(self, rng, n):
+        """Draws n training windows with a numpy Generator. Returns inputs and targets, each (n, T) int64."""
+        numbers = rng.integers(self.train_windows.sum(), size=n)
+        return self.read_windows(self.locate(numbers, self.train_windows, self.train_step), n)
+
+    def eval_windows(self, n=None):
+        """Returns the (file, start) of the evaluation windows: all, end to end, or n of them evenly spread.
+
+        A file's last window may be shorter than T, but has at least one target.
+        """
+        windows = np.maximum(0, ceil_div(self.tokens - 1, self.eval_step))  # per file
+        total = windows.sum()
+        n = total if n is None else min(n, total)
+        return self.locate(np.arange(n) * total // max(1, n), windows, self.eval_step)
+
+    def read_windows(self, windows, n):
+        """Reads windows given as (file, start). Returns inputs and targets, each (n, T) int64.
+
+        Rows past the last window have inputs 0 and targets -1.
+        """
+        inputs = np.zeros((n, self.block_size), np.int64)
+        targets = np.full((n, self.block_size), -1)
+        for row, (file, start) in enumerate(windows):
+            inputs[row], targets[row] = self.read_window(file, start)
+        return inputs, targets
+
+    def read_window(self, file, start):
+        """Reads one window. Returns inputs and targets, each (T,) int64.
+
+        Targets are -1 where the mask is 0, and past the end of the file.
+        """
+        T = self.block_size
+        ids = np.fromfile(self.files[file], self.dtype, T + 1, offset=start * self.dtype.itemsize)
+        ids = ids.astype(np.int64)  # (T + 1,), fewer at the end of the file
+        self.check_ids(ids.max(), self.files[file], same_on_all_ranks=False)  # other ranks read other windows
+        inputs, targets = np.zeros(T, np.int64), np.full(T, -1)
+        n = len(ids) - 1
+        inputs[:n], targets[:n] = ids[:-1], ids[1:]
+        if self.masked:  # targets[i] is token start + i + 1, and so is its place in the mask
+            counts = np.fromfile(self.masks[file], np.uint8, n, offset=start + 1)
+            targets[:n][counts == 0] = -1
+        return inputs, targets

@@ -1,9 +1,8 @@
 """
-The machine a script runs on: device, precision, compilation, ranks, peak FLOP/s and memory.
+The machine that a script runs on: device, precision, compilation, peak FLOP/s, memory, and signals.
 """
 
 import contextlib
-import functools
 import math
 import os
 import re
@@ -11,54 +10,58 @@ import resource
 import signal
 import sys
 import time
-import types
+from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
 from nanoloop import LOCAL_RANK, RANK, WORLD
 from nanoloop.checks import check
-from nanoloop.parallel import largest_of_ranks
+from nanoloop.parallel import choose_backend, join, max_over_ranks
 
+KINDS = ('cuda', 'mps', 'cpu')  # of devices; device=auto takes the first one that the machine has
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
+
+# -----------------------------------------------------------------------------
+# choices that a key can leave to the program: each function returns (the choice, why)
 
 
 def choose_device(device):
-    """The torch.device for a key's value, and why. Raises ValueError for one that is not there."""
+    """Returns (torch.device, why) for the key `device`. Raises UserError if this machine does not have it."""
+    why = 'asked for'
     if device == 'auto':
-        found = [kind for kind in ('cuda', 'mps') if getattr(torch, kind).is_available()]
-        device, why = (found or ['cpu'])[0], 'auto'
-    else:
-        why = 'asked for'
-    try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        kind = None
-    check(kind in ('cuda', 'mps', 'cpu'), 'device', device, 'auto, cpu, cuda, cuda:N or mps')
-    check(
-        kind == 'cpu' or getattr(torch, kind).is_available(),
-        'device',
-        device,
-        f'a device of this machine, it has no {kind}',
-    )
+        device, why = next(kind for kind in KINDS if is_available(kind)), 'auto'
+    kind = kind_of(device)
+    check(kind in KINDS, 'device', device, 'auto, cpu, cuda, cuda:N or mps')
+    check(is_available(kind), 'device', device, f'a device of this machine, it has no {kind}')
     check(WORLD == 1 or device in ('cuda', 'cpu'), 'device', device, 'cuda or cpu for several processes')
-    local = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-    gpus = torch.cuda.device_count()
-    check(kind == 'cpu' or local == 1 or local <= gpus, 'nproc_per_node', local, f'at most the {gpus} GPUs')
+    return choose_gpu(device) if kind == 'cuda' else torch.device(device), why
+
+
+def kind_of(device):
+    """Returns cuda for 'cuda:1', and None for a name that torch does not know."""
+    try:
+        return torch.device(device).type
+    except RuntimeError:
+        return None
+
+
+def is_available(kind):
+    return kind == 'cpu' or getattr(torch, kind).is_available()
+
+
+def choose_gpu(device):
+    """Returns the torch.device of a GPU: of this process for 'cuda', the given one for 'cuda:N'."""
+    gpus, processes = torch.cuda.device_count(), int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    check(processes == 1 or processes <= gpus, 'nproc_per_node', processes, f'at most the {gpus} GPUs')
     if device == 'cuda':
         device = f'cuda:{LOCAL_RANK}'
-    found = torch.device(device)
-    check(
-        kind != 'cuda' or (found.index or 0) < torch.cuda.device_count(),
-        'device',
-        device,
-        f'below cuda:{torch.cuda.device_count()}',
-    )
-    return found, why
+    gpu = torch.device(device)
+    check((gpu.index or 0) < gpus, 'device', device, f'below cuda:{gpus}')
+    return gpu
 
 
 def choose_dtype(dtype, kind):
-    """The dtype of matrix products, and why: bfloat16 where the hardware has it, also on CPUs."""
+    """Returns (dtype of matrix products, why). auto takes bfloat16 where the GPU or the CPU has it."""
     check(dtype in ('auto', *DTYPES), 'dtype', dtype, f'one of auto, {", ".join(DTYPES)}')
     if dtype != 'auto':
         return DTYPES[dtype], 'asked for'
@@ -70,43 +73,52 @@ def choose_dtype(dtype, kind):
     return torch.float32, f'no fast bfloat16 on this {kind}'
 
 
-def autocast(kind, dtype):
-    """The context in which matrix products run in dtype.
+def choose_compile(compile, kind, work):
+    """Returns (whether to compile, why): with auto, where a compiler works and the run is long enough to pay.
 
-    Without torch's cache of cast weights: it would sum the gradient of a head in chunks in the low precision,
-    and reuse what was cast without a graph in the iterations before the last bptt_k.
+    work: the numbers that will pass through the layers, tokens * layers * n_embd.
+    """
+    check(compile in ('auto', True, False), 'compile', compile, 'True, False or auto')
+    if compile == 'auto' and kind == 'mps':
+        return False, 'not tried on mps'
+    if compile == 'auto' and kind == 'cpu' and work < 5e8:  # 2 cores gain 20 to 30 ns per number
+        return False, 'so short a run does not pay for it'
+    if not compile:
+        return False, 'asked for'
+    fault = compiler_fault(kind)
+    check(compile == 'auto' or not fault, 'compile', True, f'False: {fault}')
+    return not fault, fault or 'torch.compile works here'
+
+
+def compiler_fault(kind):
+    """Returns why torch.compile does not work on a kind of device, None if it works."""
+    from torch._inductor import config as inductor  # half a second, which only compiling needs
+
+    # Probing whether the C++ compiler supports this CPU's vector instructions takes 6 s. So assume first that
+    # it does (True). If compiling then fails, let inductor probe (None).
+    for vector_instructions in (True, None):
+        inductor.cpp.vec_isa_ok = vector_instructions
+        try:
+            torch.compile(torch.relu)(torch.ones(8, device=kind))
+            return None
+        except Exception as error:  # no C++ compiler, no Python headers, no triton: torch raises many types
+            fault = (str(error).strip() or type(error).__name__).splitlines()[0][:100]
+    return fault
+
+
+def autocast(kind, dtype):
+    """Returns the context in which matrix products run in dtype.
+
+    It goes without torch's cache of cast weights. With it the gradient of a head computed in chunks would be
+    summed in the low precision, and weights that were cast where no graph is recorded, in the loops before
+    the last bptt_k, would be used again where one is.
     """
     low = dtype != torch.float32
     return torch.autocast(kind, dtype=dtype if low else torch.bfloat16, enabled=low, cache_enabled=False)
 
 
-def compiler_fault(kind):
-    """Why torch.compile does not work here, None if it does."""
-    from torch._inductor import config as inductor  # half a second that only compiling needs
-
-    for trust in (True, None):  # that the C++ compiler knows the CPU's instructions: trying takes 6 s
-        try:
-            inductor.cpp.vec_isa_ok = trust
-            torch.compile(torch.relu)(torch.ones(8, device=kind))
-            return None
-        except Exception as error:  # no C++ compiler, no Python headers, no triton, ...: many types
-            fault = str(error).strip().splitlines()[0][:100]
-    return fault
-
-
-def choose_compile(compile, kind, work):
-    """Whether to compile the blocks, and why: where a compiler works and the run is long enough to pay."""
-    check(compile in ('auto', True, False), 'compile', compile, 'True, False or auto')
-    short = kind == 'cpu' and work < 5e8  # 2 cores win 20 to 30 ns per element
-    if compile == 'auto' and (kind == 'mps' or short):
-        return False, 'not tried on mps' if kind == 'mps' else 'so short a run does not pay for it'
-    fault = compiler_fault(kind) if compile else 'asked for'
-    check(compile != True or not fault, 'compile', True, f'False: {fault}')  # noqa: E712, auto is no True
-    return not fault, fault or 'torch.compile works here'
-
-
 def compile_step(function, device):
-    """Returns the compiled function, for one that is called once per generated token."""
+    """Returns the function compiled, for one that is called once per generated token."""
     return torch.compile(function, options={'cpp_wrapper': device.type == 'cpu'})
 
 
@@ -115,9 +127,9 @@ ONEDNN_MIN_TOKENS = 3
 
 @contextlib.contextmanager
 def onednn_for(n_tokens):
-    """Switches oneDNN off for fewer than ONEDNN_MIN_TOKENS tokens.
+    """Switches oneDNN off for fewer than ONEDNN_MIN_TOKENS tokens, while the block runs.
 
-    On CPUs matrix products of a single bfloat16 token are then 1.5 times as fast.
+    On a CPU matrix products of a single bfloat16 token are then 1.5 times as fast.
     """
     before = torch.backends.mkldnn.enabled
     torch.backends.mkldnn.enabled = before and n_tokens >= ONEDNN_MIN_TOKENS
@@ -127,108 +139,188 @@ def onednn_for(n_tokens):
         torch.backends.mkldnn.enabled = before
 
 
-# dense bfloat16 FLOP/s by a part of the device's name, the more special first; from the makers' data sheets
+# -----------------------------------------------------------------------------
+# what a machine can do
+
+# dense bfloat16 FLOP/s by a part of the device's name, the more special name first; from the data sheets
+# fmt: off
 PEAK_FLOPS = {
-    'B200': 2250e12,
-    'GH200': 989e12,
-    'H200 NVL': 835e12,
-    'H200': 989e12,
-    'H100 NVL': 835e12,
-    'H100 PCIe': 756e12,
-    'H100': 989e12,
-    'A100': 312e12,
-    'L40S': 362e12,
-    'L4': 121e12,
-    'A10G': 70e12,
-    'RTX 4090': 165e12,
-    'RTX 3090': 71e12,
-    'V100': 125e12,
-    'T4': 65e12,
+    'B200': 2250e12, 'GH200': 989e12, 'H200 NVL': 835e12, 'H200': 989e12,
+    'H100 NVL': 835e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'A100': 312e12, 'V100': 125e12,
+    'L40S': 362e12, 'L4': 121e12, 'A10G': 70e12, 'T4': 65e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12,
 }
+# fmt: on
 
 
 def peak_flops(m):
-    """FLOP/s of matrix products at the dtype of the run, None where the table does not know."""
+    """Returns the FLOP/s of matrix products in m.dtype, None if PEAK_FLOPS does not have the device."""
     if m.kind != 'cuda' or m.dtype == torch.float32:
         return None
     name = torch.cuda.get_device_name(m.device)
-    if re.search(r'\b(MIG|Laptop|Ti|SUPER|D)\b', name):  # parts and relatives of the cards below
+    if re.search(r'\b(MIG|Laptop|Ti|SUPER|D)\b', name):  # a part or a relative of a card in the table
         return None
     return next((peak for part, peak in PEAK_FLOPS.items() if re.search(rf'\b{part}\b', name)), None)
 
 
 def peak_memory(m):
-    """Bytes: of the device's allocator on CUDA, else of the process."""
+    """Returns the most bytes used so far: on a GPU by torch's allocator, elsewhere by the process."""
     if m.kind == 'cuda':
         return torch.cuda.max_memory_allocated(m.device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+    unit = 1 if sys.platform == 'darwin' else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+# -----------------------------------------------------------------------------
+# the machine of a run
+
+
+@dataclass
+class Machine:
+    """Where and how a run computes, as setup has decided."""
+
+    rank: int  # this process's number, 0 for the one that prints and saves
+    world: int  # number of processes
+    device: torch.device
+    kind: str  # of the device: cuda, mps or cpu
+    dtype: torch.dtype  # of matrix products
+    cpu_group: object = None  # process group through which the ranks' CPUs talk, None for one process
+    compile: bool = False  # whether to compile the blocks
+    peak: float | None = None  # FLOP/s of matrix products, None if unknown
+    line: str = ''  # what was chosen, and why, in words
+
+    def autocast(self):
+        """Returns the context in which matrix products run in self.dtype."""
+        return autocast(self.kind, self.dtype)
+
+    def identity(self):
+        """Returns what must be the same for a resumed run to be bit-exact."""
+        version = str(torch.__version__)
+        return dict(
+            device=self.kind, dtype=str(self.dtype), compile=self.compile, processes=self.world, torch=version
+        )
+
+    def to_device(self, tensor):
+        """Returns a CPU tensor's copy on the device. On a GPU the host does not wait for it."""
+        if self.kind == 'cuda':
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor.to(self.device)
+
+    def scaler(self):
+        """Returns a GradScaler, which float16 needs. With another dtype it changes nothing."""
+        return torch.amp.GradScaler(self.kind, enabled=self.dtype == torch.float16)
 
 
 def setup(config, work=math.inf):
-    """Joins the process group and settles where and how to compute; config: TrainConfig's part `machine`.
+    """Decides where and how to compute, seeds torch, joins the process group. Returns the Machine.
 
-    work: elements that will pass through the layers, which decides whether compiling pays. Returns a
-    namespace: device, kind, dtype, compile, peak (FLOP/s or None), autocast (a context), rank, world,
-    cpu_group (where ranks agree), and line (what was chosen, and why).
+    config: has the keys of train.py's section `machine`. work: see choose_compile. Raises UserError for what
+    this machine cannot do.
     """
-    m = types.SimpleNamespace(rank=RANK, world=WORLD, cpu_group=None)
-    m.device, why_device = choose_device(config.device)
-    m.kind = m.device.type
-    m.dtype, why_dtype = choose_dtype(config.dtype, m.kind)
-    backend = {'cuda': 'nccl'}.get(m.kind, 'gloo') if config.backend == 'auto' else config.backend
-    check(backend in ('gloo', 'nccl'), 'backend', backend, 'auto, gloo or nccl')
-    check(backend != 'nccl' or m.kind == 'cuda', 'backend', backend, f'gloo, nccl does not work on {m.kind}')
+    device, why_device = choose_device(config.device)
+    dtype, why_dtype = choose_dtype(config.dtype, device.type)
+    m = Machine(RANK, WORLD, device, device.type, dtype)
+    backend = choose_backend(config.backend, m.kind)
     if m.kind == 'cuda':
-        torch.cuda.set_device(m.device)
+        torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')  # TensorFloat-32, as in nanoGPT
     if config.deterministic:
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
         torch.use_deterministic_algorithms(True)
-    if WORLD > 1:
-        dist.init_process_group(backend)
-        m.cpu_group = dist.new_group(backend='gloo')
+    join(m, backend)
     m.peak = config.peak_flops or peak_flops(m)
     m.compile, why_compile = choose_compile(config.compile, m.kind, work)
-    if m.compile:  # all blocks count against one limit, and beyond it dynamo would run eagerly without a word
+    if m.compile:
+        # all blocks share one limit of recompilations; at the limit dynamo would silently stop compiling
         torch._dynamo.config.recompile_limit = 64
         torch._dynamo.config.fail_on_recompile_limit_hit = True
     torch.manual_seed(config.seed)
-    m.autocast = functools.partial(autocast, m.kind, m.dtype)
-    name = f' {torch.cuda.get_device_name(m.device)}' if m.kind == 'cuda' else ''
+    name = f' {torch.cuda.get_device_name(device)}' if m.kind == 'cuda' else ''
+    through = f' ({backend})' if WORLD > 1 else ''
     m.line = (
-        f'device: {m.device}{name} ({why_device}), dtype: {str(m.dtype)[6:]} ({why_dtype}), '
-        f'compile: {m.compile} ({why_compile}), processes: {WORLD}' + (f' ({backend})' if WORLD > 1 else '')
+        f'device: {device}{name} ({why_device}), dtype: {str(dtype)[6:]} ({why_dtype}), '
+        f'compile: {m.compile} ({why_compile}), processes: {WORLD}{through}'
     )
     return m
 
 
-class Signals:
-    """SIGTERM and SIGINT raise a flag, read where the run can be saved. Repeats are ignored, since torchrun
-    sends each several times to its workers; a Ctrl-C more than 2 s after the first signal kills."""
+# -----------------------------------------------------------------------------
+# signals
 
-    def __init__(self, m):
-        self.m, self.number, self.agreed, self.first = m, 0, 0, 0.0
+
+def signal_name(number):
+    """Returns SIGTERM for 15."""
+    return signal.Signals(number).name
+
+
+def exit_status(number):
+    """Returns the status of a process that a signal has ended, as a shell reports it."""
+    return 128 + number
+
+
+@contextlib.contextmanager
+def exit_on_sigterm():
+    """While it is entered, SIGTERM raises SystemExit, as a Ctrl-C raises KeyboardInterrupt."""
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(exit_status(number)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class Signals:
+    """Notes SIGTERM and SIGINT while it is entered, so that a run can save before it ends: see stopped().
+
+    Further signals are ignored, because torchrun sends each several times to its workers. But a Ctrl-C more
+    than PATIENCE_S after the first signal ends the process at once.
+
+    say: a function of one string, which is told when a signal ended the run without a checkpoint.
+    """
+
+    NUMBERS = (signal.SIGTERM, signal.SIGINT)
+    PATIENCE_S = 2.0
+
+    def __init__(self, m, say=None):
+        self.m, self.say = m, say or (lambda text: None)
+        self.number = 0  # the first signal that this process got
+        self.agreed = 0  # the signal that some rank had got when stopped() was last called
+        self.since = 0.0  # when the first signal came, in seconds
 
     def __enter__(self):
-        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.handlers = {number: signal.signal(number, self.note) for number in self.NUMBERS}
         return self
 
-    def __exit__(self, kind, error, trace):
-        for number, handler in self.before.items():  # torchrun goes on sending until all workers have left
-            signal.signal(number, signal.SIG_IGN if self.agreed and self.m.world > 1 else handler)
-        if self.number and isinstance(error, Exception) and not isinstance(error, ValueError | OSError):
-            # the signal has reached a process that this one needs: a compiler, another rank
-            print(f'stopped by {signal.Signals(self.number).name} ({kind.__name__})', file=sys.stderr)
-            sys.exit(128 + self.number)
-
     def note(self, number, frame):
-        if self.number and number == signal.SIGINT and time.monotonic() - self.first > 2:
+        """Handles a signal."""
+        if not self.number:
+            self.number, self.since = number, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self.since > self.PATIENCE_S:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        if not self.number:
-            self.number, self.first = number, time.monotonic()
 
     def stopped(self):
-        """The signal that some rank got, 0 if none did. All ranks call this at the same places."""
-        self.agreed = largest_of_ranks(self.m, self.number)
+        """Returns the signal that some rank has got, 0 if none has. All ranks call it at the same places."""
+        self.agreed = max_over_ranks(self.m, self.number)
         return self.agreed
+
+    @contextlib.contextmanager
+    def may_break_the_compiler(self):
+        """While it is entered, an error that comes after a signal only ends the block: see stopped().
+
+        A Ctrl-C reaches all processes of a terminal, also a compiler that this one waits for. Compiling then
+        fails for no other reason than that the run is to stop. With several processes the error is raised,
+        because the other ranks are elsewhere in the program.
+        """
+        try:
+            yield
+        except Exception:
+            if self.m.world > 1 or not self.stopped():
+                raise
+
+    def __exit__(self, kind, error, trace):
+        silent = self.agreed and self.m.world > 1  # torchrun repeats the signal until all workers have left
+        for number, handler in self.handlers.items():
+            signal.signal(number, signal.SIG_IGN if silent else handler)
+        if self.number and isinstance(error, Exception) and not isinstance(error, ValueError | OSError):
+            # the same signal has ended a process that this one needs: a compiler or another rank
+            self.say(f'stopped by {signal_name(self.number)} ({kind.__name__})')
+            sys.exit(exit_status(self.number))

@@ -1,12 +1,15 @@
 """
-What a step trains on: an objective, which weighs the model's loss table, and a number of loops.
+What a step trains on: a loss rule, which weighs the model's loss table, and a number of loops.
 
     loss = sum over loops r and tokens t of  W[r, t] CE[r, t]   (+ a regulariser), per target that counts
 
-References: end, step, few: github.com/FuRuF-11/FullyLoopedTransformer; exit, gate: Ouro, arXiv:2510.25741;
-sampled loops: Huginn, arXiv:2502.05171; growing loops: github.com/LoopedLMs/looped_nanochat.
+A loss rule (OBJECTIVE) gives the loop axis of W. The token axis comes with the batch: padding and prompts
+weigh 0, answers weigh 1, sampled tokens weigh their advantage.
 
-Shapes: B sequences, T positions, R loops read out.
+References: end, step, few: github.com/FuRuF-11/FullyLoopedTransformer; exit, gate: Ouro, arXiv:2510.25741;
+drawn loops: Huginn, arXiv:2502.05171; growing loops: github.com/LoopedLMs/looped_nanochat.
+
+Shapes: B rows, T positions, R loops that are read out.
 """
 
 import functools
@@ -14,157 +17,212 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import nn
 
 from model import GPTConfig
 from nanoloop.checks import check
+from nanoloop.count import flops
+from nanoloop.randomness import random_generator
 
-SIGMA = 0.5  # of the logarithm of poisson's rate
-SHARPNESS, WORTH = 50.0, 0.005  # of the gate's label: how sure it is of an improvement beyond so many nats
+GATE_SLOPE, GATE_MIN_GAIN = 50.0, 0.005  # of the gate's label, see ouro_stage2; per nat, nats
+POISSON_SIGMA = 0.5  # standard deviation of the logarithm of poisson's rate
 
 # -----------------------------------------------------------------------------
-# objectives
+# loss rules
 
 
 def exit_distribution(gates):
-    """Probability to leave after each loop: p_r = g_r prod_{j<r} (1 - g_j); the last loop takes the rest.
+    """Returns the probability of exiting after each loop: p_r = g_r prod_{j<r} (1 - g_j).
 
-    gates: (R, B, T), probabilities to stop. Returns (R, B, T), summing to 1 over R. Source: Ouro, sec. 3.2.
+    The last loop takes what is left. gates: (R, B, T), the gate's probabilities in [0, 1]. Returns (R, B, T),
+    which sum to 1 over R. Source: Ouro, section 3.2.
     """
-    p, left = [], torch.ones_like(gates[0])
-    for gate in gates[:-1]:  # a cumprod would make the host wait in its backward pass
-        p, left = [*p, gate * left], left * (1 - gate)
-    return torch.stack([*p, left])
+    p, survival = [], torch.ones_like(gates[0])  # survival: the probability that no gate has exited yet
+    for gate in gates[:-1]:  # no cumprod: its backward pass makes the host wait for the device
+        p.append(gate * survival)
+        survival = survival * (1 - gate)
+    return torch.stack([*p, survival])
 
 
-def exit_loop(p):
-    """The expected loop of leaving, counted from 1: (B, T), of exit_distribution's p."""
-    return (torch.arange(1, len(p) + 1, device=p.device)[:, None, None] * p).sum(dim=0)
+def expected_exit_loop(p):
+    """Returns the mean loop of exiting, counted from 1, (B, T). p: (R, B, T), see exit_distribution."""
+    loop = torch.arange(1, len(p) + 1, device=p.device)[:, None, None]  # (R, 1, 1)
+    return (loop * p).sum(dim=0)
 
 
-def mean(ce, gates, c):
-    """The mean of the loops read out."""
+def mean_of_loops(ce, gates, loops, c):
     return ce.mean(dim=0), {}
 
 
-def expected(ce, gates, c):
-    """Ouro's stage I: the expectation over the learned exits, minus beta times their entropy."""
+def ouro_stage1(ce, gates, loops, c):
+    """The expectation of CE over the gate's exits, minus beta times the entropy of the exits."""
     p = exit_distribution(gates)
-    task, entropy = (p * ce).sum(dim=0), -torch.xlogy(p, p.clamp(min=1e-10)).sum(dim=0)
-    return task - c.beta * entropy, dict(task_loss=task, entropy=entropy, exit_loop=exit_loop(p))
+    task = (p * ce).sum(dim=0)
+    entropy = -torch.xlogy(p, p.clamp(min=1e-10)).sum(dim=0)
+    return task - c.beta * entropy, dict(task_loss=task, entropy=entropy, exit_loop=expected_exit_loop(p))
 
 
-def gate(ce, gates, c):
-    """Ouro's stage II: the gate learns to go on where the loss of its token falls by going on.
+def ouro_stage2(ce, gates, loops, c):
+    """The gate learns to go on where going on lowers the loss of its token.
 
-    Loop r = 2..R has the label sigmoid(SHARPNESS (ce_{r-1} - ce_r - WORTH)), improvements below 0 taken as 0,
-    for 1 - g_r, or with gate_ahead for 1 - g_{r-1}, which decides whether r is run. The sum over r is divided
-    by R, as in the paper.
+    The label of 1 - g_r, for r = 2..R, is sigmoid(GATE_SLOPE (gain - GATE_MIN_GAIN)) with the gain max(0,
+    ce_{r-1} - ce_r). With gate_ahead it is the label of 1 - g_{r-1}, which decides whether loop r is run. The
+    sum over r is divided by R, as in the paper.
     """
-    better = (ce[:-1] - ce[1:]).clamp(min=0)
-    label = torch.sigmoid(SHARPNESS * (better - WORTH))
+    gain = (ce[:-1] - ce[1:]).clamp(min=0)  # (R - 1, B, T)
+    label = torch.sigmoid(GATE_SLOPE * (gain - GATE_MIN_GAIN))
     g = (gates[:-1] if c.gate_ahead else gates[1:]).clamp(1e-7, 1 - 1e-7)
     loss = -(label * torch.log1p(-g) + (1 - label) * g.log()).sum(dim=0) / len(ce)
     p = exit_distribution(gates)
-    return loss, dict(task_loss=(p * ce).sum(dim=0), exit_loop=exit_loop(p))
+    return loss, dict(task_loss=(p * ce).sum(dim=0), exit_loop=expected_exit_loop(p))
 
 
-class Aim(NamedTuple):
-    """An objective."""
+class LossRule(NamedTuple):
+    """A weighting of the loss table's loops."""
 
-    rows: Callable  # n_loop -> the loops read out
-    loss: Callable  # (ce, gates, c) -> the loss of every token, (B, T), and what else to log, {name: (B, T)}
-    gated: bool = False  # it needs an exit gate, and two loops, and teaches it
-    frozen: bool = False  # it teaches nothing else
+    loops: Callable  # n_loop -> the loops that are read out, a tuple of indices from 0 on
+    # (ce (R, B, T), gates (R, B, T) or None, loops, c) -> the loss of every token (B, T), and what else to
+    # log, {name: (B, T)}; c: the run's keys
+    loss: Callable
+    trains_gate: bool = False  # it trains the exit gate, which must exist
+    trains_model: bool = True  # it trains everything else
+    min_loops: int = 1  # it means nothing with fewer loops
 
 
 OBJECTIVE = {
-    'end': Aim(lambda n: (n - 1,), mean),
-    'step': Aim(lambda n: tuple(range(n)), mean),
-    'few': Aim(lambda n: tuple(range(2 * n // 3, n)), mean),
-    'exit': Aim(lambda n: tuple(range(n)), expected, gated=True),
-    'gate': Aim(lambda n: tuple(range(n)), gate, gated=True, frozen=True),
+    'end': LossRule(lambda n: (n - 1,), mean_of_loops),
+    'step': LossRule(lambda n: tuple(range(n)), mean_of_loops),
+    'few': LossRule(lambda n: tuple(range(2 * n // 3, n)), mean_of_loops),
+    'exit': LossRule(lambda n: tuple(range(n)), ouro_stage1, trains_gate=True, min_loops=2),
+    'gate': LossRule(
+        lambda n: tuple(range(n)), ouro_stage2, trains_gate=True, trains_model=False, min_loops=2
+    ),
 }
 
 
-class Objective(nn.Module):
-    """The loss of a micro-batch and what else to log of it. Both are sums over the targets that count,
-    divided by all B T: with the same divisor everywhere, sums over micro-batches and ranks stay exact.
+def freeze(model, rule):
+    """Lets exactly those parameters require a gradient that a loss rule trains: DDP waits for all that do."""
+    for name, p in model.named_parameters():
+        p.requires_grad_(rule.trains_gate if name.startswith('exit_gate.') else rule.trains_model)
 
-    Only what the objective teaches asks for a gradient: DDP waits for all that are asked for.
+
+class TrainingLoss(nn.Module):
+    """Computes the loss of a micro-batch, and what else to log of it.
+
+    Both are sums over the targets that count, divided by B T: with the same divisor everywhere, sums over
+    micro-batches and ranks stay exact. The training step puts the number of targets that count in its place.
     """
 
     def __init__(self, model, c):
         super().__init__()
-        self.model, self.c, self.aim = model, c, OBJECTIVE[c.objective]
-        for name, p in model.named_parameters():
-            p.requires_grad_(self.aim.gated if name.startswith('exit_gate.') else not self.aim.frozen)
+        self.model, self.c, self.rule = model, c, OBJECTIVE[c.objective]
 
-    def forward(self, idx, targets, n_loop):
-        """idx, targets: (B, T), -1 = ignored. Returns the loss and {name: a number}, detached."""
-        if self.aim.frozen:
-            self.model.eval()  # loops are compared: dropout would be taken for improvement
-        rows = self.aim.rows(n_loop)
-        ce, gates = self.model.loss_table(idx, targets, n_loop, rows)
-        loss, more = self.aim.loss(ce, gates, self.c)
+    def forward(self, idx, targets, n_loop, weights=None):
+        """Returns the loss and {name: a number}, detached.
+
+        idx, targets: (B, T), -1 = ignored. weights: (B, T), what every token's loss is multiplied by;
+        negative ones push its probability down; None = 1. What else is logged is not weighted.
+        """
+        loops = self.rule.loops(n_loop)
+        ce, gates = self.model.loss_table(idx, targets, n_loop, loops)  # (R, B, T) each
+        loss, extra = self.rule.loss(ce, gates, loops, self.c)  # (B, T), {name: (B, T)}
+        if weights is not None:
+            loss = loss * weights
+        if len(loops) > 1:
+            extra |= {f'loss/loop_{i:02d}': nll for i, nll in zip(loops, ce, strict=True)}
 
         def share(x):
             return (x * (targets != -1)).sum() / targets.numel()
 
-        if len(rows) > 1:
-            more |= {f'loss/loop_{row:02d}': nll for row, nll in zip(rows, ce, strict=True)}
-        return share(loss), {name: share(x.detach()) for name, x in more.items()}
+        return share(loss), {name: share(x.detach()) for name, x in extra.items()}
+
+
+def training_flops(model, c, n_loop):
+    """Returns the FLOPs per token of a training step with n_loop loops."""
+    rule = OBJECTIVE[c.objective]
+    counted = flops(model, n_loop, len(rule.loops(n_loop)))
+    return sum(counted['training' if rule.trains_model else 'forward'].values())
 
 
 # -----------------------------------------------------------------------------
-# loops
+# the number of loops of a step
 
 
-def poisson(mean, random):
-    """Huginn's, with a heavy tail: 1 + Poisson(exp(tau)), tau ~ N(ln mean - SIGMA^2/2, SIGMA^2).
+def poisson(target, random):
+    """Draws Huginn's number of loops, which has a heavy tail: 1 + Poisson(exp(tau)).
 
-    Its expectation is mean + 1, its median below it: 4 of mean 4, 29 of mean 32.
+    tau ~ N(ln target - sigma^2 / 2, sigma^2). The expectation is target + 1 and the median below it: 4 for a
+    target of 4, 29 for one of 32.
     """
-    return 1 + random.poisson(math.exp(random.normal(math.log(mean) - SIGMA**2 / 2, SIGMA)))
+    generator = random()
+    tau = generator.normal(math.log(target) - POISSON_SIGMA**2 / 2, POISSON_SIGMA)
+    return 1 + generator.poisson(math.exp(tau))
 
 
-SAMPLING = {  # the loops of a step, (target, random) -> n, and the most of them by the target
-    'fixed': (lambda target, random: target, lambda target: target),
-    'uniform': (lambda target, random: random().integers(1, 2 * target), lambda target: 2 * target - 1),
-    'poisson': (lambda target, random: poisson(target, random()), lambda target: math.inf),
+def uniform(target, random):
+    """Draws from 1 to 2 target - 1."""
+    return random().integers(1, 2 * target)
+
+
+class LoopSampling(NamedTuple):
+    """How the number of loops of a step is drawn around a target."""
+
+    draw: Callable  # (target, random) -> the number of loops; random() makes the step's numpy Generator
+    largest: Callable  # target -> the largest number that can be drawn; an infinite one needs loop_max
+    fixed: bool = False  # nothing is drawn: loop_max has no meaning
+
+
+LOOP_SAMPLING = {
+    'fixed': LoopSampling(lambda target, random: target, lambda target: target, fixed=True),
+    'uniform': LoopSampling(uniform, lambda target: 2 * target - 1),
+    'poisson': LoopSampling(poisson, lambda target: math.inf),
+}
+# the share of n_loop that a step's target is, by how far the step is in the first loop_warmup steps, from 0
+# to 1
+LOOP_GROWTH = {
+    'linear': lambda progress: progress,
+    'sqrt': lambda progress: 1 - math.sqrt(1 - progress),
+    'late': lambda progress: 0.0,  # one loop, and n_loop from then on
 }
 
 
-def limited(n, c):
-    """n within what objective and loop_max allow."""
-    return min(max(n, 1 + OBJECTIVE[c.objective].gated), c.loop_max or math.inf)
+def growth_steps(c):
+    """Returns how many steps the number of loops grows; a loop_warmup below 1 is a share of max_iters."""
+    return c.loop_warmup * c.max_iters if c.loop_warmup < 1 else c.loop_warmup
+
+
+def limit_loops(n, c):
+    """Returns n, not below what the objective needs and not above loop_max."""
+    return min(max(n, OBJECTIVE[c.objective].min_loops), c.loop_max or math.inf)
 
 
 def loops_at(step, c):
-    """The number of loops of a step, the same on all ranks: a function of c and step alone.
-
-    Over the first loop_warmup steps the target grows from 1 to n_loop: n_loop (1 - sqrt(1 - step / W)).
-    """
-    target = c.n_loop
-    if step < c.loop_warmup:
-        target = max(1, math.ceil(target * (1 - math.sqrt(1 - step / c.loop_warmup))))
-    key = functools.partial(np.random.SeedSequence, (c.seed, step), spawn_key=(2,))  # 0 and 1 are a batch's
-    draw, _ = SAMPLING[c.loop_sampling]
-    return int(limited(draw(target, lambda: np.random.default_rng(key())), c))
+    """Returns the number of loops of a step: a function of c and step alone, so the same on all ranks."""
+    target, steps = c.n_loop, growth_steps(c)
+    if step < steps:
+        target = max(1, math.ceil(target * LOOP_GROWTH[c.loop_growth](step / steps)))
+    random = functools.partial(random_generator, c.seed, step, stream='loops')
+    return int(limit_loops(LOOP_SAMPLING[c.loop_sampling].draw(target, random), c))
 
 
 def check_loops(c, config):
-    """Raises ValueError if objective, loops and truncation do not go together; config: GPTConfig."""
-    aim, sampled, (_, most) = OBJECTIVE[c.objective], c.loop_sampling != 'fixed', SAMPLING[c.loop_sampling]
-    check(c.loop_max or c.loop_sampling != 'poisson', 'loop_max', c.loop_max, 'a number with poisson')
-    check(sampled or c.loop_max is None, 'loop_max', c.loop_max, f'None with loop_sampling={c.loop_sampling}')
-    check(c.n_loop > aim.gated, 'n_loop', c.n_loop, f'at least 2 with objective={c.objective}')
+    """Raises UserError if objective, number of loops and bptt_k do not go together.
+
+    c: the run's keys; config: the model's GPTConfig.
+    """
+    rule, sampling = OBJECTIVE[c.objective], LOOP_SAMPLING[c.loop_sampling]
+    bounded = sampling.largest(c.n_loop) < math.inf
+    check(c.loop_max or bounded, 'loop_max', c.loop_max, f'a number with loop_sampling={c.loop_sampling}')
+    meaningless = sampling.fixed and c.loop_max is not None
+    check(not meaningless, 'loop_max', c.loop_max, f'None with loop_sampling={c.loop_sampling}')
+    needed = f'at least {rule.min_loops} with objective={c.objective}'
+    check(c.n_loop >= rule.min_loops, 'n_loop', c.n_loop, needed)
     check((c.loop_max or c.n_loop) >= c.n_loop, 'loop_max', c.loop_max, f'at least n_loop={c.n_loop}')
-    check(not aim.gated or config.exit_gate, 'exit_gate', False, f'True with objective={c.objective}')
-    most = limited(most(c.n_loop), c)
-    read = most - aim.rows(most)[0]
-    wanted = f'None or at least {read}: objective={c.objective} reads out as many of {most} loops'
-    check(aim.frozen or config.bptt_k is None or config.bptt_k >= read, 'bptt_k', config.bptt_k, wanted)
-    GPTConfig(**dict(vars(config), n_loop=most))
+    check(not rule.trains_gate or config.exit_gate, 'exit_gate', False, f'True with objective={c.objective}')
+    most = limit_loops(sampling.largest(c.n_loop), c)
+    read = most - rule.loops(most)[0]  # the loops that must record a graph
+    expected = f'None or at least {read}: objective={c.objective} reads out that many of {most} loops'
+    enough = config.bptt_k is None or config.bptt_k >= read
+    check(enough or not rule.trains_model, 'bptt_k', config.bptt_k, expected)
+    GPTConfig(**dict(vars(config), n_loop=most))  # the model must accept the largest number of loops, too

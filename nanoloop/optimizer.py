@@ -1,94 +1,214 @@
 """
-How a step moves the weights: the optimizers, their groups, and the learning rate over a run.
+How a step moves the weights: the optimizers, their parameter groups, and the learning rate over a run.
 
-Muon is torch's, kellerjordan.github.io/posts/muon: one matrix per nn.Linear, so that queries, keys and values
-of c_attn are made orthogonal together, unlike in looped nanochat.
+An optimizer is an entry of OPTIMIZER. It takes the groups that it names, AdamW the others. Muon is torch's,
+kellerjordan.github.io/posts/muon: one matrix per nn.Linear, so that queries, keys and values of c_attn are
+orthogonalised together, unlike in looped nanochat.
 """
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
 from nanoloop.checks import check
 
-SCHEDULE = {  # share of the way from min_lr to learning_rate, `left` steps before the end of `warm` + `rest`
-    'cosine': lambda left, warm, rest, c: 0.5 * (1 - math.cos(math.pi * left / rest)),
-    'linear': lambda left, warm, rest, c: min(1.0, left / max(1e-9, c.warmdown_frac * (warm + rest))),
-}
-OPTIMIZER = ('adamw', 'muon')
-GROUPS = {  # the key of the learning rate, whether Muon may take it, whether it decays: beside Muon, else
-    'matrices': ('matrix_lr', True, True, True),
-    'injection': ('matrix_lr', True, False, False),  # it starts as the identity, which decay would forget
-    'embedding': ('embedding_lr', False, False, True),
-    'head': ('head_lr', False, False, True),
-    'gate': ('learning_rate', False, False, True),
-    'vectors': ('learning_rate', False, False, False),
-}
-PARTS = {
-    'inject': 'injection',
-    'wte': 'embedding',
-    'wpe': 'embedding',
-    'lm_head': 'head',
-    'exit_gate': 'gate',
-}
+# -----------------------------------------------------------------------------
+# the learning rate over a run
 
 
-def lr_at(step, c, end=None):
-    """The learning rate of a step; the first step is 0. end: the run's last step, None = max_iters."""
+def cosine(left, after_warmup, run, c):
+    return 0.5 * (1 - math.cos(math.pi * left / after_warmup))
+
+
+def linear(left, after_warmup, run, c):
+    return min(1.0, left / max(1e-9, c.warmdown_frac * run))
+
+
+# where the learning rate is between min_lr (0) and learning_rate (1), `left` steps before the end of a run of
+# `run` steps, of which `after_warmup` come after the warm-up
+SCHEDULE = {'cosine': cosine, 'linear': linear}
+
+
+def lr_at(step, c, last_step=None):
+    """Returns the learning rate of a step; the first step is 0. last_step: None = max_iters."""
     if step < c.warmup_iters:
         return c.learning_rate * (step + 1) / (c.warmup_iters + 1)
     if not c.decay_lr:
         return c.learning_rate
-    end = c.lr_decay_iters if c.lr_decay_iters is not None else c.max_iters if end is None else end
-    rest = max(1, end - c.warmup_iters)
-    share = SCHEDULE[c.lr_schedule](min(rest, max(0, end - step)), c.warmup_iters, rest, c)
+    if c.lr_decay_iters is not None:
+        last_step = c.lr_decay_iters
+    elif last_step is None:
+        last_step = c.max_iters
+    after_warmup = max(1, last_step - c.warmup_iters)
+    left = min(after_warmup, max(0, last_step - step))
+    share = SCHEDULE[c.lr_schedule](left, after_warmup, c.warmup_iters + after_warmup, c)
     return c.min_lr + share * (c.learning_rate - c.min_lr)
 
 
+# -----------------------------------------------------------------------------
+# parameter groups
+
+
+class Group(NamedTuple):
+    """A group of parameters."""
+
+    parts: tuple = ()  # weights of the model's Linear and Embedding layers of these names belong to it
+    lr_key: str = 'learning_rate'  # the key that holds its learning rate; if that is None, learning_rate is
+
+
+# biases, and what table entries add without naming a group (see LoopPart in model.py), are `vectors`
+GROUPS = {
+    'matrices': Group(('c_attn', 'c_fc', 'c_proj'), 'matrix_lr'),
+    'injection': Group(lr_key='matrix_lr'),  # it starts as the identity, which weight decay would forget
+    'embedding': Group(('wte', 'wpe'), 'embedding_lr'),
+    'head': Group(('lm_head',), 'head_lr'),
+    'gate': Group(('exit_gate',)),
+    'vectors': Group(),
+}
+
+
+def group_names(model):
+    """Returns {parameter's name: its group} of a model, each in exactly one.
+
+    Raises RuntimeError with the name of a parameter that belongs to no group, or for a module that names a
+    group or a parameter that does not exist.
+    """
+    part_groups = {part: name for name, group in GROUPS.items() for part in group.parts}
+    groups = {}
+    for prefix, module in model.named_modules():
+        dot = '.' if prefix else ''
+        if hasattr(module, 'entry') or hasattr(module, 'init'):  # made by a table's entry
+            inside, named = dict(module.named_parameters()), getattr(module, 'groups', {})
+            wrong = [name for name, group in named.items() if name not in inside or group not in GROUPS]
+            if wrong:
+                raise RuntimeError(
+                    f'groups of {type(module).__name__}: no parameter or group {", ".join(wrong)}'
+                )
+            for name in inside:  # what contains a module comes before it, and decides
+                groups.setdefault(f'{prefix}.{name}', named.get(name, 'vectors'))
+        for name, _ in module.named_parameters(recurse=False):
+            part = prefix.rpartition('.')[2]
+            group = 'vectors' if name == 'bias' else part_groups.get(part)
+            if group is None and prefix + dot + name not in groups:
+                raise RuntimeError(f'{prefix}{dot}{name} belongs to no group of nanoloop/optimizer.py')
+            groups.setdefault(prefix + dot + name, group)
+    return groups
+
+
+# -----------------------------------------------------------------------------
+# optimizers
+
+
+class Optimizer(NamedTuple):
+    """An optimizer: what it takes, and how it is made."""
+
+    build: Callable  # (parameter groups with lr and weight_decay, c) -> a torch.optim.Optimizer
+    takes: tuple  # the groups that it takes; AdamW takes the others
+    decays: tuple  # the groups that are decayed by weight_decay, in a run with this optimizer
+    scales_with_width: bool = True  # lr_width applies to its learning rates
+    before_step: Callable = lambda optimizer, step: None  # changes it before a step, by the step's number
+
+
+def adamw(groups, c):
+    options = dict(lr=c.learning_rate, betas=(c.beta1, c.beta2), eps=c.adam_eps, weight_decay=0.0)
+    return torch.optim.AdamW(groups, fused=True, **options)
+
+
+def muon(groups, c):
+    return torch.optim.Muon(groups, momentum=momentum_at(0), weight_decay=0.0)
+
+
 def momentum_at(step):
-    """Muon's momentum, rising over 300 steps as in FLT and looped nanochat."""
+    """Returns Muon's momentum, which rises over 300 steps as in FLT and looped nanochat."""
     return 0.85 + 0.1 * min(1.0, step / 300)
 
 
-def group_of(name, p):
-    """The group of a parameter, by its name."""
-    return PARTS.get(name.split('.')[-2], 'matrices') if p.dim() >= 2 else 'vectors'
+def raise_momentum(optimizer, step):
+    for group in optimizer.param_groups:
+        group['momentum'] = momentum_at(step)
+
+
+# fmt: off
+OPTIMIZER = {
+    'adamw': Optimizer(adamw, takes=tuple(GROUPS), decays=('matrices', 'embedding', 'head', 'gate')),
+    'muon': Optimizer(muon, takes=('matrices', 'injection'), decays=('matrices',), scales_with_width=False,
+                      before_step=raise_momentum),
+}
+# fmt: on
 
 
 def make_optimizers(model, c):
-    """([AdamW] or [Muon, AdamW], a line of text per group) for the parameters that ask for a gradient.
+    """Makes the optimizers of the parameters that require a gradient: c.optimizer, and AdamW for the rest.
 
-    A group's lr_ratio is its learning rate by c.learning_rate.
+    Returns them and a line of text per group. A group's lr_ratio is its learning rate by c.learning_rate.
+    Raises UserError for a key that would have no effect, RuntimeError for a parameter in no group.
     """
-    members, sides, lines = {name: [] for name in GROUPS}, {True: [], False: []}, []
+    chosen, names = OPTIMIZER[c.optimizer], group_names(model)
+    check(
+        c.head_lr is None or not model.config.tie_weights,
+        'head_lr',
+        c.head_lr,
+        'None with tie_weights: the head is the embedding',
+    )
+    members = {group: [] for group in GROUPS}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            members[group_of(name, p)].append(p)
-    muon = c.optimizer == 'muon'
-    own = c.head_lr is None or not model.config.tie_weights
-    check(own, 'head_lr', c.head_lr, 'None with tie_weights: the head is the embedding')
+            members[names[name]].append(p)
+    groups, lines = {chosen: [], OPTIMIZER['adamw']: []}, []
     for name, params in members.items():
-        key, takes, *decays = GROUPS[name]
-        lr = getattr(c, key) if getattr(c, key) is not None else c.learning_rate
-        if c.lr_width is not None and not (muon and takes):
+        if not params:
+            continue
+        rule = chosen if name in chosen.takes else OPTIMIZER['adamw']
+        lr = getattr(c, GROUPS[name].lr_key)
+        lr = c.learning_rate if lr is None else lr
+        if c.lr_width is not None and rule.scales_with_width:
             lr *= math.sqrt(c.lr_width / model.config.n_embd)
-        decay = c.weight_decay if decays[not muon] else 0.0
-        group = dict(params=params, weight_decay=decay, lr=lr, lr_ratio=lr / (c.learning_rate or 1.0))
-        if params:
-            sides[muon and takes].append(group)
-            count = f'{len(params)}, with {sum(p.numel() for p in params):,} parameters'
-            kind = 'decayed' if decay else 'non-decayed'
-            side = f'{name}, {"Muon" if muon and takes else "AdamW"}, learning rate {lr:g}'
-            lines.append(f'num {kind} parameter tensors: {count} ({side})')
-    adamw = dict(lr=c.learning_rate, betas=(c.beta1, c.beta2), eps=c.adam_eps, weight_decay=0.0, fused=True)
-    made = [torch.optim.Muon(sides[True], momentum=momentum_at(0), weight_decay=0.0)] if sides[True] else []
-    return made + ([torch.optim.AdamW(sides[False], **adamw)] if sides[False] else []), lines
+        decay = c.weight_decay if name in chosen.decays else 0.0
+        lr_ratio = lr / (c.learning_rate or 1.0)
+        groups[rule].append(dict(params=params, weight_decay=decay, lr=lr, lr_ratio=lr_ratio))
+        lines.append(describe_group(name, params, decay, rule, lr))
+    optimizers = []
+    for rule, param_groups in groups.items():
+        if param_groups:
+            optimizers.append(rule.build(param_groups, c))
+            optimizers[-1].before_step = rule.before_step
+    return optimizers, lines
+
+
+def describe_group(name, params, decay, rule, lr):
+    """Returns the line that is printed of a parameter group."""
+    kind = 'decayed' if decay else 'non-decayed'
+    count = f'{len(params)}, with {sum(p.numel() for p in params):,} parameters'
+    optimizer = next(optimizer for optimizer, entry in OPTIMIZER.items() if entry is rule)
+    return f'num {kind} parameter tensors: {count} ({name}, {optimizer}, learning rate {lr:g})'
 
 
 def set_rates(optimizers, step, lr):
-    """lr: of the step, for a group with the ratio 1."""
+    """Sets the learning rates of a step, and what else an optimizer changes.
+
+    lr: for a group with the ratio 1.
+    """
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group['lr'] = lr * group['lr_ratio']
-            if isinstance(optimizer, torch.optim.Muon):
-                group['momentum'] = momentum_at(step)
+        optimizer.before_step(optimizer, step)
+
+
+def load_optimizers(optimizers, state, c):
+    """Loads the optimizers' states; learning rates and the like are those of the current keys.
+
+    Raises UserError if the checkpoint's parameter groups are others.
+    """
+    saved = state['optimizer'] if isinstance(state['optimizer'], list) else [state['optimizer']]
+    sizes = [[len(group['params']) for group in part['param_groups']] for part in saved]
+    same = sizes == [[len(group['params']) for group in optimizer.param_groups] for optimizer in optimizers]
+    for key in ('optimizer', 'objective'):
+        old = state['config'].get(key)
+        expected = f'{old!r} as in the checkpoint, to go on; init_from=PATH takes its weights alone'
+        check(same or c[key] == old, key, c[key], expected)
+    for optimizer, part in zip(optimizers, saved, strict=True):
+        for old, new in zip(part['param_groups'], optimizer.param_groups, strict=True):
+            old.update(new | dict(params=old['params']))
+        optimizer.load_state_dict(part)

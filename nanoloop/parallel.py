@@ -1,31 +1,84 @@
 """
-Several processes: what ranks agree on.
+The processes of one run, its ranks: how they join, agree, and share gradients.
+
+m: a Machine (machine.py), of which rank, world (the number of processes) and cpu_group (the process group
+through which the CPUs of the ranks talk) are used. All ranks call these functions in the same order. Where
+there is one process, they do nothing.
 """
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from nanoloop.checks import check
 
 
-def largest_of_ranks(m, value, op=dist.ReduceOp.MAX):
-    """The largest of all ranks' integers, agreed on between CPUs: no device is waited for."""
+def choose_backend(backend, kind):
+    """Returns the backend in which gradients are reduced, for a key's value and a kind of device."""
+    if backend == 'auto':
+        return 'nccl' if kind == 'cuda' else 'gloo'
+    check(backend in ('gloo', 'nccl'), 'backend', backend, 'auto, gloo or nccl')
+    check(backend != 'nccl' or kind == 'cuda', 'backend', backend, f'gloo, nccl does not work on {kind}')
+    return backend
+
+
+def join(m, backend):
+    """Joins the process group of the run and sets m.cpu_group."""
+    if m.world > 1:
+        dist.init_process_group(backend)
+        m.cpu_group = dist.new_group(backend='gloo')
+
+
+def leave(m):
+    """Leaves the process group."""
+    if m.world > 1:
+        dist.destroy_process_group()
+
+
+def wrap(module, m):
+    """Returns module, for several processes in DDP: its gradients are then the mean over the ranks."""
+    if m.world == 1:
+        return module
+    wrapped = DistributedDataParallel(module)
+    wrapped.broadcast_buffers = False  # every rank computes the same ones: tables of noise and positions
+    return wrapped
+
+
+# -----------------------------------------------------------------------------
+# numbers and decisions, which go through the CPUs: no rank waits for a device
+
+
+def reduce_sum(m, tensor):
+    """Sums a CPU tensor over the ranks, in place, and returns it."""
+    if m.cpu_group is not None:
+        dist.all_reduce(tensor, group=m.cpu_group)
+    return tensor
+
+
+def max_over_ranks(m, value):
+    """Returns the largest of the ranks' integers. To call it is also to wait for all ranks."""
     if m.cpu_group is None:
         return value
-    value = torch.tensor([value])
-    dist.all_reduce(value, op=op, group=m.cpu_group)
-    return int(value)
+    tensor = torch.tensor([value])
+    dist.all_reduce(tensor, dist.ReduceOp.MAX, group=m.cpu_group)
+    return int(tensor)
 
 
-def sum_of_ranks(m, value):
-    return largest_of_ranks(m, value, dist.ReduceOp.SUM)
+def sum_over_ranks(m, value):
+    """Returns the sum of the ranks' integers."""
+    return int(reduce_sum(m, torch.tensor([value])))
 
 
-def on_first_rank(m, work):
-    """Calls work() on the first rank; if it fails, all ranks leave together."""
+def rank0_first(m, work):
+    """Calls work() on rank 0 while the others wait. If it fails there, all ranks end.
+
+    Rank 0 raises the error of work(), the others SystemExit with status 1.
+    """
     failure = None
     if m.rank == 0:
         try:
             work()
         except (ValueError, OSError) as error:
             failure = error
-    if largest_of_ranks(m, int(failure is not None)):
+    if max_over_ranks(m, int(failure is not None)):
         raise failure or SystemExit(1)

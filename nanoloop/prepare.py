@@ -1,141 +1,185 @@
 """
-Writes data sets: data/NAME/*.bin and meta.json, whole or not at all.
+Writes data sets, whole or not at all: the format is described in nanoloop/datasets.py. Needs no torch.
+
+    Writer        for token ids and masks, given document by document
+    write_text    for text files; nanoloop/hub.py is for the Hugging Face hub
 """
 
 import contextlib
-import fcntl
-import functools
 import hashlib
 import io
 import json
 import os
 import shutil
-import sys
 import urllib.request
-from argparse import ArgumentParser
-from itertools import islice
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 
-from nanoloop.checks import UserError
-from nanoloop.datasets import DTYPES
-from nanoloop.tokenizer import Tiktoken, read_text
+from nanoloop.checks import UserError, check
+from nanoloop.datasets import DTYPES, MOVING
+from nanoloop.files import lock_folder, replace_file, sync, sync_folder, write_json
+from nanoloop.tokenizer import read_text
 
 SHARD_TOKENS = 10**8
-
-
-GROUP = 8192  # documents between two saves of a preparation
+PIECE_CHARS = 2**22  # text encoded at a time, so that a large file needs little memory
 
 
 class Writer:
-    """Writes the token files of data/NAME: add() appends to a split, finish() moves the whole set into place.
+    """Writes a data set: add() appends documents to splits, finish() moves the whole set into its folder.
 
-    save(done) makes what was added durable; a new Writer for the same source and tokenizer goes on from
-    there, and done says how many of the source's documents that were.
+    Until then all files are in folder/unfinished. save(done) makes what was added durable; after an
+    interruption, a new Writer for the same source and tokenizer goes on from there, and its `done` says how
+    far that was. With resume=False it begins anew.
+
+    source: a JSON value for meta.json that says where the text is from. A shard gets no further document
+    once it has shard_tokens tokens. Raises UserError if another process prepares the same folder.
     """
 
-    def __init__(self, folder, tokenizer, source, shard_tokens=SHARD_TOKENS, anew=False):
-        self.folder, self.part = Path(folder), Path(folder) / 'unfinished'
+    def __init__(self, folder, tokenizer, source, shard_tokens=SHARD_TOKENS, resume=True):
+        self.folder, self.unfinished = Path(folder), Path(folder) / 'unfinished'
         self.tokenizer, self.shard_tokens = tokenizer, shard_tokens
         self.dtype_name = 'uint16' if len(tokenizer.token_bytes) <= 2**16 else 'uint32'
         self.dtype = DTYPES[self.dtype_name]
-        self.state = dict(source=source, tokenizer=tokenizer.dict, done=0, max_id=0, splits={})
+        self.files = {}  # (split, suffix): the open file of the split's last shard
+        # splits: the tokens in each shard of a split; masked: the splits that have masks
+        self.state = dict(source=source, tokenizer=tokenizer.spec, done=0, max_id=0, splits={}, masked=[])
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = open(self.folder / '.lock', 'w')
         try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.lock = lock_folder(self.folder)
         except BlockingIOError:
             raise UserError(f'{self.folder} is being prepared by another process') from None
-        if anew:
-            shutil.rmtree(self.part, ignore_errors=True)
+        if not resume:
+            shutil.rmtree(self.unfinished, ignore_errors=True)
+        self.unfinished.mkdir(parents=True, exist_ok=True)
+        self.load_state()
+
+    def load_state(self):
+        """Goes on from the last save of the same source and tokenizer: reopens its last shards."""
         with contextlib.suppress(OSError, ValueError, KeyError):
-            state = json.loads((self.part / 'state.json').read_text())
-            if (state['source'], state['tokenizer']) == (source, tokenizer.dict):
-                self.state = state
-        self.part.mkdir(parents=True, exist_ok=True)
-        self.files = {}
-        for split, shards in self.state['splits'].items():  # forget what was added after the last save
-            self.files[split] = open(self.shard(split, len(shards) - 1), 'r+b')
-            self.files[split].truncate(shards[-1] * self.dtype.itemsize)
-            self.files[split].seek(0, io.SEEK_END)
+            state = json.loads((self.unfinished / 'state.json').read_text())
+            if all(state[key] == self.state[key] for key in ('source', 'tokenizer')):
+                self.state.update(state)
+        for split, shards in self.state['splits'].items():
+            for suffix in self.suffixes(split):
+                file = open(self.shard(split, len(shards) - 1, suffix), 'r+b')
+                token_bytes = self.dtype.itemsize if suffix == '.bin' else 1
+                file.truncate(shards[-1] * token_bytes)  # cuts off what was added after the save
+                file.seek(0, io.SEEK_END)
+                self.files[split, suffix] = file
 
     @property
     def done(self):
+        """What the last save was given, 0 before the first."""
         return self.state['done']
 
-    def shard(self, split, i):
-        return self.part / f'{split}_{i:05d}.bin'
+    def suffixes(self, split):
+        """Returns the kinds of files that a split has."""
+        return ('.bin', '.mask') if split in self.state['masked'] else ('.bin',)
 
-    def add(self, split, ids):
-        """Appends one document's token ids (a sequence of integers), whole, to the split's last shard."""
-        ids = np.asarray(ids, dtype=self.dtype)
+    def shard(self, split, i, suffix):
+        """Returns the path of a split's shard number i until finish()."""
+        return self.unfinished / f'{split}_{i:05d}{suffix}'
+
+    def add(self, split, ids, mask=None):
+        """Appends a document, whole, to the split's last shard.
+
+        ids: a sequence of integers. mask: as many values, 1 = this token counts as a target, 0 = it does
+        not; without a mask every token counts. Raises UserError for a mask of another length or other values.
+        """
+        ids = np.asarray(ids, self.dtype)
+        if mask is not None:
+            mask = np.asarray(mask)
+            check(mask.shape == ids.shape, 'mask', mask.shape, f'the shape of the ids, {ids.shape}')
+            check(np.isin(mask, (0, 1)).all(), 'mask', np.unique(mask).tolist(), '0 or 1 for every token')
         shards = self.state['splits'].setdefault(split, [])
+        if mask is not None and split not in self.state['masked']:
+            self.add_mask_files(split)
         if not shards or shards[-1] >= self.shard_tokens:
-            if shards:
-                self.sync(self.files[split]).close()
-            self.files[split] = open(self.shard(split, len(shards)), 'wb')
-            shards.append(0)
-        self.files[split].write(ids.tobytes())
+            self.begin_shard(split)
+        self.files[split, '.bin'].write(ids.tobytes())
+        if split in self.state['masked']:
+            mask = np.ones(len(ids)) if mask is None else mask
+            self.files[split, '.mask'].write(mask.astype(np.uint8).tobytes())
         shards[-1] += len(ids)
         self.state['max_id'] = max(self.state['max_id'], int(ids.max(initial=0)))
 
-    def sync(self, file):
-        file.flush()
-        os.fsync(file.fileno())
-        return file
+    def begin_shard(self, split):
+        """Closes a split's last shard, if there is one, and opens the next."""
+        shards = self.state['splits'][split]
+        for suffix in self.suffixes(split):
+            if shards:
+                sync(self.files[split, suffix]).close()
+            self.files[split, suffix] = open(self.shard(split, len(shards), suffix), 'wb')
+        shards.append(0)
 
-    def write_json(self, path, value):
-        """Replaces path at once: a reader finds the old text or the new one."""
-        with open(f'{path}.tmp', 'w') as file:
-            json.dump(value, file)
-            self.sync(file)
-        os.replace(f'{path}.tmp', path)
+    def add_mask_files(self, split):
+        """Gives a split its mask files; in those of its shards so far every token counts."""
+        self.state['masked'].append(split)
+        for i, tokens in enumerate(self.state['splits'][split]):
+            file = open(self.shard(split, i, '.mask'), 'wb')
+            file.write(b'\1' * tokens)
+            self.files[split, '.mask'] = sync(file)  # the last one stays open
 
     def save(self, done):
+        """Makes everything added so far durable, together with done, a JSON value of the caller."""
         for file in self.files.values():
-            self.sync(file)
-        self.write_json(self.part / 'state.json', dict(self.state, done=done))
+            sync(file)
+        write_json(self.unfinished / 'state.json', dict(self.state, done=done))
         self.state['done'] = done
 
-    def finish(self, **more):
-        """Moves the files into place and writes meta.json last; more: further keys for it."""
+    def finish(self, say=None, **more):
+        """Moves the files into the folder and writes meta.json last. The writer cannot be used any more.
+
+        say: a function that is told the tokens of every split. more: further keys of meta.json.
+        """
         self.save(self.done)
-        splits, moves = {}, []
-        for split, shards in self.state['splits'].items():
-            self.files.pop(split).close()
-            several = len(shards) > 1
-            names = [f'{split}_{i:05d}.bin' if several else f'{split}.bin' for i in range(len(shards))]
-            moves += [(self.shard(split, i), self.folder / name) for i, name in enumerate(names)]
-            files = [
-                dict(name=name, tokens=tokens, sha256=sha256(self.shard(split, i)))
-                for i, (name, tokens) in enumerate(zip(names, shards, strict=True))
-            ]
-            splits[split] = dict(tokens=sum(shards), files=files)
-        (self.part / 'state.json').unlink()  # from here on an interrupted preparation begins anew
-        (self.folder / 'meta.json').unlink(missing_ok=True)  # the old set ends, the new begins with its own
-        for old, new in moves:
-            os.replace(old, new)
+        splits = {split: self.describe(split) for split in self.state['splits']}
+        self.move_files(splits)
         meta = dict(
             vocab_size=len(self.tokenizer.token_bytes),
             max_id=self.state['max_id'],
             dtype=self.dtype_name,
-            tokenizer=self.tokenizer.dict,
+            tokenizer=self.tokenizer.spec,
             token_bytes=self.tokenizer.token_bytes,
             splits=splits,
             source=self.state['source'],
         )
-        self.write_json(self.folder / 'meta.json', dict(meta, **more))
-        shutil.rmtree(self.part)
+        write_json(self.folder / 'meta.json', dict(meta, **more))
+        shutil.rmtree(self.unfinished)
         self.lock.close()
+        for split, values in splits.items() if say else ():
+            kind = self.tokenizer.spec['kind']
+            say(f'{self.folder.name}: {split} has {values["tokens"]:,} tokens ({kind})')
+
+    def describe(self, split):
+        """Returns the entry of a split in meta.json."""
+        shards, files = self.state['splits'][split], []
+        for i, tokens in enumerate(shards):
+            name = f'{split}_{i:05d}.bin' if len(shards) > 1 else f'{split}.bin'
+            files.append(dict(name=name, tokens=tokens, sha256=sha256(self.shard(split, i, '.bin'))))
+            if split in self.state['masked']:
+                files[-1]['mask_sha256'] = sha256(self.shard(split, i, '.mask'))
+        return dict(tokens=sum(shards), files=files)
+
+    def move_files(self, splits):
+        """Moves the shards to the names in splits, meta.json's entry; an earlier set there ends with this."""
+        (self.folder / MOVING).touch()
+        (self.unfinished / 'state.json').unlink()  # from here on an interrupted preparation begins anew
+        (self.folder / 'meta.json').unlink(missing_ok=True)
+        for path in self.folder.glob('*.mask'):  # of the earlier set: they do not fit the new tokens
+            path.unlink()
         for split, values in splits.items():
-            print(
-                f'{self.folder.name}: {split} has {values["tokens"]:,} tokens ({self.tokenizer.dict["kind"]})'
-            )
+            for i, file in enumerate(values['files']):
+                for suffix in self.suffixes(split):
+                    self.files[split, suffix].close()
+                    target = (self.folder / file['name']).with_suffix(suffix)
+                    os.replace(self.shard(split, i, suffix), target)
+        sync_folder(self.folder)
 
 
 def sha256(path):
+    """Returns the SHA-256 of a file as a hexadecimal string."""
     digest = hashlib.sha256()
     with open(path, 'rb') as file:
         while block := file.read(2**24):
@@ -143,51 +187,55 @@ def sha256(path):
     return digest.hexdigest()
 
 
-def write_text(folder, paths, tokenizer, source, share=0.1, **more):
-    """Prepares a data set from text files. A single file is cut, its last share is for validation; of
-    several, whole files are held out by their names, and the tokenizer's start token ends each."""
+# -----------------------------------------------------------------------------
+# text files
+
+
+def write_text(folder, paths, tokenizer, source, val_share=0.1, say=None, **more):
+    """Prepares a data set from text files.
+
+    A single file is cut: its last val_share is for validation. Of several files about val_share are held out
+    whole, chosen by their names, and the tokenizer's eot_token ends each. say, more: of Writer.finish.
+    Raises UserError if there is no text, or one that the tokenizer cannot encode.
+    """
     if sum(path.stat().st_size for path in paths if path.exists()) < 2:
         raise UserError(f'{paths[0]}: there is no text to learn from')
-    writer = Writer(folder, tokenizer, source, anew=True)
-    top = os.path.commonpath([path.parent for path in paths])
-    names = {path: os.path.relpath(path, top) for path in paths}
-    held_out = {p for p in paths if digest(names[p]) < share} or {min(paths, key=lambda p: digest(names[p]))}
+    writer = Writer(folder, tokenizer, source, resume=False)
+    held_out = choose_files(paths, val_share)
     for path in paths:
-        text = read_text(path, errors='surrogateescape' if tokenizer.dict['kind'] == 'byte' else 'strict')
+        text = read_text(path, tokenizer.text_errors)
         if len(paths) == 1:
-            n = int(len(text) * (1 - share))
-            parts = [('train', text[:n]), ('val', text[n:])]
+            cut = int(len(text) * (1 - val_share))
+            add_text(writer, 'train', text[:cut])
+            add_text(writer, 'val', text[cut:])
         else:
-            parts = [('val' if path in held_out else 'train', text)]
-        for split, part in parts:
-            for piece in pieces(part):
-                writer.add(split, tokenizer.encode(piece))
-            if len(paths) > 1:
-                writer.add(split, [tokenizer.start])
-    writer.finish(**more)
+            split = 'val' if path in held_out else 'train'
+            add_text(writer, split, text)
+            writer.add(split, [tokenizer.eot_token])
+    writer.finish(say, **more)
 
 
-def digest(name):
-    """A number in [0, 1) that looks random and depends on name alone."""
-    return int(hashlib.sha256(name.encode('utf-8', 'surrogateescape')).hexdigest()[:12], 16) / 16**12
+def choose_files(paths, share):
+    """Returns about `share` of the paths, at least one: the same wherever the folder of all of them lies."""
+    top = os.path.commonpath([path.parent for path in paths])
+    numbers = {path: hash_fraction(os.path.relpath(path, top)) for path in paths}
+    return {path for path in paths if numbers[path] < share} or {min(paths, key=numbers.get)}
 
 
-def fetch(url, path):
-    """Downloads url to path, whole or not at all, unless it is there. Returns path."""
-    if not path.exists():
-        try:
-            with urllib.request.urlopen(url, timeout=60) as answer, open(f'{path}.tmp', 'wb') as file:
-                shutil.copyfileobj(answer, file)
-                if file.tell() != int(answer.headers.get('Content-Length', file.tell())):
-                    raise OSError('the connection ended early')
-        except OSError as error:
-            raise UserError(f'{url} cannot be downloaded ({error}): give the file with --input') from None
-        os.replace(f'{path}.tmp', path)
-    return path
+def hash_fraction(name):
+    """Returns a number in [0, 1) that looks random and depends on the name alone."""
+    digest = hashlib.sha256(name.encode('utf-8', 'surrogateescape')).hexdigest()
+    return int(digest[:12], 16) / 16**12
 
 
-def pieces(text, size=2**22):
-    """text in pieces of about size characters, cut after a newline, so that encoding needs little memory."""
+def add_text(writer, split, text):
+    """Encodes a text in pieces and adds them to a split."""
+    for piece in split_text(text, PIECE_CHARS):
+        writer.add(split, writer.tokenizer.encode(piece))
+
+
+def split_text(text, size):
+    """Yields a text in pieces of at least `size` characters; each ends with a newline, but for the last."""
     start = 0
     while start < len(text):
         end = text.find('\n', start + size) + 1 or len(text)
@@ -195,56 +243,14 @@ def pieces(text, size=2**22):
         start = end
 
 
-def write_hub(folder, path, splits, column='text', end=True, share=0.0005, argv=None, **load):
-    """The main program of a data set of the Hugging Face hub: downloads, tokenises, goes on if interrupted.
-
-    path, load: of datasets.load_dataset, parquet-backed sets only. splits: {theirs: ours}; where ours has no
-    val, a share of the documents is held out by number. end: an end-of-text token follows every document.
-    """
-    parser = ArgumentParser(description=f'Prepares {path} in {Path(folder).name}/ (interrupted, it goes on).')
-    add = parser.add_argument
-    add('--input', nargs='*', help='local parquet files to read instead (for one split)')
-    add('--processes', type=int, default=os.cpu_count(), help='tokenising processes')
-    add('--streaming', action='store_true', help='read over the network, keep no copy on this disk')
-    add('--tokenizer', default='gpt2', help='an encoding of tiktoken')
-    add('--max_documents', type=int, help='stop after so many')
-    add('--shard_tokens', type=int, default=SHARD_TOKENS, help='tokens per file')
-    args = parser.parse_args(argv)
-    try:
-        from datasets import load_dataset
-        from tqdm import tqdm
-    except ImportError as error:
-        raise UserError(f'{error.name} is missing: pip install -e ".[data]"') from None
-    tokenizer = Tiktoken(args.tokenizer)
-    if args.input:
-        path, load, splits = 'parquet', dict(data_files=args.input), {'train': 'train'}
-    writer = Writer(folder, tokenizer, dict(path=path, **load), args.shard_tokens)
-    encode_here = functools.partial(encode, args.tokenizer)
-    done = dict(writer.done or {})
-    with get_context('spawn').Pool(args.processes) as pool:
-        for theirs, ours in splits.items():
-            rows = load_dataset(path, split=theirs, streaming=args.streaming, **load)
-            first = done.setdefault(theirs, 0)
-            total = None if args.streaming else len(rows)
-            texts = iter(row[column] for row in rows.skip(first))
-            with tqdm(desc=f'{theirs}', initial=first, total=total, unit=' documents') as bar:
-                while group := list(
-                    islice(texts, max(0, min(GROUP, (args.max_documents or sys.maxsize) - done[theirs])))
-                ):
-                    for ids in pool.imap(encode_here, group, chunksize=32):
-                        held_out = 'val' not in splits.values() and digest(str(done[theirs])) < share
-                        split = 'val' if held_out else ours
-                        writer.add(split, [*ids, tokenizer.start] if end else ids)
-                        done[theirs] += 1
-                    writer.save(dict(done))
-                    bar.update(len(group))
-    if 'val' not in writer.state['splits']:
-        raise UserError(f'no document was held out for validation: take more than {sum(done.values())}')
-    writer.finish()
-
-
-def encode(name, text):
-    """A worker's part: tiktoken keeps the encoding after the first call."""
-    import tiktoken
-
-    return tiktoken.get_encoding(name).encode_ordinary(text)
+def fetch(url, path):
+    """Downloads url to path unless it is there. Returns path. Raises UserError if it cannot be downloaded."""
+    if not path.exists():
+        try:
+            with urllib.request.urlopen(url, timeout=60) as answer, replace_file(path, 'wb') as file:
+                shutil.copyfileobj(answer, file)
+                if file.tell() != int(answer.headers.get('Content-Length', file.tell())):
+                    raise OSError('the connection ended early')
+        except OSError as error:
+            raise UserError(f'{url} cannot be downloaded ({error}): give the file with --input') from None
+    return path

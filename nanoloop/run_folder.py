@@ -1,58 +1,67 @@
 """
-The folder of a run: its lock, its log, and what an earlier run left there.
+The folder of a run: its lock, its log, and the files that an earlier run has left there.
 """
 
 import contextlib
-import fcntl
 import json
 import math
 import os
 import subprocess
-import sys
 import uuid
 from pathlib import Path
 
-from configurator import tell
 from nanoloop import ROOT
 from nanoloop.checks import UserError
+from nanoloop.files import lock_folder
 
 
-def open_out_dir(out_dir):
-    """Creates out_dir and locks it. Returns the lock, held while it lives. Raises ValueError if it cannot."""
+def open_out_dir(out_dir, say=None):
+    """Creates out_dir and locks it against a second run. Returns the lock, which ends when it is closed.
+
+    Returns None where the file system has no locks, and tells so. Raises UserError if the folder cannot be
+    written, or if another run holds the lock.
+    """
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        lock = open(out_dir / '.lock', 'w')
+        (out_dir / '.lock').touch()
     except OSError as error:
         raise UserError(f'out_dir={str(out_dir)!r} cannot be written: {error.strerror}') from None
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lock_folder(out_dir)
     except BlockingIOError:
         raise UserError(f'out_dir={str(out_dir)!r} is in use by another run') from None
     except OSError as error:
-        print(f'{out_dir} cannot be locked against a second run: {error.strerror}', file=sys.stderr)
-    return lock
+        if say:
+            say(f'{out_dir} cannot be locked against a second run: {error.strerror}')
+        return None
 
 
-def move_aside(out_dir):
-    """Moves an earlier run's files to out_dir/run-N: starting from scratch deletes nothing."""
+def archive_previous_run(out_dir, say=None):
+    """Moves the files of an earlier run to out_dir/run-N: a new run in the same folder deletes nothing."""
     paths = [out_dir / name for name in ('ckpt.pt', 'prev.pt', 'best.pt', 'log.jsonl')]
     paths = [path for path in paths if path.exists()]
-    if any(path.suffix == '.pt' for path in paths):  # a log alone is of a run that never saved
-        n = next(n for n in range(1, 10**6) if not (out_dir / f'run-{n}').exists())
-        (out_dir / f'run-{n}').mkdir()
-        for path in paths:
-            os.replace(path, out_dir / f'run-{n}' / path.name)
-        print(f'{out_dir} held an earlier run, it is now in {out_dir}/run-{n}')
+    if not any(path.suffix == '.pt' for path in paths):  # a log alone: that run never saved anything
+        return
+    n = next(n for n in range(1, 10**6) if not (out_dir / f'run-{n}').exists())
+    (out_dir / f'run-{n}').mkdir()
+    for path in paths:
+        os.replace(path, out_dir / f'run-{n}' / path.name)
+    if say:
+        say(f'{out_dir} held an earlier run, it is now in {out_dir}/run-{n}')
 
 
 class Log:
-    """log.jsonl, an object per line; stdout and, if wandb_log, Weights & Biases get the same. Rank 0 only."""
+    """The log of a run, on rank 0: log.jsonl with a JSON object per line and, if asked for, Weights & Biases.
 
-    def __init__(self, c, resumed):
+    c: the keys of the run. state: the checkpoint that is resumed, {} for a new run. say: gets the text.
+    """
+
+    def __init__(self, c, state, say=None):
+        self.say = say
         self.file = open(Path(c.out_dir) / 'log.jsonl', 'ab', buffering=0)
         size = os.fstat(self.file.fileno()).st_size
-        self.file.truncate(min(size, resumed.get('log_bytes', 0)))  # later steps will be run again
-        self.wandb, self.wandb_id = None, resumed.get('wandb_id') or uuid.uuid4().hex[:8]
+        self.file.truncate(min(size, state.get('log_bytes', 0)))  # the steps after the checkpoint run again
+        self.wandb, self.wandb_id = None, state.get('wandb_id') or uuid.uuid4().hex[:8]
         if c.wandb_log:
             try:
                 import wandb
@@ -62,7 +71,9 @@ class Log:
             self.wandb = wandb.init(**run, config=dict(c))
 
     def write(self, text, record):
-        tell(text)
+        """Says the text and logs the record, {key: number} with the key iter; inf and nan become null."""
+        if self.say:
+            self.say(text)
         finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in record.items()}
         self.file.write(json.dumps(finite).encode() + b'\n')
         if self.wandb:
@@ -70,9 +81,10 @@ class Log:
 
 
 def git_commit():
-    """The commit of this repository, with a + if files differ from it; None outside of git."""
+    """Returns the commit of this repository, with a + if tracked files differ from it; None without git."""
     git = ('git', '-C', str(ROOT))
+    options = dict(text=True, stderr=subprocess.DEVNULL)
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        call = dict(text=True, stderr=subprocess.DEVNULL)
-        commit = subprocess.check_output((*git, 'rev-parse', 'HEAD'), **call).strip()
-        return commit + '+' * bool(subprocess.check_output((*git, 'status', '--porcelain', '-uno'), **call))
+        commit = subprocess.check_output((*git, 'rev-parse', 'HEAD'), **options).strip()
+        changes = subprocess.check_output((*git, 'status', '--porcelain', '-uno'), **options)
+        return f'{commit}+' if changes else commit

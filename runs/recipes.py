@@ -41,7 +41,7 @@ def losses_by_loop(path):
     model, _ = load_checkpoint(path)
     c, folder = model.config, find_data('pystdlib')
     split = Split(folder, read_meta(folder), 'val', c.block_size, c.vocab_size)
-    x, y = (torch.from_numpy(a) for a in split.stack(split.fixed(160), 160))
+    x, y = (torch.from_numpy(a) for a in split.read_windows(split.eval_windows(160), 160))
     return model.eval().loss_table(x, y, loops=range(c.n_loop))[0].mean(dim=(1, 2)).tolist()
 
 

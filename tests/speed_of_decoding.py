@@ -19,7 +19,7 @@ import torch
 
 from bench import recompute_stream
 from model import GPT, GPTConfig
-from nanoloop.checkpoint import find_checkpoint, load_checkpoint
+from nanoloop.checkpoint import load_checkpoint
 from nanoloop.datasets import Split, find_data, read_meta
 from nanoloop.generate import Decoder, Exit, lower, stream
 from nanoloop.machine import autocast
@@ -71,7 +71,7 @@ def loss(model, windows=64, pieces=(10**9,), **options):
     c, leave = model.config, options.get('leave')
     folder = find_data('shakespeare_char')
     split = Split(folder, read_meta(folder), 'val', c.block_size, c.vocab_size)
-    x, y = (torch.from_numpy(a) for a in split.stack(split.fixed(windows), windows))
+    x, y = (torch.from_numpy(a) for a in split.read_windows(split.eval_windows(windows), windows))
     decoder = Decoder(model, windows, c.block_size, **options)
     read = torch.cat([decoder.advance(piece) for piece in x.split(*pieces, dim=1)], dim=1)
     return model.nll(read.flatten(0, 1), y.flatten()).mean().item(), (leave.mean() if leave else LOOPS)
@@ -112,8 +112,8 @@ def speeds(model, rows, tokens=120, rounds=5):
 
 
 def of_a_trained_model(path):
-    model, _ = load_checkpoint(find_checkpoint(path, path))
-    losses(model.eval())
+    model, _ = load_checkpoint(path)
+    losses(model)
     for rows in (1, 8, 64):
         speeds(model, rows)
 

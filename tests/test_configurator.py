@@ -1,25 +1,59 @@
+"""Keys come from config files and flags, --help lists them, and a script's end is in its exit status."""
+
 import io
 import re
-import types
-from dataclasses import fields
+import subprocess
+import sys
+from dataclasses import dataclass, fields
+from typing import Annotated
 
 import pytest
-import torch
 
 import configurator
 from bench import BenchConfig
 from configurator import configure
 from model import GPTConfig
-from nanoloop import ROOT, machine
+from nanoloop import ROOT
+from nanoloop.checks import AtLeast, OneOf, Sets, check, settle_fields
 from nanoloop.objective import check_loops
 from sample import SampleConfig
 from train import TrainConfig
 
 KEYS = (TrainConfig, GPTConfig)
+COLORS = {'red': 0, 'blue': 1}
+
+
+@dataclass
+class Small:
+    # first section
+    count: Annotated[int, AtLeast(1)] = 3  # number of things
+    color: Annotated[str, OneOf(COLORS, {'crimson': dict(color='red', bright=True)})] = 'red'  # what it has
+    bright: bool = False
+    # second section
+    share: Annotated[
+        float,  # a part
+        AtLeast(0),
+    ] = 0.5  # of the whole
+    long_name: str | None = (
+        # this explanation is so long
+        'none'  # that it takes two lines
+    )
+    limit: Annotated[int, AtLeast(0)] | None = None  # None = no limit
+    double: Annotated[int, Sets(lambda value: dict(count=2 * value))] | None = None  # sets count
+
+    # this is no section, nor is what stands in a method
+    def __post_init__(self):
+        # not a section
+        settle_fields(self)
+        check(self.share <= 1, 'share', self.share, 'at most 1')
 
 
 def read(*argv, keys=KEYS):
     return configure(keys, argv, out=io.StringIO())
+
+
+# -----------------------------------------------------------------------------
+# values
 
 
 def test_a_file_takes_over_the_keys_of_another(tmp_path):
@@ -42,6 +76,17 @@ def test_files_compose_and_flags_win(tmp_path):
     assert c.given == {'n_head', 'n_embd', 'max_iters', 'out_dir', 'learning_rate'}
 
 
+def test_files_and_flags_apply_from_left_to_right(tmp_path):
+    (tmp_path / 'a.py').write_text('n_embd = 2 * n_embd')
+    assert read('--n_embd=5', f'{tmp_path}/a.py').n_embd == 10
+    assert read(f'{tmp_path}/a.py', '--n_embd=5').n_embd == 5
+
+
+def test_a_functions_of_a_file_reads_what_the_file_has_assigned(tmp_path):
+    (tmp_path / 'a.py').write_text('_n = 3\ndef _triple():\n    return _n * n_head\nn_embd = _triple()')
+    assert read(f'{tmp_path}/a.py', keys=(GPTConfig,)).n_embd == 36
+
+
 def test_a_key_set_to_its_default_counts_as_given(tmp_path):
     (tmp_path / 'a.py').write_text('n_loop = 4')
     assert read(f'{tmp_path}/a.py').given == {'n_loop'}
@@ -55,6 +100,8 @@ def test_a_key_set_to_its_default_counts_as_given(tmp_path):
         ('--bptt_k=None', None),
         ('--bptt_k=2', 2),
         ('--wandb_run_name=123', '123'),
+        ('--norm=123', '123'),
+        ("--norm='rmsnorm'", "'rmsnorm'"),
         ('--out_dir=a=b', 'a=b'),
         ('--compile=False', False),
         ('--compile=auto', 'auto'),
@@ -69,54 +116,94 @@ def test_values_are_read_as_their_keys_say(flag, value):
     assert read(flag)[key] == value and type(read(flag)[key]) is type(value)
 
 
+def test_changes_are_printed_and_only_by_rank_0(tmp_path, capsys, monkeypatch):
+    (tmp_path / 'a.py').write_text('n_loop = 3')
+    argv = f'{tmp_path}/a.py', '--n_head=2'
+    configure(KEYS, argv)
+    expected = f'Overriding config with {argv[0]}:\n    n_loop = 3\nOverriding: n_head = 2\n'
+    assert capsys.readouterr().out == expected
+    monkeypatch.setattr(configurator, 'RANK', 1)
+    configure(KEYS, argv)
+    assert capsys.readouterr().out == ''
+
+
 @pytest.mark.parametrize(
-    'argv, told',
+    'argv, message',
     [
         (['--leanring_rate=1'], "unknown key 'leanring_rate', did you mean 'learning_rate'?"),
         (['--=1'], "unknown key '', see --help"),
         (['--max_iters=ten'], "max_iters='ten', expected int"),
         (['--max_iters=1.5'], "max_iters='1.5', expected int"),
+        (['--max_iters={[]: 1}'], "max_iters='{[]: 1}', expected int"),
         (['--max_iters'], "argument='--max_iters', expected --max_iters=value"),
         (['--max_iters', '10'], '--max_iters=value'),
         (['-max_iters=10'], '--key=value'),
         (['--dropout=None'], "dropout='None', expected float"),
         (['--eval_only=1'], "eval_only='1', expected True or False"),
         (['config/nowhere.py'], 'there is no config file config/nowhere.py'),
+        (['quickstart'], 'there is no config file quickstart (did you mean config/quickstart.py?)'),
     ],
 )
-def test_mistakes_on_the_command_line_are_told(argv, told):
+def test_a_wrong_command_line_is_refused(argv, message):
     with pytest.raises(ValueError) as error:
         read(*argv)
-    assert told in str(error.value)
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(
-    'text, told',
+    'text, message',
     [
         ('leanring_rate = 1', "a.py: unknown key 'leanring_rate', did you mean 'learning_rate'?"),
         ('learning_rate = "fast"', "learning_rate='fast', expected float"),
         ('max_iters = \n', 'a.py, line 1: SyntaxError'),
         ('n_head = 2\nn_embd = 1 / 0', 'a.py, line 2: ZeroDivisionError'),
+        ('def f():\n    return 1 / 0\nn_embd = f()', 'a.py, line 2: ZeroDivisionError'),
         ('x = 1', "unknown key 'x'"),
+        ('import math as n_head', "a.py: n_head=<module 'math'"),
+        ('def n_head():\n    return 4', 'a.py: n_head=<function n_head'),
     ],
 )
-def test_mistakes_in_a_file_are_told_with_its_name(tmp_path, text, told):
+def test_a_wrong_file_is_refused_with_its_name(tmp_path, text, message):
     (tmp_path / 'a.py').write_text(text)
     with pytest.raises(ValueError) as error:
         read(f'{tmp_path}/a.py')
-    assert told in str(error.value)
+    assert message in str(error.value)
 
 
-@pytest.mark.parametrize('keys', [KEYS, (SampleConfig,), (BenchConfig, *KEYS)])
-def test_help_lists_every_key_with_its_comment(capsys, keys):
-    with pytest.raises(SystemExit) as stop:
-        read('--help', keys=keys)
-    assert not stop.value.code
-    lines = capsys.readouterr().out.splitlines()
-    for cls in keys:
-        for field in fields(cls):
-            told = [line.split('  ') for line in lines if line.startswith(f'  --{field.name}=')]
-            assert len(told) == 1 and told[0][-1].strip() and '--' not in told[0][-1], field.name
+def test_config_files_are_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert read('config/quickstart.py').out_dir == 'out-quickstart'
+
+
+# -----------------------------------------------------------------------------
+# the dict is the truth, the dataclass validates it and derives values
+
+
+def test_a_derived_value_is_copied_back():
+    c = read('--double=4', keys=(Small,))
+    assert c.count == 3
+    assert c.build(Small).count == 8 and c.count == 8
+
+
+def test_a_given_value_is_never_replaced_silently():
+    c = read('--double=4', '--count=3', keys=(Small,))  # 3 is also the default: only `given` tells
+    with pytest.raises(ValueError, match='count=3, expected 8 with the other keys'):
+        c.build(Small)
+
+
+def test_an_alias_stands_for_other_values():
+    c = read('--color=crimson', keys=(Small,))
+    c.build(Small)
+    assert (c.color, c.bright) == ('red', True)
+
+
+@pytest.mark.parametrize(
+    'flag, message', [('--count=0', 'at least 1'), ('--color=green', 'one of red, blue')]
+)
+def test_the_dataclass_refuses_what_is_out_of_bounds(flag, message):
+    c = read(flag, keys=(Small,))
+    with pytest.raises(ValueError, match=message):
+        c.build(Small)
 
 
 def test_no_two_dataclasses_share_a_key():
@@ -135,115 +222,123 @@ def test_every_config_file_is_valid_and_says_how_to_run_it(path):
 
 
 # -----------------------------------------------------------------------------
-# the machine
-
-BF16 = torch.bfloat16
+# --help
 
 
-@pytest.mark.parametrize(
-    'name, peak',
-    [
-        ('NVIDIA H100 80GB HBM3', 989e12),
-        ('NVIDIA H100 PCIe', 756e12),
-        ('NVIDIA H100 NVL', 835e12),
-        ('NVIDIA H200', 989e12),
-        ('NVIDIA A100-SXM4-80GB', 312e12),
-        ('NVIDIA A100-SXM4-40GB MIG 1g.5gb', None),
-        ('NVIDIA L4', 121e12),
-        ('NVIDIA L40S', 362e12),
-        ('NVIDIA L40', None),
-        ('NVIDIA GeForce RTX 4090', 165e12),
-        ('NVIDIA GeForce RTX 4090 Laptop GPU', None),
-        ('NVIDIA GeForce RTX 3090 Ti', None),
-        ('NVIDIA GeForce RTX 4090 D', None),
-        ('Tesla T4', 65e12),
-        ('NVIDIA T400', None),
-    ],
-)
-def test_a_device_has_its_own_peak_or_none(monkeypatch, name, peak):
-    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: name)
-    m = types.SimpleNamespace(kind='cuda', device='cuda:0', dtype=BF16)
-    assert machine.peak_flops(m) == peak
-    m.dtype = torch.float32
-    assert machine.peak_flops(m) is None
+def help_of(capsys, keys, width=100):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setenv('COLUMNS', str(width))
+        read('--help', keys=keys)
+    assert not stop.value.code
+    return capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    'compile, kind, work, fault, chosen',
-    [
-        ('auto', 'cpu', 1e8, None, False),
-        ('auto', 'cpu', 1e10, None, True),
-        ('auto', 'cpu', 1e10, 'no compiler', False),
-        ('auto', 'cuda', 1, None, True),
-        ('auto', 'mps', 1e10, None, False),
-        (True, 'cpu', 1, None, True),
-        (False, 'cuda', 1e10, None, False),
-    ],
-)
-def test_blocks_are_compiled_where_it_works_and_pays(monkeypatch, compile, kind, work, fault, chosen):
-    monkeypatch.setattr(machine, 'compiler_fault', lambda kind: fault)
-    assert machine.choose_compile(compile, kind, work)[0] is chosen
+@pytest.mark.parametrize('keys', [KEYS, (SampleConfig,), (BenchConfig, *KEYS)])
+def test_help_lists_every_key_with_its_comment(capsys, keys):
+    lines = help_of(capsys, keys).splitlines()
+    for cls in keys:
+        for field in fields(cls):
+            entries = [line.split('  ') for line in lines if line.startswith(f'  --{field.name}=')]
+            assert len(entries) == 1 and entries[0][-1].strip() and '--' not in entries[0][-1], field.name
 
 
-def test_asking_for_what_cannot_compile_is_refused(monkeypatch):
-    monkeypatch.setattr(machine, 'compiler_fault', lambda kind: 'no compiler')
-    with pytest.raises(ValueError, match='compile=True, expected False: no compiler'):
-        machine.choose_compile(True, 'cpu', 1e10)
+def test_help_reads_fields_of_any_layout(capsys):
+    out = help_of(capsys, (Small,))
+    expected = """
+first section
+  --count=3                         number of things
+  --color='red'                     what it has; one of red, blue, crimson
+  --bright=False
+second section
+  --share=0.5                       a part of the whole
+  --long_name='none'                this explanation is so long that it takes two lines
+  --limit=None                      None = no limit
+  --double=None                     sets count
+"""
+    assert out == f'{__doc__}{expected}'
 
 
-@pytest.mark.parametrize('rank, same, told', [(0, True, 1), (1, True, 0), (0, False, 1), (1, False, 1)])
-def test_a_mistake_is_told_once_or_by_the_rank_that_met_it(call, monkeypatch, rank, same, told):
+def test_help_takes_choices_from_the_table(capsys, monkeypatch):
+    monkeypatch.setitem(COLORS, 'green', 2)
+    assert 'one of red, blue, green' in help_of(capsys, (Small,))
+
+
+def test_help_fits_the_terminal(capsys):
+    wide, narrow = (help_of(capsys, (Small,), width) for width in (100, 60))
+    assert wide.split() == narrow.split()
+    keys = narrow.split('first section')[1].splitlines()
+    assert 40 < max(map(len, keys)) <= 60
+    assert ' ' * 36 + 'long that it takes two' in keys
+
+
+def test_configuring_needs_no_torch():
+    code = 'import sys, configurator; sys.exit("torch" in sys.modules)'
+    assert subprocess.run([sys.executable, '-c', code], cwd=ROOT).returncode == 0
+
+
+# -----------------------------------------------------------------------------
+# the end of a script
+
+
+@pytest.mark.parametrize('rank, same, lines', [(0, True, 1), (1, True, 0), (0, False, 1), (1, False, 1)])
+def test_a_users_error_is_printed_once_or_by_the_rank_that_met_it(call, monkeypatch, rank, same, lines):
     monkeypatch.setattr(configurator, 'RANK', rank)
 
     @configurator.command
     def main(argv):
-        mistake = configurator.UserError('no')
-        mistake.same_on_all_ranks = same
-        raise mistake
+        error = configurator.UserError('no\n  way')
+        error.same_on_all_ranks = same
+        raise error
 
     status, _, err = call(main)
-    assert status == 2 and err.count('\n') == told
+    assert status == 2 and err == 'test_configurator.py: no way\n' * lines
 
 
-def test_config_files_are_found_from_anywhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert read('config/quickstart.py').out_dir == 'out-quickstart'
+class OutOfMemoryError(RuntimeError):
+    """Has the name of torch's."""
 
 
-def test_autocast_keeps_no_copies_of_weights():
-    with machine.autocast('cpu', BF16):
-        assert torch.is_autocast_enabled('cpu') and not torch.is_autocast_cache_enabled()
-    with machine.autocast('cpu', torch.float32):
-        assert not torch.is_autocast_enabled('cpu')
-
-
-@pytest.mark.parametrize('has, dtype', [(True, BF16), (False, torch.float32)])
-def test_bfloat16_is_chosen_where_the_cpu_has_it(monkeypatch, has, dtype):
-    for feature in ('_is_avx512_bf16_supported', '_is_amx_tile_supported'):
-        monkeypatch.setattr(torch.cpu, feature, lambda: has)
-    assert machine.choose_dtype('auto', 'cpu')[0] == dtype
-
-
-def test_setting_up_guards_against_silent_recompilation_and_turns_on_determinism(monkeypatch):
-    monkeypatch.setattr(machine, 'compiler_fault', lambda kind: None)
-    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=False):
-        m = machine.setup(TrainConfig(device='cpu', compile=True, deterministic=True))
-        assert torch._dynamo.config.recompile_limit == 64 and torch._dynamo.config.fail_on_recompile_limit_hit
-    assert m.compile and torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(False)
-
-
-def test_memory_is_in_bytes():
-    used = machine.peak_memory(types.SimpleNamespace(kind='cpu'))
-    assert 2**26 < used < 2**37  # torch alone takes more than 64 MiB
-
-
-@pytest.mark.parametrize('error, status', [(KeyboardInterrupt, 130), (BrokenPipeError, 141), (OSError, 1)])
-def test_how_a_script_ends_is_in_its_status(call, monkeypatch, error, status):
+@pytest.mark.parametrize(
+    'error, status, message',
+    [
+        (KeyboardInterrupt(), 130, ''),
+        (BrokenPipeError(), 141, ''),
+        (OSError('disk full'), 1, 'test_configurator.py: disk full\n'),
+        (MemoryError(), 1, 'test_configurator.py: out of memory\n'),
+        (OutOfMemoryError('GPU full'), 1, 'test_configurator.py: GPU full\n'),
+        (RuntimeError("can't allocate memory"), 1, "test_configurator.py: can't allocate memory\n"),
+    ],
+)
+def test_the_end_of_a_script_is_in_its_status(call, monkeypatch, error, status, message):
     monkeypatch.setattr(configurator.os, 'dup2', lambda *_: None)
 
     @configurator.command
     def main(argv):
-        raise error('no')
+        raise error
 
-    assert call(main)[0] == status
+    assert call(main) == (status, '', message)
+
+
+@pytest.mark.parametrize('error', [RuntimeError, ValueError, AssertionError])
+def test_an_error_of_the_program_keeps_its_traceback(error):
+    @configurator.command
+    def main(argv):
+        raise error('a bug')
+
+    with pytest.raises(error, match='a bug'):
+        main([])
+
+
+def test_printing_goes_on_without_a_reader():
+    code = (
+        'import sys, time; from configurator import print_line\n'
+        'print_line("first"); sys.stdin.readline(); print_line("lost"); print_line("too")\n'
+        'print("end", file=sys.stderr)'
+    )
+    pipe = subprocess.PIPE
+    run = subprocess.Popen([sys.executable, '-c', code], cwd=ROOT, stdin=pipe, stdout=pipe, stderr=pipe)
+    assert run.stdout.readline() == b'first\n'
+    run.stdout.close()
+    run.stdin.write(b'go\n')
+    run.stdin.close()
+    assert run.stderr.read() == b'end\n' and run.wait() == 0

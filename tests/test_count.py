@@ -87,7 +87,7 @@ def test_flops_of_every_recipe_equal_torchs_counter(name, bptt_k, rows, monkeypa
     with FlopCounterMode(display=False) as backward:
         loss.backward()
     counted = forward.get_total_flops(), forward.get_total_flops() + backward.get_total_flops()
-    ours = [kinds['matmul'] + kinds['attention'] for kinds in flops(model, rows=rows).values()]
+    ours = [kinds['matmul'] + kinds['attention'] for kinds in flops(model, loops_read=rows).values()]
     assert tuple(64 * n for n in ours) == counted
     assert flops(model, 3) == flops(model)
 

@@ -1,7 +1,9 @@
+import hashlib
 import io
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 
@@ -9,9 +11,11 @@ import numpy as np
 import pytest
 from helpers import ROOT
 
-from nanoloop import prepare
+from nanoloop import hub, prepare
 from nanoloop.datasets import Split, read_meta
-from nanoloop.prepare import Writer, write_hub, write_text
+from nanoloop.files import replace_file
+from nanoloop.hub import HubDocuments, write_hub
+from nanoloop.prepare import Writer, write_text
 from nanoloop.tokenizer import Bytes, Characters, make_tokenizer
 
 
@@ -49,14 +53,14 @@ def test_whole_files_are_held_out(tmp_path):
     paths = [tmp_path / f'{i}.txt' for i in range(40)]
     for path in paths:
         path.write_text('x' * 50)
-    write_text(tmp_path, paths, Bytes(), 'many', share=0.3)
+    write_text(tmp_path, paths, Bytes(), 'many', val_share=0.3)
     counts = [read_meta(tmp_path)['splits'][name]['tokens'] for name in ('train', 'val')]
     assert sum(counts) == 40 * 51 and all(n % 51 == 0 for n in counts) and 5 * 51 <= counts[1] <= 20 * 51
 
 
 @pytest.mark.parametrize('tokenizer', [Bytes(), Characters('\n\u00e9ab')])
 def test_a_tokenizer_survives_json(tokenizer):
-    again = make_tokenizer(json.loads(json.dumps(tokenizer.dict)))
+    again = make_tokenizer(json.loads(json.dumps(tokenizer.spec)))
     assert again.decode_bytes(again.encode('ab\u00e9')).decode() == 'ab\u00e9'
     assert again.token_bytes == tokenizer.token_bytes
 
@@ -76,24 +80,23 @@ def test_training_windows_reach_every_token_and_never_cross_files(tmp_path):
 
 def test_evaluation_windows_hold_every_target_once(tmp_path):
     split = numbers(tmp_path, 5, 9, 4, 7)
-    x, y = split.stack(split.fixed(), 10)
+    x, y = split.read_windows(split.eval_windows(), 10)
     assert sorted(y[y >= 0].tolist()) == [i for i in range(25) if i not in (0, 5, 14, 18)]
     assert (x[y >= 0] + 1 == y[y >= 0]).all()
-    every = split.fixed()
-    assert split.fixed(3) == [every[i * len(every) // 3] for i in range(3)]
+    every = split.eval_windows()
+    assert split.eval_windows(3) == [every[i * len(every) // 3] for i in range(3)]
 
 
 def test_rows_are_taken_whole_and_masked_targets_are_left_out(tmp_path):
     tokenizer = Characters(map(chr, range(200, 230)))
     writer = Writer(tmp_path, tokenizer, 'rows')
-    writer.add('train', range(30))
+    writer.add('train', range(30), mask=[i % 5 >= 3 for i in range(30)])
     writer.finish(row_len=5)
-    (tmp_path / 'train.mask').write_bytes(bytes(i % 5 >= 3 for i in range(30)))
     split = Split(tmp_path, read_meta(tmp_path), 'train', 4, 30)
     x, y = split.draw(np.random.default_rng(0), 200)
     assert set(x[:, 0].tolist()) == {0, 5, 10, 15, 20, 25}
     assert (y[:, :2] == -1).all() and (y[:, 2:] == x[:, 2:] + 1).all()
-    assert len(split.fixed()) == 6
+    assert len(split.eval_windows()) == 6
     with pytest.raises(ValueError, match='block_size=8, expected 4: the data is rows of 5 tokens'):
         Split(tmp_path, read_meta(tmp_path), 'train', 8, 30)
 
@@ -108,33 +111,119 @@ def test_large_vocabularies_take_four_bytes(tmp_path):
     assert split.draw(np.random.default_rng(0), 1)[0].shape == (1, 4)
 
 
-@pytest.mark.parametrize('saved, lost', [(3, 0), (4, 3), (7, 1)])
-def test_an_interrupted_preparation_goes_on_as_if_it_had_not_been(tmp_path, saved, lost):
-    documents = [np.arange(i, i + 3 + i % 4) for i in range(12)]
+def mixed_documents(writer, first, last, masks):
+    """Adds documents first to last - 1 to train and val; with masks, some have one, from the fifth on."""
+    for i in range(first, last):
+        ids = np.arange(i, i + 3 + i % 4)
+        mask = ids % 2 if masks and i > 3 and i % 4 != 3 else None
+        writer.add('val' if i % 5 == 0 else 'train', ids, mask)
 
-    def add(writer, first, last):
-        for i in range(first, last):
-            writer.add('val' if i % 5 == 0 else 'train', documents[i])
 
+@pytest.mark.parametrize('masks', [False, True], ids=['plain', 'masks'])
+@pytest.mark.parametrize('saved, lost', [(3, 0), (4, 3), (7, 1), (8, 4)])
+def test_an_interrupted_preparation_goes_on_as_if_it_had_not_been(tmp_path, saved, lost, masks):
     tokenizer = Characters(map(chr, range(200, 240)))
     whole = Writer(tmp_path / 'whole', tokenizer, 'x', shard_tokens=10)
-    add(whole, 0, 12)
+    mixed_documents(whole, 0, 12, masks)
     whole.finish()
     broken = Writer(tmp_path / 'broken', tokenizer, 'x', shard_tokens=10)
-    add(broken, 0, saved)
+    mixed_documents(broken, 0, saved, masks)
     broken.save(saved)
-    add(broken, saved, saved + lost)
+    mixed_documents(broken, saved, saved + lost, masks)
     del broken
     with pytest.raises(ValueError, match='not prepared'):
         read_meta(tmp_path / 'broken')
     again = Writer(tmp_path / 'broken', tokenizer, 'x', shard_tokens=10)
     assert again.done == saved
-    add(again, again.done, 12)
+    mixed_documents(again, again.done, 12, masks)
     again.finish()
     assert read_meta(tmp_path / 'broken') == read_meta(tmp_path / 'whole')
     assert len(read_meta(tmp_path / 'whole')['splits']['train']['files']) > 1
-    for file in (tmp_path / 'whole').glob('*.bin'):
-        assert file.read_bytes() == (tmp_path / 'broken' / file.name).read_bytes()
+    names = sorted(path.name for path in (tmp_path / 'whole').iterdir())
+    assert names == sorted(path.name for path in (tmp_path / 'broken').iterdir())
+    assert any(name.endswith('.mask') for name in names) == masks
+    for name in names:
+        assert (tmp_path / 'whole' / name).read_bytes() == (tmp_path / 'broken' / name).read_bytes()
+
+
+def test_an_unfinished_preparation_of_before_masks_goes_on(tmp_path):
+    writer = Writer(tmp_path, Bytes(), 'x')
+    writer.add('train', range(10))
+    writer.save(1)
+    path = tmp_path / 'unfinished' / 'state.json'
+    state = json.loads(path.read_text())
+    del writer, state['masked']
+    path.write_text(json.dumps(state))
+    again = Writer(tmp_path, Bytes(), 'x')
+    assert again.done == 1
+    again.finish()
+    assert read_meta(tmp_path)['splits']['train']['tokens'] == 10
+
+
+def test_masks_are_written_and_read_over_shards(tmp_path):
+    writer = Writer(tmp_path, Characters(map(chr, range(200, 300))), 'x', shard_tokens=10)
+    counts = {}  # token -> whether it counts; every token occurs once
+    for i, size in enumerate((12, 5, 7, 3, 9, 14)):
+        ids = range(len(counts), len(counts) + size)
+        mask = [int(i == 4 or token % 3 == 0) for token in ids] if i in (2, 4) else None
+        writer.add('train', ids, mask)
+        counts |= dict(zip(ids, mask or [1] * size, strict=True))
+    writer.add('val', range(5))
+    writer.finish()
+    meta = read_meta(tmp_path)
+    files = meta['splits']['train']['files']
+    assert len(files) == 4 and all((tmp_path / file['name']).with_suffix('.mask').exists() for file in files)
+    for file in files:
+        mask = (tmp_path / file['name']).with_suffix('.mask').read_bytes()
+        assert hashlib.sha256(mask).hexdigest() == file['mask_sha256'] and len(mask) == file['tokens']
+    assert not (tmp_path / 'val.mask').exists() and list(meta['splits']['val']['files'][0]) == [
+        'name',
+        'tokens',
+        'sha256',
+    ]
+    split = Split(tmp_path, meta, 'train', 4, 100)
+    _, targets = split.read_windows(split.eval_windows(), len(split.eval_windows()))
+    starts = np.cumsum([0, *(file['tokens'] for file in files[:-1])])  # a file's first token is no target
+    expected = [token for token, count in counts.items() if count and token not in starts]
+    assert targets[targets != -1].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    'mask, told',
+    [
+        ([1, 0], r'mask=\(2,\), expected the shape of the ids, \(3,\)'),
+        ([[1, 0, 1]], r'mask=\(1, 3\), expected'),
+        ([1, 0, 2], r'mask=\[0, 1, 2\], expected 0 or 1 for every token'),
+        ([1, 0.5, 0], 'expected 0 or 1 for every token'),
+    ],
+)
+def test_a_mask_that_does_not_fit_is_refused(tmp_path, mask, told):
+    writer = Writer(tmp_path, Bytes(), 'x')
+    with pytest.raises(ValueError, match=told):
+        writer.add('train', [1, 2, 3], mask)
+    writer.add('train', [1, 2, 3])
+    writer.finish()
+    assert not (tmp_path / 'train.mask').exists()
+    assert read_meta(tmp_path)['splits']['train']['tokens'] == 3
+
+
+def test_a_set_prepared_again_without_masks_has_none(tmp_path):
+    for masks in (True, False):
+        writer = Writer(tmp_path, Bytes(), 'x', shard_tokens=10)
+        for _ in range(2 if masks else 1):  # in two shards, then in one
+            writer.add('train', range(10), [0] * 10 if masks else None)
+        writer.finish()
+        assert len(list(tmp_path.glob('*.mask'))) == (2 if masks else 0)
+    assert not Split(tmp_path, read_meta(tmp_path), 'train', 4, 256).masked
+
+
+def test_a_mask_that_is_lost_is_missed(tmp_path):
+    writer = Writer(tmp_path, Bytes(), 'x')
+    writer.add('train', range(10), [0] * 10)
+    writer.finish()
+    (tmp_path / 'train.mask').unlink()
+    with pytest.raises(ValueError, match='train.mask has no bytes, meta.json says 10'):
+        Split(tmp_path, read_meta(tmp_path), 'train', 4, 256)
 
 
 def test_another_source_does_not_go_on_with_the_rest(tmp_path):
@@ -161,7 +250,7 @@ def test_preparing_text_again_does_not_go_on_with_the_rest(tmp_path):
 @pytest.mark.parametrize('size', [1, 7, 50, 1000])
 def test_text_is_encoded_in_pieces_of_whole_lines(size):
     text = '\n'.join('x' * (i % 13) for i in range(40)) + '\nend'
-    parts = list(prepare.pieces(text, size))
+    parts = list(prepare.split_text(text, size))
     assert ''.join(parts) == text and all(part.endswith('\n') for part in parts[:-1])
     assert len(parts) > 3 or size == 1000
 
@@ -173,7 +262,7 @@ def test_files_are_held_out_by_their_names_wherever_they_lie(tmp_path):
         paths = [tmp_path / place / f'{i}.txt' for i in range(30)]
         for i, path in enumerate(paths):
             path.write_text(chr(60 + i))
-        write_text(tmp_path / place / 'out', paths, Bytes(), 'x', share=0.3)
+        write_text(tmp_path / place / 'out', paths, Bytes(), 'x', val_share=0.3)
         held.append((tmp_path / place / 'out' / 'val.bin').read_bytes())
     assert held[0] == held[1] != b''
 
@@ -188,12 +277,16 @@ def test_every_file_is_on_the_disk_before_the_set_counts(tmp_path, monkeypatch):
     def replace(source, target):
         moved.append(str(target))
         assert synced[str(source)] == os.stat(source).st_size
+        assert not str(target).endswith('meta.json') or str(tmp_path) in synced  # the files' names, too
         real(source, target)
 
     monkeypatch.setattr(os, 'fsync', fsync)
     monkeypatch.setattr(os, 'replace', replace)
-    numbers(tmp_path, 5, 9, 4, 7)
-    assert len([path for path in moved if path.endswith('.bin')]) == 4 and moved[-1].endswith('meta.json')
+    writer = Writer(tmp_path, Characters(map(chr, range(200, 240))), 'x', shard_tokens=4)
+    mixed_documents(writer, 0, 12, masks=True)
+    writer.finish()
+    shards = [path for path in moved if path.endswith(('.bin', '.mask'))]
+    assert len(shards) == 18 and moved[-1].endswith('meta.json')
 
 
 def test_what_the_files_hold_is_checked_when_it_is_drawn(tmp_path):
@@ -221,6 +314,8 @@ def test_a_crash_while_files_are_moved_is_not_taken_for_a_finished_set(tmp_path,
         numbers(tmp_path, 20, shard_tokens=100)
     monkeypatch.undo()
     assert not (tmp_path / 'meta.json').exists()
+    with pytest.raises(ValueError, match='not prepared'):  # nor for a folder of nanoGPT
+        read_meta(tmp_path)
     assert numbers(tmp_path, 20, shard_tokens=100).tokens.tolist() == [20]
 
 
@@ -237,9 +332,9 @@ def test_hub_sets_are_tokenised_sharded_and_resumed(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     texts = [f'document {i}' for i in range(40)]
     datasets.Dataset.from_dict(dict(text=texts)).to_parquet(tmp_path / 'a.parquet')
-    argv = ['--input', str(tmp_path / 'a.parquet'), '--processes', '1', '--shard_tokens', '100']
-    argv += ['--tokenizer', 'letters']
-    write_hub(tmp_path / 'whole', 'x', {'train': 'train'}, share=0.2, argv=argv)
+    options = dict(tokenizer='letters', val_share=0.2, processes=1, shard_tokens=100)
+    source, splits = HubDocuments('parquet', data_files=[str(tmp_path / 'a.parquet')]), {'train': 'train'}
+    write_hub(tmp_path / 'whole', source, splits, **options)
     meta = read_meta(tmp_path / 'whole')
     documents = []
     for split in meta['splits'].values():
@@ -249,12 +344,13 @@ def test_hub_sets_are_tokenised_sharded_and_resumed(tmp_path, monkeypatch):
     assert sorted(documents) == sorted(texts) and set(meta['splits']) == {'train', 'val'}
     assert meta['token_bytes'][256] == 0
 
-    write_hub(tmp_path / 'few', 'x', {'train': 'train'}, share=0.2, argv=[*argv, '--max_documents', '30'])
+    few = HubDocuments('parquet', data_files=[str(tmp_path / 'a.parquet')], max_documents=30)
+    write_hub(tmp_path / 'few', few, splits, **options)
     files = [np.fromfile(path, '<u2') for path in (tmp_path / 'few').glob('*.bin')]
     assert sum((ids == 256).sum() for ids in files) == 30
 
     real = Writer.save
-    monkeypatch.setattr(prepare, 'GROUP', 8)
+    monkeypatch.setattr(hub, 'DOCUMENTS_PER_SAVE', 8)
 
     def dies(writer, done):
         real(writer, done)
@@ -263,10 +359,15 @@ def test_hub_sets_are_tokenised_sharded_and_resumed(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Writer, 'save', dies)
     with pytest.raises(KeyboardInterrupt):
-        write_hub(tmp_path / 'broken', 'x', {'train': 'train'}, share=0.2, argv=argv)
+        write_hub(tmp_path / 'broken', source, splits, **options)
     monkeypatch.setattr(Writer, 'save', real)
-    write_hub(tmp_path / 'broken', 'x', {'train': 'train'}, share=0.2, argv=argv)
+    write_hub(tmp_path / 'broken', source, splits, **options)
     assert read_meta(tmp_path / 'broken') == meta
+    (tmp_path / 'text.parquet').write_text('text')
+    with pytest.raises(ValueError, match='text.parquet.* cannot be read'):
+        HubDocuments('parquet', data_files=[str(tmp_path / 'text.parquet')]).read('train', 0)
+    with pytest.raises(ValueError, match="column='words', expected one of text"):
+        HubDocuments('parquet', 'words', data_files=[str(tmp_path / 'a.parquet')]).read('train', 0)
 
 
 def test_nanogpts_folders_are_read(tmp_path):
@@ -299,7 +400,7 @@ def test_a_pickle_never_runs_code(tmp_path):
 
 
 def test_broken_data_is_told_with_what_helps(tmp_path):
-    with pytest.raises(ValueError, match='there is no folder.*known are .*pystdlib'):
+    with pytest.raises(ValueError, match='there is no folder.*expected one of .*pystdlib'):
         read_meta(tmp_path / 'nowhere')
     (tmp_path / 'mine').mkdir()
     with pytest.raises(ValueError, match='not prepared'):
@@ -318,7 +419,7 @@ def test_few_files_have_a_validation_split_too(tmp_path, n):
     paths = [tmp_path / f'{i}.txt' for i in range(n)]
     for path in paths:
         path.write_text('x' * 50)
-    write_text(tmp_path, paths, Bytes(), 'few', share=1e-9)
+    write_text(tmp_path, paths, Bytes(), 'few', val_share=1e-9)
     assert [read_meta(tmp_path)['splits'][name]['tokens'] for name in ('train', 'val')] == [51 * (n - 1), 51]
 
 
@@ -367,7 +468,67 @@ def test_a_tokenizer_that_cannot_be_downloaded_is_told_with_what_helps(monkeypat
         make_tokenizer(dict(kind='tiktoken', name='gpt2'))
 
 
-def test_preparing_data_needs_no_torch():
+@pytest.mark.parametrize('name', sorted(path.parent.name for path in (ROOT / 'data').glob('*/prepare.py')))
+def test_preparing_data_needs_no_torch(name):
     """Its processes would take seconds and hundreds of MiB each to import it."""
-    code = "import sys, nanoloop.prepare; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, '-c', code], cwd=ROOT).returncode == 0
+    code = 'import runpy, sys; runpy.run_path(sys.argv[1]); sys.exit("torch" in sys.modules)'
+    script = ROOT / 'data' / name / 'prepare.py'
+    assert subprocess.run([sys.executable, '-c', code, script], cwd='/').returncode == 0
+
+
+@pytest.fixture
+def scripts(tmp_path):
+    """run(name, *argv) -> (status, stdout, stderr): of the scripts that prepare data, in a copy of theirs."""
+    repo = tmp_path / 'repo'
+    shutil.copytree(ROOT / 'nanoloop', repo / 'nanoloop')
+    for path in [ROOT / 'configurator.py', ROOT / 'data' / '__init__.py', *ROOT.glob('data/*/prepare.py')]:
+        copy = repo / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, copy)
+
+    def run(name, *argv):
+        command = [sys.executable, repo / 'data' / name / 'prepare.py', *argv]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        return done.returncode, done.stdout, done.stderr
+
+    run.data = repo / 'data'
+    return run
+
+
+def test_a_script_prepares_a_text_from_any_directory(scripts, tmp_path):
+    (tmp_path / 'input.txt').write_text('to be or not to be\n' * 10)
+    status, out, err = scripts('shakespeare_char', '--input', 'input.txt')
+    assert (status, err) == (0, '')
+    assert (
+        out == 'shakespeare_char: train has 171 tokens (char)\nshakespeare_char: val has 19 tokens (char)\n'
+    )
+    assert read_meta(scripts.data / 'shakespeare_char')['vocab_size'] == 8
+    assert scripts('text', '--input', 'input.txt', '--name', 'mine')[0] == 0
+    assert read_meta(scripts.data / 'mine')['source'] == 'input.txt'
+
+
+def test_scripts_tell_their_flags_and_what_is_wrong_with_them(scripts):
+    status, out, _ = scripts('pystdlib', '--help')
+    assert status == 0 and 'standard library' in out and 'python data/pystdlib/prepare.py' in out
+    status, out, _ = scripts('openwebtext', '--help')
+    assert status == 0 and '--max_documents' in out and 'the same command goes on' in out
+    for name, argv, told in [
+        ('pystdlib', ['now'], 'unrecognized arguments: now'),
+        ('text', [], 'required: --input'),
+        ('text', ['--input=nowhere.txt'], 'there is no such file'),
+        ('wikitext103', ['--processes=few'], 'invalid int value'),
+        ('wikitext103', ['--max_documents=0'], 'max_documents=0, expected at least 1'),
+    ]:
+        status, out, err = scripts(name, *argv)
+        assert (status, out) == (2, '') and told in err, err
+        assert err.startswith('prepare.py: ') and err.count('\n') == 1
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    with replace_file(tmp_path / 'a') as file:
+        file.write('old')
+        assert not (tmp_path / 'a').exists()
+    with pytest.raises(KeyboardInterrupt), replace_file(tmp_path / 'a') as file:
+        file.write('ne')
+        raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.iterdir()] == ['a'] and (tmp_path / 'a').read_text() == 'old'

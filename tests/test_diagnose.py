@@ -6,10 +6,10 @@ from helpers import load, randomize, read_log, same
 from torch.nn import functional as F
 
 import model as model_file
-import train
+import nanoloop.diagnose as diagnose_file
 from model import GPT, GPTConfig
 from nanoloop.diagnose import diagnose
-from nanoloop.objective import Objective
+from nanoloop.objective import TrainingLoss
 from train import TrainConfig, main
 
 SIZES = dict(block_size=12, vocab_size=23, n_head=2, n_embd=12, n_prelude=1, n_block=2, n_coda=1, n_loop=4)
@@ -62,7 +62,7 @@ def test_what_is_found_is_what_autograd_finds(bptt_k, recompute, chunk, monkeypa
     model = randomize(GPT(GPTConfig(**SIZES, bptt_k=bptt_k, recompute=recompute))).double()
     idx, targets = IDX[:, :-1], IDX[:, 1:].clone()
     targets[0, 3:5] = -1
-    found = diagnose(Objective(model, TrainConfig()), idx, targets, 4)
+    found = diagnose(TrainingLoss(model, TrainConfig()), idx, targets, 4)
     assert all(p.grad is None for p in model.parameters())
     assert not any(module._forward_hooks for module in model.modules())
     expected = by_hand(model, idx, targets, 4, 4 - (bptt_k or 4))
@@ -98,20 +98,22 @@ def test_the_gradient_of_the_weights_is_that_of_the_step_after_clipping(call, fl
 
 def test_loops_that_do_nothing_are_seen_as_such():
     model = GPT(GPTConfig(**SIZES, dropout=0.5))
-    found = diagnose(Objective(model, TrainConfig()), IDX[:, :-1], IDX[:, 1:], 4)  # u = e, whatever the state
+    found = diagnose(
+        TrainingLoss(model, TrainConfig()), IDX[:, :-1], IDX[:, 1:], 4
+    )  # u = e, whatever the state
     assert model.training and found['kl/loop_00'] > 0  # of dropout in the loop, not in the readout
     model.transformer.drop.p = 0.0
     for block in model.blocks():
         block.attn.dropout = block.mlp.dropout = 0.0
     model.transformer.coda[0].mlp.dropout = 0.5
-    found = diagnose(Objective(model, TrainConfig()), IDX[:, :-1], IDX[:, 1:], 4)
+    found = diagnose(TrainingLoss(model, TrainConfig()), IDX[:, :-1], IDX[:, 1:], 4)
     assert max(abs(found[f'kl/loop_{k:02d}']) for k in range(4)) < 1e-6
 
 
 def test_a_look_sees_the_dropout_of_its_step(call, flags, monkeypatch):
-    seeds, real, forward = [], train.diagnose, Objective.forward
-    monkeypatch.setattr(train, 'diagnose', lambda *a: seeds.append(torch.initial_seed()) or real(*a))
-    monkeypatch.setattr(Objective, 'forward', lambda *a: seeds.append(torch.initial_seed()) or forward(*a))
+    seeds, real, forward = [], diagnose_file.diagnose, TrainingLoss.forward
+    monkeypatch.setattr(diagnose_file, 'diagnose', lambda *a: seeds.append(torch.initial_seed()) or real(*a))
+    monkeypatch.setattr(TrainingLoss, 'forward', lambda *a: seeds.append(torch.initial_seed()) or forward(*a))
     call(main, *flags, '--diagnose=1', '--max_iters=2', '--gradient_accumulation_steps=2')
     assert seeds[0] == seeds[1] == seeds[2] != seeds[3] and seeds[4] == seeds[5] == seeds[6] != seeds[0]
 
@@ -120,7 +122,7 @@ def test_compiled_blocks_are_looked_into(call, flags, tmp_path):
     model = GPT(GPTConfig(**SIZES))
     for block in model.blocks():
         block.compile(backend='eager')
-    objective = Objective(model, TrainConfig())
+    objective = TrainingLoss(model, TrainConfig())
     before = objective(IDX[:, :-1], IDX[:, 1:], 4)[0]
     found = diagnose(objective, IDX[:, :-1], IDX[:, 1:], 4)
     assert found['grad_norm/block_02/mlp/loop_03'] > 0

@@ -20,7 +20,7 @@ from model import (
     POS,
     STATE,
     UPDATE,
-    Activation,
+    Act,
     GPTConfig,
     Injection,
     LoopPart,
@@ -29,7 +29,7 @@ from model import (
 from nanoloop.checkpoint import load_checkpoint
 from nanoloop.count import flops, parameters, sections
 from nanoloop.generate import Sampler, generate, stream, tokens_in_view
-from nanoloop.objective import Objective
+from nanoloop.objective import TrainingLoss
 from nanoloop.optimizer import make_optimizers
 from train import TrainConfig
 
@@ -113,7 +113,7 @@ def test_every_accepted_combination_works(injection, state, place):
         per_position = seen[0].grad[0].abs().sum(-1)
         assert (per_position[:10] > 0).all() and (per_position[10:] == 0).all(), keys
         hook.remove()
-        Objective(model, TrainConfig())(*tokens(), n_loop=3)[0].backward()
+        TrainingLoss(model, TrainConfig())(*tokens(), n_loop=3)[0].backward()
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters()), keys
 
 
@@ -344,8 +344,8 @@ def test_chunks_keep_the_heads_gradient_exact_under_autocast(monkeypatch):
         x = torch.randn(512, 64, generator=torch.Generator().manual_seed(1), dtype=dtype)
         y = torch.randint(64, (512,), generator=torch.Generator().manual_seed(2))
         model = model.to(dtype)
-        model.states = lambda *_: ([x.view(2, 256, 64)], None)
-        model.run_coda = lambda s, context: s
+        model.loop_states = lambda *_: ([x.view(2, 256, 64)], None)
+        model.run_coda = lambda s, attn_inputs: s
         with autocast('cpu', torch.bfloat16 if dtype == torch.float32 else torch.float32):
             model.loss_table(y.view(2, 256), y.view(2, 256))[0].mean().backward()
         return model.lm_head.weight.grad.double()
@@ -499,7 +499,7 @@ def test_compiled_equals_eager():
         (dict(input_injection='passthrough', bptt_k=2), 'the prelude would get no gradient'),
         (dict(input_injection='passthrough', state_init='zero'), "state_init='zero', expected prelude with"),
         (dict(state_std=0.5), "state_std=0.5, expected None with state_init='prelude'"),
-        (dict(rope_base=500.0), 'rope_base=500.0, expected no value'),
+        (dict(rope_base=500.0), "rope_base=500.0, expected 10000.0 with pos='learned'"),
         (dict(norm_eps=0.0), 'norm_eps=0.0, expected above 0'),
         *[
             (dict(keys, **{key: math.inf}), f'{key}=inf, expected')
@@ -513,10 +513,13 @@ def test_compiled_equals_eager():
                 state_std=dict(state_init='random'),
             ).items()
         ],
-        (dict(norm_emb=True, emb_scale=2.0, pos='rope'), 'emb_scale=2.0, expected 1 with norm_emb'),
+        (dict(norm_emb=True, emb_scale=2.0, pos='rope'), 'emb_scale=2.0, expected 1: norm_emb'),
         (dict(dropout=-0.1), 'dropout=-0.1, expected at least 0'),
         (dict(vocab_size=0), 'vocab_size=0, expected at least 1'),
-        (dict(input_injection='inject_random', state_init='none'), "state_init='none', expected random"),
+        (
+            dict(input_injection='inject_random', state_init='none'),
+            "state_init='none', expected no value with input_injection=inject_random",
+        ),
         (dict(bias='no'), "bias='no', expected True or False"),
         (dict(n_loop='4'), "n_loop='4', expected int"),
         (dict(n_loop=True), 'n_loop=True, expected int'),
@@ -532,7 +535,12 @@ def test_a_config_refuses_what_has_no_meaning(keys, told):
 
 def test_the_states_that_go_with_an_injection():
     """The pairs of the README's table, no other."""
-    accepted = dict(passthrough='prelude', inject='prelude random zero', add='prelude random zero none')
+    accepted = dict(
+        passthrough='prelude',
+        inject='prelude random zero',
+        gated='prelude random zero',
+        add='prelude random zero none',
+    )
     accepted |= dict.fromkeys(('query_first', 'query_all'), 'none prelude random')
     accepted |= dict(residual_all='prelude random zero none')
     assert sorted(PAIRS) == sorted(
@@ -606,7 +614,7 @@ START = {'mix': 0.25, 'index': 0.0, 'vector': 0.125, 'number': 0.5, 'alpha': 0.5
         ('input_injection', Half, {}),
         ('input_injection', Half, dict(init='huginn')),
         ('input_injection', Attracted, dict(state_init='none')),
-        ('mlp', Activation(torch.sin, 1, lambda C: 3 * C), dict(init='huginn')),
+        ('mlp', Act(torch.sin, 1, lambda C: 3 * C), dict(init='huginn')),
         ('norm', DyT, {}),
         ('norm', DyT, dict(init='nanochat', tie_weights=False)),
         ('norm_place', NormPlace(True, True, True), {}),
@@ -614,7 +622,7 @@ START = {'mix': 0.25, 'index': 0.0, 'vector': 0.125, 'number': 0.5, 'alpha': 0.5
     ],
 )
 def test_a_variant_is_an_entry_of_a_table(key, entry, keys, monkeypatch):
-    """It starts as its author wrote, trains all its weights in the groups that it names, is counted and cached."""
+    """It starts as its author wrote, trains in the groups that it names, is counted and cached."""
     monkeypatch.setitem(TABLES[key], 'new', entry)
     model = GPT(GPTConfig(**SIZES | {key: 'new'} | keys))
     for _ in range(2):
@@ -628,7 +636,7 @@ def test_a_variant_is_an_entry_of_a_table(key, entry, keys, monkeypatch):
     inside = {name for name in names.values() if name.startswith(('inject.', 'update.'))}
     assert by_muon & inside == ({'inject.mix.weight'} if entry is Half else by_muon & {'inject.weight'})
     randomize(model).train()
-    Objective(model, TrainConfig())(*tokens(), n_loop=3)[0].backward()
+    TrainingLoss(model, TrainConfig())(*tokens(), n_loop=3)[0].backward()
     assert all(p.grad.abs().sum() > 0 for p in model.parameters())
     check_optimized(model)
     assert sum(parameters(model)[part] for part in sections(model)) == model.get_num_params()

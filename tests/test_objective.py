@@ -12,19 +12,30 @@ from test_recipes import RECIPES, build
 
 import model as model_file
 from model import GPT, GPTConfig
+from nanoloop.batches import Batch
 from nanoloop.count import flops
-from nanoloop.objective import OBJECTIVE, SAMPLING, Objective, exit_distribution, loops_at
+from nanoloop.objective import (
+    LOOP_SAMPLING,
+    OBJECTIVE,
+    TrainingLoss,
+    exit_distribution,
+    freeze,
+    loops_at,
+    training_flops,
+)
 from nanoloop.optimizer import lr_at, make_optimizers, momentum_at, set_rates
-from train import TrainConfig, flops_of, main, train_step
+from train import TrainConfig, main, train_step
 
 SIZES = dict(block_size=12, vocab_size=23, n_head=2, n_embd=12, n_prelude=1, n_block=2, n_coda=1, n_loop=4)
-M = types.SimpleNamespace(rank=0, world=1, device='cpu', kind='cpu', cpu_group=None, autocast=nullcontext)
+M = types.SimpleNamespace(rank=0, world=1, kind='cpu', cpu_group=None, autocast=nullcontext)
+M.to_device = lambda x: x
 
 
 def make(objective, **keys):
     """(objective, its model) in double precision with random weights."""
     model = randomize(GPT(GPTConfig(**SIZES | dict(exit_gate=True)))).double()
-    return Objective(model, TrainConfig(objective=objective, **keys)), model
+    freeze(model, OBJECTIVE[objective])
+    return TrainingLoss(model, TrainConfig(objective=objective, **keys)), model
 
 
 def batch(seed=0, B=3, T=12):
@@ -89,20 +100,20 @@ def test_objectives_and_their_gradients_are_their_formulas(name, n_loop):
     assert loss.item() == pytest.approx(expected.item(), abs=1e-10)
     loss.backward()
     expected.backward()
-    frozen = objective.aim.frozen
+    frozen = not objective.rule.trains_model
     for key, p in model.named_parameters():
         gate = key.startswith('exit_gate')
-        if (frozen and not gate) or (gate and not objective.aim.gated):
+        if (frozen and not gate) or (gate and not objective.rule.trains_gate):
             assert p.grad is None and not p.requires_grad, key
         else:
             assert p.grad.abs().sum() > 0 and torch.allclose(p.grad, w[key].grad, atol=1e-10), key
-    for row in objective.aim.rows(n_loop) if len(objective.aim.rows(n_loop)) > 1 else ():
+    for row in objective.rule.loops(n_loop) if len(objective.rule.loops(n_loop)) > 1 else ():
         expected = (ce[row] * counted).sum() / targets.numel()
         assert more[f'loss/loop_{row:02d}'].item() == pytest.approx(expected.item(), abs=1e-10)
 
 
 def test_rows_of_the_objectives():
-    rows = {name: [aim.rows(n) for n in (1, 2, 3, 4, 6, 9, 12)] for name, aim in OBJECTIVE.items()}
+    rows = {name: [rule.loops(n) for n in (1, 2, 3, 4, 6, 9, 12)] for name, rule in OBJECTIVE.items()}
     assert rows['few'] == [(0,), (1,), (2,), (2, 3), (4, 5), (6, 7, 8), (8, 9, 10, 11)]  # FLT's
     assert rows['end'][3] == (3,) and rows['step'][3] == rows['exit'][3] == rows['gate'][3] == (0, 1, 2, 3)
 
@@ -145,7 +156,7 @@ def test_masked_tokens_change_nothing_however_the_batch_is_cut(name):
         learners = [p for p in model.parameters() if p.requires_grad]
         expected = torch.autograd.grad(mean, learners)
         before = [p.detach().clone() for p in learners]
-        batches = zip(idx.chunk(micros), targets.chunk(micros), range(micros), strict=True)
+        batches = map(Batch, idx.chunk(micros), targets.chunk(micros), range(micros))
         c = types.SimpleNamespace(gradient_accumulation_steps=micros, grad_clip=0)
         scaler, sgd = torch.amp.GradScaler('cpu', enabled=False), torch.optim.SGD(learners, lr=1.0)
         told, _, _ = train_step(objective, [sgd], scaler, batches, 4, c, M)
@@ -186,6 +197,7 @@ def test_chunks_and_recomputation_change_no_gradient(name, monkeypatch):
 
 def draws(n, **keys):
     c = types.SimpleNamespace(objective='end', seed=1, loop_warmup=0, loop_max=None, **keys)
+    c.loop_growth, c.max_iters = 'sqrt', 0
     return np.array([loops_at(step, c) for step in range(n)])
 
 
@@ -203,10 +215,10 @@ def test_uniform_draws_every_number_around_n_loop():
     assert sorted(set(n)) == [1, 2, 3, 4, 5] and n.mean() == pytest.approx(3, abs=0.1)
 
 
-@pytest.mark.parametrize('sampling', SAMPLING)
+@pytest.mark.parametrize('sampling', LOOP_SAMPLING)
 def test_draws_are_functions_of_seed_and_step_within_their_limits(sampling):
     keys = dict(n_loop=5, loop_sampling=sampling, loop_max=7, loop_warmup=10)
-    c = types.SimpleNamespace(objective='exit', seed=3, **keys)
+    c = types.SimpleNamespace(objective='exit', seed=3, loop_growth='sqrt', **keys)
     n = [loops_at(step, c) for step in range(300)]
     assert n == [loops_at(step, c) for step in range(300)] and max(n) <= 7 and min(n) == 2
     if sampling != 'fixed':
@@ -216,6 +228,7 @@ def test_draws_are_functions_of_seed_and_step_within_their_limits(sampling):
 
 def test_loops_grow_as_published():
     c = types.SimpleNamespace(objective='end', seed=0, n_loop=6, loop_sampling='fixed', loop_max=None)
+    c.loop_growth, c.max_iters = 'sqrt', 0
     c.loop_warmup = 100
     grown = [loops_at(step, c) for step in range(120)]
     assert grown == [
@@ -235,7 +248,7 @@ def test_a_run_ends_when_its_flops_are_spent(call, flags, tmp_path):
     limit = whole[7]['train/flops'] - 1  # reached by step 7, the eighth
     c = types.SimpleNamespace(**load(tmp_path / 'out' / 'ckpt.pt')['config'])
     model = GPT(GPTConfig(**load(tmp_path / 'out' / 'ckpt.pt')['model_args']))
-    spent = np.cumsum([flops_of(model, c, loops_at(t, c)) * 4 * 8 for t in range(12)])
+    spent = np.cumsum([training_flops(model, c, loops_at(t, c)) * 4 * 8 for t in range(12)])
     assert [line['train/flops'] for line in whole] == pytest.approx(spent.tolist())
     assert len({line['train/loops'] for line in whole}) > 1
     status, out, _ = call(main, *sampled, f'--max_flops={limit:.0f}', f'--out_dir={tmp_path}/short')
@@ -254,7 +267,7 @@ def test_a_run_ends_when_its_flops_are_spent(call, flags, tmp_path):
 
 def test_flops_of_a_step_are_those_of_its_objective():
     model = GPT(GPTConfig(**SIZES, exit_gate=True))
-    steps = {name: flops_of(model, TrainConfig(objective=name), 4) for name in OBJECTIVE}
+    steps = {name: training_flops(model, TrainConfig(objective=name), 4) for name in OBJECTIVE}
     assert steps['end'] == sum(flops(model, 4)['training'].values())
     assert steps['step'] == steps['exit'] == sum(flops(model, 4, 4)['training'].values())
     assert steps['gate'] == sum(flops(model, 4, 4)['forward'].values())
@@ -294,7 +307,7 @@ def rates_key(rates):
 
 def test_what_decays():
     model = GPT(GPTConfig(**SIZES, tie_weights=False, bias=True, exit_gate=True))
-    Objective(model, TrainConfig(objective='exit'))
+    TrainingLoss(model, TrainConfig(objective='exit'))
     named = {id(p): name for name, p in model.named_parameters()}
     for optimizer, kinds in (('adamw', ('.c_', 'wte', 'wpe', 'lm_head', 'exit_gate')), ('muon', ('.c_',))):
         optimizers, _ = make_optimizers(model, TrainConfig(optimizer=optimizer, adam_eps=1e-5))
@@ -321,7 +334,8 @@ def test_a_frozen_models_last_gate_is_the_best(call, flags, tmp_path):
 def test_a_gate_learns_nothing_from_dropout():
     """Of loops that change nothing, no improvement is seen."""
     model = GPT(GPTConfig(**SIZES, exit_gate=True, dropout=0.5))
-    objective = Objective(model, TrainConfig(objective='gate'))
+    model.train(OBJECTIVE['gate'].trains_model)
+    objective = TrainingLoss(model, TrainConfig(objective='gate'))
     idx, targets = batch()
     loss, _ = objective(idx, targets, 4)
     go_on, label = 0.5, 1 / (1 + math.exp(50 * 0.005))  # a new gate is undecided
@@ -349,13 +363,15 @@ def test_a_model_gets_a_gate_for_its_second_stage(call, flags, tmp_path):
 
 
 def test_a_gate_learns_only_where_the_objective_teaches_it():
-    for name, aim in OBJECTIVE.items():
+    for name, rule in OBJECTIVE.items():
         _, model = make(name)
         optimizers, _ = make_optimizers(model, TrainConfig(objective=name))
         held = {p for o in optimizers for group in o.param_groups for p in group['params']}
         gate = set(model.exit_gate.parameters())
         rest = set(model.parameters()) - gate
-        assert held == (gate if aim.gated else set()) | (set() if aim.frozen else rest), name
+        assert held == (gate if rule.trains_gate else set()) | (set() if not rule.trains_model else rest), (
+            name
+        )
 
 
 def test_an_untied_heads_rate_is_no_mistake_while_it_is_frozen(call, flags):

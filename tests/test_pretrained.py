@@ -1,6 +1,7 @@
-"""Others' weights: GPT-2's through transformers, plain or cut into a looped model, and Ouro's safetensors."""
+"""Other programs' weights are what those programs compute, and every script takes every name of a model."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import pytest
 import torch
 from helpers import load, randomize, rms, softmax_attention, turn
 
+import bench
+import export
 import sample
 import train
 from model import GPT, GPTConfig
@@ -42,7 +45,7 @@ def gpt2(tmp_path_factory):
 
 
 def taken(folder, **given):
-    return load_checkpoint(find_pretrained(folder, given), **given)[0].eval()
+    return load_checkpoint(folder, **given)[0]
 
 
 CUTS = [
@@ -51,6 +54,7 @@ CUTS = [
     dict(n_prelude=1, n_coda=0, n_loop=1),
     dict(n_block=2, n_loop=1),
     dict(n_loop=1, input_injection='passthrough', n_prelude=0, n_coda=3),
+    dict(n_loop=1, input_injection='gated'),
 ]
 
 
@@ -75,6 +79,30 @@ def test_a_cut_gpt2_starts_as_the_identity_and_learns_to_use_its_state(gpt2):
         for p in model.parameters():
             p -= 0.05 * p.grad
     assert not torch.allclose(model(IDX, IDX)[0], model(IDX, IDX, n_loop=1)[0], atol=1e-3)
+
+
+def test_what_gpt2_does_not_have_starts_as_in_a_new_model(gpt2):
+    model = taken(gpt2[1], n_loop=2, exit_gate=True)
+    assert torch.equal(model.inject.weight, torch.eye(12, 24)) and not model.inject.bias.any()
+    assert model.exit_gate.weight.any() and not model.exit_gate.bias.any()
+    damped = taken(gpt2[1], state_update='damp', update_alpha=0.5)
+    assert (damped.config.n_loop, damped.config.state_update, damped.config.update_alpha) == (4, 'damp', 0.5)
+    gated = taken(gpt2[1], input_injection='gated', state_update='gate')
+    new = GPT(gated.config).state_dict()
+    values = {name: w for name, w in gated.state_dict().items() if name.startswith(('inject.', 'update.'))}
+    assert values and all(torch.equal(w, new[name]) for name, w in values.items())
+
+
+def test_nothing_else_starts_anew(gpt2):
+    checkpoint = find_pretrained(gpt2[1], dict(n_loop=2))
+    del checkpoint['model']['transformer.ln_f.weight']
+    with pytest.raises(ValueError, match='does not fit: Missing key.*ln_f'):
+        load_checkpoint(checkpoint)
+    args = dict(n_embd=12, n_head=2, vocab_size=40, block_size=16, norm='rmsnorm')
+    weights = GPT(GPTConfig(**args)).state_dict()
+    del weights['inject.weight']  # a checkpoint of ours is broken without it
+    with pytest.raises(ValueError, match='does not fit: Missing key.*inject'):
+        load_checkpoint(dict(model=weights, model_args=args))
 
 
 def test_a_cut_gpt2_trains(gpt2, tiny_data, call, tmp_path):
@@ -106,7 +134,7 @@ def test_gpt2_is_sampled_from_without_training(gpt2, call, monkeypatch):
 
 
 class Plain:
-    start = 0
+    eot_token = 0
 
     def encode(self, text):
         return [ord(x) - 96 for x in text]
@@ -187,7 +215,7 @@ def test_weights_that_cannot_be_had_are_told(call, gpt2, ouro, tiny_data, tmp_pa
         return err.splitlines()[-1]  # transformers shows its progress before it
 
     folder, (_, theirs) = gpt2[1], ouro
-    assert 'n_block=3, expected 2: it has 6 layers, of which n_prelude=2, n_coda=2' in told(
+    assert f'n_block=3, expected 2: {folder} has 6 layers, of which n_prelude=2, n_coda=2' in told(
         f'--init_from={folder}', '--n_block=3'
     )
     assert 'n_prelude=4, n_coda=2 leave none for the loop' in told(f'--init_from={folder}', '--n_prelude=4')
@@ -207,9 +235,12 @@ def test_weights_that_cannot_be_had_are_told(call, gpt2, ouro, tiny_data, tmp_pa
 
 
 def test_the_tokens_must_be_gpt2s(gpt2, call, tiny_data, tmp_path, monkeypatch):
-    real = train.find_checkpoint
-    named = lambda *args: dict(real(*args), tokenizer=dict(kind='tiktoken', name='gpt2'))  # noqa: E731
-    monkeypatch.setattr(train, 'find_checkpoint', named)
+    real = train.find_from_flags
+
+    def find(*args, **keys):
+        return dict(real(*args, **keys), tokenizer=dict(kind='tiktoken', name='gpt2'))
+
+    monkeypatch.setattr(train, 'find_from_flags', find)
     status, _, err = call(
         train.main, f'--init_from={gpt2[1]}', f'--dataset={tiny_data}', f'--out_dir={tmp_path}/a'
     )
@@ -270,4 +301,106 @@ def test_the_original_nanoloop_truncates_passthrough(tmp_path):
     weights = {f'_orig_mod.module.{name}': w for name, w in model.state_dict().items()}
     torch.save(dict(model=weights, model_args=args), tmp_path / 'ckpt.pt')
     loaded, _ = load_checkpoint(tmp_path / 'ckpt.pt')
-    assert torch.equal(loaded.eval()(IDX % 23, IDX % 23)[0], model.eval()(IDX % 23, IDX % 23)[0])
+    assert torch.equal(loaded(IDX % 23, IDX % 23)[0], model.eval()(IDX % 23, IDX % 23)[0])
+
+
+# -----------------------------------------------------------------------------
+# one way from a name to a model
+
+KINDS = ['run', 'file', 'export', 'gpt2', 'transformers', 'ouro']
+
+
+@pytest.fixture
+def name(request, call, flags, gpt2, ouro, tmp_path, monkeypatch):
+    """A name of a model, of the kind that the test's parameter asks for."""
+    if request.param in ('gpt2', 'transformers'):
+        from transformers import GPT2LMHeadModel
+
+        real = GPT2LMHeadModel.from_pretrained
+        local = lambda name, **keys: real(gpt2[1] if name == 'gpt2' else name, **keys)  # noqa: E731
+        monkeypatch.setattr(GPT2LMHeadModel, 'from_pretrained', local)  # the hub is not asked
+        return 'gpt2' if request.param == 'gpt2' else gpt2[1]
+    if request.param == 'ouro':
+        return f'ouro:{ouro[1]}'
+    call(train.main, *flags, '--max_iters=4', '--exit_gate=True')
+    run = tmp_path / 'out'
+    (run / 'best.pt').unlink()  # which file is preferred is another test's question
+    shutil.copy(run / 'ckpt.pt', tmp_path / 'copy.pt')
+    if request.param == 'export':
+        call(export.main, f'--out_dir={run}', f'--to={tmp_path}/exported')
+    return str(dict(run=run, file=tmp_path / 'copy.pt', export=tmp_path / 'exported')[request.param])
+
+
+@pytest.mark.parametrize('name', KINDS, indirect=True)
+def test_every_script_takes_every_name(call, name, tiny_data, tmp_path, monkeypatch):
+    pytest.importorskip('safetensors')
+    idx, seen = IDX[:, :8] % 12, []
+    model, checkpoint = load_checkpoint(name)
+    expected = model(idx, idx)[0]
+
+    def load(*args, **changes):
+        model, checkpoint = load_checkpoint(*args, **changes)
+        seen.append(model(idx, idx)[0])
+        return model, checkpoint
+
+    for script in (sample, bench):
+        monkeypatch.setattr(script, 'load_checkpoint', load)
+    monkeypatch.setattr(sample, 'find_tokenizer', lambda checkpoint: Plain())
+    cpu, no_compile = ['--device=cpu', '--dtype=float32'], '--compile=False'
+    small = [f'--dataset={tiny_data}', '--eval_iters=1', '--batch_size=2', '--sample_tokens=0', no_compile]
+    by_out_dir = ['--init_from=resume', f'--out_dir={name}']
+    for argv in ([f'--init_from={name}'], by_out_dir):
+        assert call(sample.main, *argv, *cpu, '--max_new_tokens=2')[0] == 0
+        decode = [*argv, *cpu, no_compile, '--mode=decode', '--tokens=2', '--rounds=1']
+        assert call(bench.main, *decode)[0] == 0
+        status, _, err = call(export.main, *argv, f'--to={tmp_path}/to')
+        assert status == 0 and ('has no tokenizer' in err) == (checkpoint['tokenizer'] is None)
+        seen.append(load_checkpoint(tmp_path / 'to')[0](idx, idx)[0])
+    argv = [f'--init_from={name}', f'--out_dir={tmp_path}/trained', '--max_iters=0']
+    status, _, err = call(train.main, *argv, *small, *cpu)
+    assert status == 0, err
+    seen.append(load_checkpoint(tmp_path / 'trained')[0](idx, idx)[0])
+    assert len(seen) == 7 and all(torch.equal(logits, expected) for logits in seen)
+
+
+@pytest.mark.parametrize('name', ['ouro'], indirect=True)
+def test_without_a_tokenizer_there_is_no_text(call, name):
+    status, out, err = call(sample.main, f'--init_from={name}', '--device=cpu')
+    assert status == 2 and not out and 'expected one with a tokenizer' in err.splitlines()[-1]
+
+
+def test_training_takes_the_last_checkpoint_and_using_a_model_the_best(call, flags, tmp_path):
+    call(train.main, *flags)
+    run, cpu = tmp_path / 'out', ['--device=cpu', '--compile=False']
+    for file, step in dict(ckpt=12, prev=8, best=4).items():
+        checkpoint = torch.load(run / f'{file}.pt', weights_only=True)
+        (run / f'{file}.pt').unlink()  # two of the three may be links to one file
+        torch.save(dict(checkpoint, iter_num=step), run / f'{file}.pt')
+
+    def check_steps(latest, best, broken):
+        """Training and measuring take the step `latest`, the others `best`; broken: the files passed over."""
+        name, to = f'--init_from={run}', tmp_path / 'to'
+        train_argv = [name, flags[0], f'--out_dir={tmp_path}/b', '--max_iters=0', '--sample_tokens=0', *cpu]
+        _, out, err = call(train.main, *train_argv)
+        assert f'weights of {run}, step {latest}\n' in out and err.count(
+            f'{broken}.pt cannot be read'
+        ) == bool(broken)
+        _, out, _ = call(bench.main, name, flags[0], '--mode=decode', '--tokens=1', '--rounds=1', *cpu)
+        assert f', step {latest}: ' in out
+        assert f': step {best}, ' in call(sample.main, name, '--max_new_tokens=1', '--device=cpu')[2]
+        assert call(export.main, name, f'--to={to}')[0] == 0
+        assert load_checkpoint(to)[1]['iter_num'] == best
+
+    check_steps(latest=12, best=4, broken='')
+    assert load_checkpoint(run)[1]['iter_num'] == 4
+    for file in ('ckpt', 'best'):
+        (run / f'{file}.pt').write_bytes(b'cut')
+    check_steps(latest=8, best=8, broken='ckpt')
+    with pytest.warns(UserWarning, match='cannot be read') as warned:
+        assert load_checkpoint(run)[1]['iter_num'] == 8
+    assert 'best.pt' in str(warned[0].message) and 'ckpt.pt' in str(warned[1].message)
+
+
+def test_a_checkpoint_of_an_unknown_program_is_refused():
+    with pytest.raises(ValueError, match='expected one of this program, nanoLOOP, nanoGPT'):
+        load_checkpoint(dict(model={}, model_args=dict(d_model=8)))

@@ -13,7 +13,7 @@ import sample
 import train
 from nanoloop.generate import Generation
 from nanoloop.tokenizer import Bytes, Characters
-from sample import Text, main
+from sample import TextStream, main
 
 
 def trained(call, flags):
@@ -60,10 +60,10 @@ def test_stop_ends_each_sample_before_it(call, flags):
 
 
 def test_text_keeps_back_what_may_become_the_stop_and_what_is_half_a_character():
-    text = Text(Characters('abcd'), stop='abc')
+    text = TextStream(Characters('abcd'), stop='abc')
     parts = [text.add(i) for i in (3, 0, 1, 3, 0, 1, 2, 3)]
     assert parts == ['d', '', '', 'abd', '', '', '', ''] and text.done
-    text = Text(Bytes(), stop='')
+    text = TextStream(Bytes(), stop='')
     assert [text.add(i) for i in 'é'.encode() + b'\xe2'] == ['', 'é', ''] and text.rest() == '\ufffd'
 
 

@@ -18,8 +18,9 @@ from resume_under_fire import survive
 
 import train
 from model import GPT, GPTConfig
-from nanoloop import checkpoint, machine, run_folder
+from nanoloop import batches, checkpoint, pretraining, run_folder
 from nanoloop.datasets import Split, read_meta
+from nanoloop.evaluate import evaluate
 from nanoloop.optimizer import SCHEDULE, lr_at, make_optimizers
 from train import TrainConfig, main
 
@@ -109,7 +110,9 @@ def test_a_run_is_the_loop_that_one_would_write(call, flags, tmp_path):
     optimizer = torch.optim.AdamW(groups, betas=(0.7, 0.8), foreach=False)
     for step in range(c.max_iters):
         for micro in range(3):
-            idx, targets, seed = train.draw(split, c, types.SimpleNamespace(rank=0, world=1), step, micro)
+            idx, targets, seed, _ = batches.draw_windows(
+                split, c, types.SimpleNamespace(rank=0, world=1), step, micro
+            )
             torch.manual_seed(seed)
             (model(idx, targets)[1] / 3).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
@@ -155,29 +158,31 @@ def test_micro_batches_are_their_places_in_the_global_batch(tiny_data):
 
     def drawn(world):
         ranks = [types.SimpleNamespace(rank=rank, world=world) for rank in range(world)]
-        return [train.draw(split, c, m, 5, micro) for micro in range(4 // world) for m in ranks]
+        return [batches.draw_windows(split, c, m, 5, micro) for micro in range(4 // world) for m in ranks]
 
     for world in (2, 4):
         assert same(drawn(1), drawn(world))
-    assert len({x.numpy().tobytes() for x, _, _ in drawn(1)}) == len({seed for *_, seed in drawn(1)}) == 4
+    assert len({x.numpy().tobytes() for x, *_ in drawn(1)}) == len({batch.seed for batch in drawn(1)}) == 4
     m = types.SimpleNamespace(rank=0, world=1)
-    assert not torch.equal(train.draw(split, c, m, 6, 0)[0], train.draw(split, c, m, 5, 0)[0])
-    ahead = train.draw_ahead(split, c, m, 5)
-    assert same([next(ahead) for _ in range(5)], [*drawn(1), train.draw(split, c, m, 6, 0)])
+    assert not torch.equal(
+        batches.draw_windows(split, c, m, 6, 0)[0], batches.draw_windows(split, c, m, 5, 0)[0]
+    )
+    ahead = batches.window_batches(split, c, m)(5)
+    assert same([next(ahead) for _ in range(5)], [*drawn(1), batches.draw_windows(split, c, m, 6, 0)])
 
 
 def test_accumulation_equals_one_large_batch(call, flags, tmp_path, monkeypatch):
     micro_batches = {}
-    real = train.draw
+    real = batches.draw_windows
 
     def together(split, c, m, step, micro):
         if c.gradient_accumulation_steps == 2:
             micro_batches[step, micro] = real(split, c, m, step, micro)
             return micro_batches[step, micro]
         a, b = micro_batches[step, 0], micro_batches[step, 1]
-        return torch.cat((a[0], b[0])), torch.cat((a[1], b[1])), a[2]
+        return batches.Batch(torch.cat((a[0], b[0])), torch.cat((a[1], b[1])), a[2])
 
-    monkeypatch.setattr(train, 'draw', together)
+    monkeypatch.setattr(batches, 'draw_windows', together)
     call(main, *flags, '--gradient_accumulation_steps=2', f'--out_dir={tmp_path}/a', '--max_iters=10')
     micro_batches.update({(10, i): micro_batches[9, i] for i in (0, 1)})  # one is read ahead
     call(main, *flags, '--batch_size=8', f'--out_dir={tmp_path}/b', '--max_iters=10')
@@ -218,8 +223,8 @@ def test_evaluation_is_the_whole_split_and_counts_bytes(call, tmp_path, tiny_dat
 
 
 def test_evaluation_takes_eval_iters_batches(call, flags, monkeypatch):
-    asked, real = [], Split.fixed
-    monkeypatch.setattr(Split, 'fixed', lambda split, n=None: asked.append(n) or real(split, n))
+    asked, real = [], Split.eval_windows
+    monkeypatch.setattr(Split, 'eval_windows', lambda split, n=None: asked.append(n) or real(split, n))
     call(main, *flags, '--eval_iters=3', '--max_iters=1')
     assert asked == [12, 12]
 
@@ -227,10 +232,11 @@ def test_evaluation_takes_eval_iters_batches(call, flags, monkeypatch):
 def test_a_huge_loss_is_reported(tiny_data):
     split = Split(tiny_data, read_meta(tiny_data), 'val', 8, 12)
     m = types.SimpleNamespace(rank=0, world=1, device='cpu', cpu_group=None, autocast=contextlib.nullcontext)
+    m.to_device = lambda x: x
     c = types.SimpleNamespace(eval_iters=1, batch_size=2, dataset='tiny')
     table = lambda x, y: (torch.full((1, *x.shape), 1000.0), None)  # noqa: E731
-    model = types.SimpleNamespace(table=table, eval=lambda: None, train=lambda: None)
-    result = train.evaluate(model, {'val': split}, c, m, [1] * 12)
+    model = types.SimpleNamespace(loss_table=table, training=True, eval=lambda: None, train=lambda mode: None)
+    result = evaluate(model, {'val': split}, c, m, [1] * 12)
     assert result['val']['loss'] == 1000 and math.isfinite(result['val']['ppl'])
 
 
@@ -247,7 +253,7 @@ def test_eval_only_evaluates_the_checkpoint_and_touches_nothing(call, flags, tmp
 def test_best_is_kept_and_patience_ends_the_run(call, flags, tmp_path, monkeypatch):
     values = iter([3.0, 2.0, 2.5, 2.6, 1.0])
     fake = lambda *_: dict.fromkeys(('train', 'val'), dict(loss=next(values), ppl=1.0, bpb=1.0))  # noqa: E731
-    monkeypatch.setattr(train, 'evaluate', fake)
+    monkeypatch.setattr(pretraining, 'evaluate', fake)
     status, out, _ = call(main, *flags, '--eval_interval=2', '--patience=2')
     assert status == 0 and 'best val loss 2.0000' in out
     last, best = (load(tmp_path / 'out' / name) for name in ('ckpt.pt', 'best.pt'))
@@ -378,14 +384,14 @@ def test_replacing_works_without_links(tmp_path, monkeypatch):
 
 def poison(monkeypatch, bad_steps):
     """Makes the loss of some steps not a number."""
-    real, calls = train.Objective.forward, []
+    real, calls = train.TrainingLoss.forward, []
 
     def forward(self, *args):
         calls.append(1)
         loss, more = real(self, *args)
         return loss * (math.nan if len(calls) in bad_steps else 1), more
 
-    monkeypatch.setattr(train.Objective, 'forward', forward)
+    monkeypatch.setattr(train.TrainingLoss, 'forward', forward)
 
 
 def test_steps_without_a_finite_gradient_are_skipped(call, flags, tmp_path, monkeypatch):
@@ -542,21 +548,6 @@ def test_signals_save_and_all_ranks_leave(call, flags, tmp_path, target, number)
     assert losses(tmp_path / 'out') == pytest.approx(losses(tmp_path / 'whole'), abs=1e-4)
 
 
-@pytest.mark.parametrize('seconds, killed', [(0.5, False), (2.5, True)])
-def test_a_second_interrupt_kills_only_after_two_seconds(monkeypatch, seconds, killed):
-    now, raised = [100.0], []
-    monkeypatch.setattr(machine.time, 'monotonic', lambda: now[0])
-    monkeypatch.setattr(machine.signal, 'signal', lambda *args: raised.append(args))
-    monkeypatch.setattr(machine.signal, 'raise_signal', raised.append)
-    signals = machine.Signals(types.SimpleNamespace(cpu_group=None, world=1))
-    signals.note(signal.SIGINT, None)
-    now[0] += seconds
-    signals.note(signal.SIGTERM, None)
-    assert not raised and signals.stopped() == signal.SIGINT
-    signals.note(signal.SIGINT, None)
-    assert raised == ([(signal.SIGINT, signal.SIG_DFL), signal.SIGINT] if killed else [])
-
-
 def parent(proc):
     try:
         return int((proc / 'stat').read_text().rsplit(')', 1)[1].split()[1])
@@ -582,9 +573,10 @@ def test_a_signal_anywhere_ends_in_a_bit_exact_checkpoint(call, flags, tmp_path,
 
         return wrapped
 
-    where = dict(step=('lr_at', 6), micro=('draw', 17), evaluation=('evaluate', 2), first=('draw', 1))
-    name, n = where[place]
-    monkeypatch.setattr(train, name, after(getattr(train, name), n))
+    where = dict(step=(train, 'lr_at', 6), micro=(batches, 'draw_windows', 17))
+    where.update(evaluation=(pretraining, 'evaluate', 2), first=(batches, 'draw_windows', 1))
+    room, name, n = where[place]
+    monkeypatch.setattr(room, name, after(getattr(room, name), n))
     status, out, _ = call(main, *options)
     assert status == 128 + signal.SIGTERM and 'stopped by SIGTERM at step' in out
     monkeypatch.undo()

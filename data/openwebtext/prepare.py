@@ -1,23 +1,23 @@
 """
-OpenWebText in GPT-2's tokens: about 9 billion for training, 17 GB; needs about 60 GB while it is prepared.
+OpenWebText in GPT-2's tokens: about 9 billion for training, 17 GB. Preparing it needs about 60 GB of disk.
 
-    python data/openwebtext/prepare.py [--processes N] [--streaming] [--input local.parquet ...]
+    python data/openwebtext/prepare.py [--processes N] [--streaming] [--input FILE ...]
 """
 
 import sys
 from pathlib import Path
 
-FOLDER = Path(__file__).resolve().parent
-sys.path.insert(0, str(FOLDER.parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
+from configurator import command
+from data import prepare_hub
 
-from configurator import command  # noqa: E402
-from nanoloop.prepare import write_hub  # noqa: E402
+FOLDER = Path(__file__).resolve().parent
+REVISION = 'refs/convert/parquet'
 
 
 @command
-def main(argv=None):
-    splits = {'train': 'train'}
-    write_hub(FOLDER, 'Skylion007/openwebtext', splits, argv=argv, revision='refs/convert/parquet')
+def main(argv):
+    prepare_hub(argv, __doc__, FOLDER, 'Skylion007/openwebtext', {'train': 'train'}, revision=REVISION)
 
 
 if __name__ == '__main__':

@@ -1,29 +1,23 @@
 """
 WikiText-103 (raw) in GPT-2's tokens. Its rows are lines, so no end-of-text token follows them.
 
-    python data/wikitext103/prepare.py [--processes N] [--streaming] [--input local.parquet ...]
+    python data/wikitext103/prepare.py [--processes N] [--streaming] [--input FILE ...]
 """
 
 import sys
 from pathlib import Path
 
-FOLDER = Path(__file__).resolve().parent
-sys.path.insert(0, str(FOLDER.parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
+from configurator import command
+from data import prepare_hub
 
-from configurator import command  # noqa: E402
-from nanoloop.prepare import write_hub  # noqa: E402
+FOLDER = Path(__file__).resolve().parent
+SPLITS = {'train': 'train', 'validation': 'val'}
 
 
 @command
-def main(argv=None):
-    write_hub(
-        FOLDER,
-        'Salesforce/wikitext',
-        {'train': 'train', 'validation': 'val'},
-        end=False,
-        argv=argv,
-        name='wikitext-103-raw-v1',
-    )
+def main(argv):
+    prepare_hub(argv, __doc__, FOLDER, 'Salesforce/wikitext', SPLITS, eot=False, name='wikitext-103-raw-v1')
 
 
 if __name__ == '__main__':

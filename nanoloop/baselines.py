@@ -1,0 +1,37 @@
+"""
+What a looped model is to be compared with: the same recipe without loops, applied after all other keys.
+"""
+
+import itertools
+
+
+def unrolled_windows(c):
+    """Returns the window_pattern of a looped model's layers in the order of their execution."""
+    layers = c.n_prelude + c.n_block + c.n_coda
+    letters = ''.join(itertools.islice(itertools.cycle(c.window_pattern), layers))
+    prelude, loop = letters[: c.n_prelude], letters[c.n_prelude : c.n_prelude + c.n_block]
+    return prelude + loop * c.n_loop + letters[c.n_prelude + c.n_block :]
+
+
+ONE_LOOP = dict(n_loop=1, bptt_k=None, objective='end', loop_sampling='fixed', loop_max=None, loop_warmup=0)
+PLAIN = dict(
+    ONE_LOOP,
+    input_injection='passthrough',
+    state_init='prelude',
+    state_std=None,
+    state_update='replace',
+    update_alpha=1.0,
+)
+BASELINE = {  # the run's keys -> the keys that change
+    '': lambda c: {},
+    'same_params': lambda c: ONE_LOOP,
+    'same_flops': lambda c: dict(PLAIN, n_block=c.n_block * c.n_loop, window_pattern=unrolled_windows(c)),
+}
+
+
+def apply_baseline(c, say=None):
+    """Sets the keys of c.baseline, and says which of them change."""
+    for key, value in BASELINE[c.baseline](c).items():
+        if c[key] != value and say:
+            say(f'baseline {c.baseline}: {key} = {value!r}')
+        c[key] = value

@@ -1,0 +1,58 @@
+"""
+Sources of batches. A source is a function batches(step): it returns an iterator of this rank's micro-batches
+from a step on, gradient_accumulation_steps / world of them per step. The training loop knows nothing else of
+the data.
+"""
+
+import functools
+import itertools
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from nanoloop.randomness import random_generator, random_sequence
+
+
+class Batch(NamedTuple):
+    """A micro-batch, on the CPU."""
+
+    idx: torch.Tensor  # (B, T) token ids
+    targets: torch.Tensor  # (B, T) the tokens that follow, -1 = ignored
+    seed: int  # for the default generator, from which dropout and noise are drawn
+    weights: torch.Tensor | None = None  # (B, T) what every token's loss is multiplied by; None = 1
+
+
+def micro_batch_number(m, micro):
+    """Returns the place of this rank's micro-batch `micro` in the global batch of a step."""
+    return micro * m.world + m.rank
+
+
+def batch_seed(c, step, number):
+    """Returns the seed of micro-batch `number` of a step, see Batch."""
+    word = random_sequence(c.seed, step, number, stream='noise').generate_state(1, np.uint64)[0]
+    return int(word >> 1)  # torch's seeds are int64
+
+
+def draw_windows(split, c, m, step, micro):
+    """Returns a Batch of windows, drawn from a data set's split by its place in the run alone."""
+    number = micro_batch_number(m, micro)
+    idx, targets = split.draw(random_generator(c.seed, step, number, stream='data'), c.batch_size)
+    return Batch(torch.from_numpy(idx), torch.from_numpy(targets), batch_seed(c, step, number))
+
+
+def window_batches(split, c, m):
+    """Returns the source of windows of a split; while one batch is used, the next one is read."""
+    return functools.partial(read_ahead, functools.partial(draw_windows, split, c, m), c, m)
+
+
+def read_ahead(make, c, m, step):
+    """Yields make(step, micro) from a step on, with the next call running in a thread."""
+    micros = range(c.gradient_accumulation_steps // m.world)
+    places = ((later, micro) for later in itertools.count(step) for micro in micros)
+    with ThreadPoolExecutor(1) as reader:
+        ahead = reader.submit(make, *next(places))
+        while True:
+            batch, ahead = ahead.result(), reader.submit(make, *next(places))
+            yield batch

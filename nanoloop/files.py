@@ -1,0 +1,63 @@
+"""
+Files that are there whole or not at all, even after a crash or a power cut.
+
+    with replace_file(path) as file:
+        file.write('all of it')
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+from pathlib import Path
+
+
+def sync(file):
+    """Waits until everything written to an open file is on the disk. Returns the file."""
+    file.flush()
+    os.fsync(file.fileno())
+    return file
+
+
+def sync_folder(folder):
+    """Waits until the names of a folder's files are on the disk: until then a crash can undo a rename."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+@contextlib.contextmanager
+def replace_file(path, mode='w'):
+    """Opens PATH.tmp for writing; where the block ends, it is synced and gets the name `path`.
+
+    Readers see the old file or the whole new one. If the block raises, the old file stays and PATH.tmp goes.
+    """
+    path = Path(path)
+    new = path.with_name(path.name + '.tmp')
+    try:
+        with open(new, mode) as file:
+            yield file
+            sync(file)
+        os.replace(new, path)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write_json(path, value, indent=None):
+    """Replaces a file by the JSON text of a value."""
+    with replace_file(path) as file:
+        json.dump(value, file, indent=indent)
+
+
+def lock_folder(folder):
+    """Locks a folder against a second process that calls this. Raises BlockingIOError if it is locked.
+
+    Returns the lock: it ends when it is closed, and with the process, however that ends.
+    """
+    lock = open(Path(folder) / '.lock', 'w')
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return lock

@@ -1,0 +1,87 @@
+"""
+Pretraining: what the training loop gets to train on windows of a data set.
+"""
+
+import functools
+import subprocess
+import sys
+from dataclasses import asdict, fields
+from typing import Any, NamedTuple
+
+from model import GPT, GPTConfig
+from nanoloop import LOCAL_RANK
+from nanoloop.batches import window_batches
+from nanoloop.checkpoint import load_checkpoint
+from nanoloop.checks import check
+from nanoloop.datasets import Split, find_data, read_meta
+from nanoloop.evaluate import evaluate
+from nanoloop.objective import check_loops
+from nanoloop.parallel import max_over_ranks
+
+
+class Task(NamedTuple):
+    """What the training loop gets."""
+
+    model: Any  # a GPT, on its device
+    batches: Any  # a source of batches, see nanoloop/batches.py
+    evaluate: Any  # () -> {split: {loss, ppl, bpb}} for train and val, or None if a signal came first
+    kept: dict  # what is saved with a checkpoint beside the state of the run
+    origin: str = ''  # where the weights come from; '' = random
+
+
+def pretraining(c, m, checkpoint, stopped, say):
+    """Returns the Task of training on c.dataset, and settles c's keys of the model.
+
+    checkpoint: the weights to begin with, or None. say: prints a line, on rank 0. Raises UserError.
+    """
+    n, world = c.gradient_accumulation_steps, m.world
+    expected = f'a multiple of the {world} processes: {world}, {2 * world}, {4 * world}, ...'
+    check(n % world == 0, 'gradient_accumulation_steps', n, expected)
+    folder, meta = prepare_data(c, m, say)
+    model = build_model(c, meta, checkpoint).to(m.device)
+    c.update(asdict(model.config))
+    check_loops(c, model.config)
+    splits = {name: Split(folder, meta, name, c.block_size, c.vocab_size) for name in ('train', 'val')}
+    if m.compile:
+        for block in model.blocks():
+            block.compile()
+    if c.vocab_size > 2 * meta['vocab_size']:
+        say(f'vocab_size={c.vocab_size} is far above the {meta["vocab_size"]} of the data')
+    batches = window_batches(splits['train'], c, m)
+    validate = functools.partial(evaluate, model, splits, c, m, meta['token_bytes'], stopped)
+    return Task(model, batches, validate, dict(tokenizer=meta['tokenizer']), origin(c, checkpoint))
+
+
+def prepare_data(c, m, say):
+    """Returns the data set's folder and meta. pystdlib needs no download: it is prepared if it is missing."""
+    folder = find_data(c.dataset)
+    if c.dataset == 'pystdlib' and LOCAL_RANK == 0 and not (folder / 'meta.json').exists():
+        say('preparing data/pystdlib, the standard library of this Python')
+        status = subprocess.run([sys.executable, folder / 'prepare.py']).returncode
+        if status:
+            sys.exit(status)
+    max_over_ranks(m, 0)  # wait for it
+    return folder, read_meta(folder)
+
+
+def build_model(c, meta, checkpoint):
+    """Returns a model of c's keys, or the checkpoint's model with the keys that were given."""
+    if checkpoint is None:
+        c['vocab_size'] = c.vocab_size if 'vocab_size' in c.given else meta['vocab_size']
+        return GPT(c.build(GPTConfig))
+    given = {field.name for field in fields(GPTConfig)} & c.given
+    model, _ = load_checkpoint(checkpoint, **{key: c[key] for key in given})
+    data, weights = meta['tokenizer'], checkpoint.get('tokenizer') or meta['tokenizer']
+    expected = f'one in the tokens of the checkpoint: {model.config.vocab_size} of kind {weights["kind"]}'
+    expected += f', not {meta["vocab_size"]} of kind {data["kind"]}'
+    check(data == weights, 'dataset', c.dataset, expected)
+    return model
+
+
+def origin(c, checkpoint):
+    """Returns the line that says where the weights come from, '' for random ones."""
+    if checkpoint is None:
+        return ''
+    had_gate = any('exit_gate.' in name for name in checkpoint['model'])
+    gate = ', with a new exit gate' if c.exit_gate and not had_gate else ''
+    return f'weights of {c.init_from}, step {int(checkpoint.get("iter_num", 0))}{gate}'

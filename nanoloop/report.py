@@ -1,0 +1,105 @@
+"""
+The lines that a training run prints, and the records of log.jsonl.
+"""
+
+import time
+from datetime import timedelta
+
+import torch
+
+from nanoloop.generate import stream
+from nanoloop.tokenizer import make_tokenizer
+
+
+class Meter:
+    """Measures seconds and FLOPs per step since the last reading."""
+
+    def __init__(self, step, flops):
+        self.reset(step, flops)
+
+    def reset(self, step, flops):
+        self.time, self.step, self.flops = time.time(), step, flops
+
+    def read(self, step, flops):
+        """Returns (seconds per step, FLOPs per token and step), and starts anew."""
+        steps = step - self.step
+        result = (time.time() - self.time) / steps, (flops - self.flops) / steps
+        self.reset(step, flops)
+        return result
+
+
+def describe_run(c, model, world, flops):
+    """Yields lines on the size of the run and its model. flops: of a training step, per token."""
+    tokens = c.gradient_accumulation_steps * c.batch_size * c.block_size
+    micro_batches = f'{c.gradient_accumulation_steps} x {c.batch_size} x {c.block_size}'
+    layers = f'{model.config.depth} ({c.n_prelude} + {c.n_block} x {c.n_loop} + {c.n_coda})'
+    yield f'tokens per iteration will be: {tokens:,} ({micro_batches}, over {world} process(es))'
+    yield f'number of parameters: {model.get_num_params() / 1e6:.2f}M'
+    yield f'executed layers: {layers}, training FLOPs per token: {flops:.4g}'
+
+
+def doubtful_keys(c, rule, last_step, random_weights):
+    """Yields lines on keys that probably do not do what was meant. rule: the LossRule of c.objective."""
+    if c.warmup_iters > last_step:
+        yield f'warmup_iters={c.warmup_iters}: the learning rate rises until the last step, {last_step}'
+    if c.exit_gate and not rule.trains_gate:
+        yield f'objective={c.objective} does not train the exit gate'
+    if not rule.trains_model and random_weights:
+        yield f'objective={c.objective} leaves the model as it began, at random; see --init_from=PATH'
+    if last_step < c.max_iters:
+        yield f'max_flops={c.max_flops:.4g} are spent after {last_step:,} steps'
+
+
+def differences(c, machine, state):
+    """Yields lines on what differs from the run that saved `state`: keys, and what bit-exactness needs."""
+    pairs = (c, state['config'], 'changed'), (machine, state['machine'], 'not bit-exact')
+    for new, old, what in pairs:
+        for key in sorted(new.keys() & old.keys() - {'init_from', 'out_dir'}):
+            if new[key] != old[key]:
+                yield f'{what}: {key} was {old[key]}, is {new[key]}'
+
+
+def evaluation_line(step, losses, seconds):
+    """Returns the line and the record of an evaluation. losses: {split: {loss, ppl, bpb}}."""
+    train, val = losses['train']['loss'], losses['val']
+    text = f'step {step}: train loss {train:.4f}, val loss {val["loss"]:.4f}, val ppl {val["ppl"]:.2f}, '
+    text += f'val bpb {val["bpb"]:.4f}, took {seconds:.1f}s'
+    return text, {'iter': step, 'train/eval_loss': train} | {
+        f'val/{key}': value for key, value in val.items()
+    }
+
+
+def step_line(step, loss, grad_norm, extra, lr, n_loop, seconds, mfu, tokens, eta, flops_done):
+    """Returns the line and the record of a training step.
+
+    extra: what else the objective logs, {name: float}. seconds: per step. mfu: None if unknown. tokens: of a
+    step. eta: seconds to the end of the run; None if unknown.
+    """
+    rate, ms = tokens / seconds, 1000 * seconds
+    left = '?' if eta is None else timedelta(seconds=min(10**9, round(eta)))
+    text = f'iter {step}: loss {loss:.4f}, time {ms:.2f}ms, mfu {"n/a" if mfu is None else f"{mfu:.2%}"}, '
+    text += f'grad {grad_norm:.2f}, lr {lr:.1e}, tok/s {rate:,.0f}, loops {n_loop}, eta {left}'
+    record = {'iter': step, 'train/loss': loss, 'train/grad_norm': grad_norm, 'lr': lr, 'mfu': mfu}
+    record |= {'train/ms': ms, 'train/tok_per_sec': rate, 'train/loops': n_loop, 'train/flops': flops_done}
+    return text, record | {f'train/{name}': value for name, value in extra.items()}
+
+
+def sample_text(model, spec, n_tokens, seed, m, signals):
+    """Returns a short sample as the lines that a run ends with; a signal ends it early.
+
+    spec: what make_tokenizer takes. Sets the model to eval mode.
+    """
+    try:
+        tokenizer = make_tokenizer(spec)
+    except (ValueError, OSError) as error:
+        return f'no sample: {error}'
+    idx, ids = torch.tensor([[tokenizer.eot_token]], device=m.device), []  # (1, 1)
+    generator = torch.Generator(m.device).manual_seed(seed)
+    model.eval()
+    with torch.compiler.set_stance('force_eager'), m.autocast():
+        for token in stream(model, idx, n_tokens, temperature=0.8, generator=generator):
+            ids.append(int(token))
+            if signals.number:
+                break
+    text = tokenizer.decode_bytes(ids).decode('utf-8', 'replace')
+    return f'a sample of {len(ids)} tokens:\n---------------\n{text}\n---------------'
