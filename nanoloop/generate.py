@@ -22,7 +22,6 @@ import torch
 from model import POS, upcast
 from nanoloop.checks import check
 from nanoloop.decode import Decoder, scatter_last
-from nanoloop.kv_cache import PREFILL_CHUNK
 from nanoloop.machine import onednn_for
 from nanoloop.speculation import check_speculation, draft_and_verify
 
@@ -146,7 +145,7 @@ class Generation:
             tokens = [self.sampler.sample(self.head_input)]
         elif n := min(self.speculate, n_left, self.room()):
             tokens = draft_and_verify(self.decoder, self.sampler, self.newest, n, self.draft_loops)
-            self.recent += [self.newest, *tokens[:-1]]
+            self.recent += [self.newest, *tokens[:-1]] if self.learned else []
         else:
             self.append(self.newest)
             with onednn_for(len(self.newest)):
@@ -160,13 +159,13 @@ class Generation:
         if self.learned:
             self.move_recent_into_view()
             rows = [self.slide(row, new) for row, new in enumerate(rows)]
-        counts = [len(row) for row in rows]
+        lengths, start = [len(row) for row in rows], 0
         idx = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (B, longest)
-        for start in range(0, max(counts), PREFILL_CHUNK):
-            chunk = idx[:, start : start + PREFILL_CHUNK]
-            chunk_counts = [min(max(n - start, 0), chunk.size(1)) for n in counts]
-            x = self.decoder.prefill(chunk, counts=chunk_counts)  # (B, T, C)
-            scatter_last(self.head_input, range(len(rows)), x, chunk_counts)
+        for chunk in idx.split(self.decoder.cache.chunk, dim=1):  # (B, T)
+            counts = [min(max(n - start, 0), chunk.size(1)) for n in lengths]
+            x = self.decoder.prefill(chunk, counts=counts)  # (B, T, C)
+            scatter_last(self.head_input, range(len(rows)), x, counts)
+            start += chunk.size(1)
 
     def append(self, token):
         """Processes a generated token of every row, (B,), and sets head_input."""
@@ -188,7 +187,8 @@ class Generation:
 
     def room(self):
         """Returns how many tokens fit in before a row is started anew."""
-        return self.block_size - max(self.decoder.cache.lengths) if self.learned else PREFILL_CHUNK
+        cache = self.decoder.cache
+        return self.block_size - max(cache.lengths) if self.learned else cache.chunk
 
     def slide(self, row, new):
         """Returns the tokens that a row must process when new (T,) are added, with learned positions."""

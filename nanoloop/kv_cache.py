@@ -23,7 +23,7 @@ import torch
 from model import POS, AttnInputs, rope_table
 from nanoloop.checks import check
 
-PREFILL_CHUNK = 512  # tokens of a prompt that are processed at once
+PREFILL_CHUNK = 512  # most tokens of a row that are processed at once beyond block_size
 LENGTH_STEP = 32  # a compiled step sees a multiple of this many columns, so that few lengths occur
 
 
@@ -64,15 +64,17 @@ class KVCache:
     layers of their own; n_codas: 1, or kv_budget if the coda runs after every loop; separate: keys and values
     of every layer are tensors of their own.
 
-    prelude, recur[i], coda[i]: lists of layers. lengths: the number of tokens in each row, a list.
+    prelude, recur[i], coda[i]: lists of layers. lengths: the number of tokens in each row, a list. chunk: the
+    most tokens of a row that can be written at once.
     """
 
     def __init__(self, model, n_rows, max_tokens, kv_budget, n_codas, separate=False):
         c, weight, self.model = model.config, model.lm_head.weight, model
         self.device, self.lengths, self.kv_budget = weight.device, [0] * n_rows, kv_budget
         self.max_tokens = math.inf if max_tokens is None else max_tokens
-        # the first tokens of a chunk still see block_size keys when the whole chunk has been written
-        self.capacity = min(self.max_tokens, c.block_size + (0 if POS[c.pos].learned else PREFILL_CHUNK - 1))
+        self.chunk = PREFILL_CHUNK
+        # a chunk's first token still sees block_size keys after the whole chunk has been written
+        self.capacity = min(self.max_tokens, c.block_size + (0 if POS[c.pos].learned else self.chunk - 1))
         self.windowed = any(block.windowed for block in model.blocks())
 
         kind = weight.device.type
@@ -112,13 +114,17 @@ class KVCache:
         for row, end in zip(listed, ends, strict=True):
             self.lengths[row] = end
         steps, end = torch.arange(T, device=self.device), max(starts) + T  # steps: (T,)
+        assert end <= self.capacity or T <= self.chunk
         aligned = rows is None and counts is None and len(set(starts)) == 1
         if aligned and end <= self.capacity and not compiled:
             pos = starts[0] + steps  # (T,)
             attn_inputs = self.attn_inputs(pos, end, all_visible=T in (1, end))
             return CacheIndex(pos, None, slice(starts[0], end), attn_inputs)
         pos = torch.tensor(starts, device=self.device)[:, None] + steps  # (n, T)
-        real = None if counts is None else steps < torch.tensor(counts, device=self.device)[:, None]  # (n, T)
+        real = None
+        if counts is not None:
+            real = steps < torch.tensor(counts, device=self.device)[:, None]  # (n, T)
+            pos = pos.masked_fill(~real, 0)  # padding may lie beyond the learned positions
         rows = None if rows is None else torch.tensor(rows, device=self.device)  # (n,)
         if not compiled:
             return self.index(rows, pos, real, min(end, self.capacity))
