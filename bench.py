@@ -10,28 +10,26 @@ Utilisation counts every executed layer, the loop's backward pass only for the l
 taken against the device's dense peak, on a CPU against its own matrix products, measured here.
 """
 
-import collections
-import functools
 import io
 import itertools
 import shlex
 import statistics
-import sys
 import time
 from dataclasses import dataclass, fields
 from typing import Annotated
 
 import torch
 
-from configurator import command, configure
+from configurator import command, configure, print_error
 from model import GPT, GPTConfig
 from nanoloop.baselines import apply_baseline
 from nanoloop.batches import Batch
+from nanoloop.bench_decode import decoding_ways, print_timings, time_decoding
 from nanoloop.checkpoint import find_from_flags, load_checkpoint
 from nanoloop.checks import Count, NotNegative, OneOf, check, settle_fields
 from nanoloop.count import flops, parameters
 from nanoloop.datasets import find_data, read_meta
-from nanoloop.generate import Exit, lower, stream
+from nanoloop.decode import cast_linears_
 from nanoloop.machine import peak_memory, setup
 from nanoloop.objective import OBJECTIVE, TrainingLoss, check_loops, freeze, loops_at, training_flops
 from nanoloop.optimizer import make_optimizers
@@ -44,7 +42,7 @@ class BenchConfig:
     count_only: bool = False  # print parameters and FLOPs, and measure nothing
     tokens: Count = 256  # mode=decode: new tokens per row
     sequences: Count = 1  # mode=decode: rows that are decoded together
-    exit_threshold: NotNegative = 0.05  # mode=decode: threshold of the exits kl and diff
+    exit_threshold: NotNegative | None = None  # mode=decode: of early exits; None = as advised
     draft_tokens: Count = 4  # mode=decode: tokens that speculation drafts with one loop
     vs: str = ''  # flags of a second setting, which is measured in turns with the first
     warmup: Count = 5  # steps before measuring; the first of them compiles
@@ -56,8 +54,8 @@ class BenchConfig:
         settle_fields(self)
 
 
-class Side:
-    """One of the settings: its model, its optimizer and a random batch, which costs no reading."""
+class Setting:
+    """One of the settings to compare: its model, its optimizer, and a random batch that costs no reading."""
 
     def __init__(self, c, m, name):
         self.c, self.m, self.name, self.seconds = c, m, name, []
@@ -69,9 +67,9 @@ class Side:
         check_loops(c, self.model.config)
         freeze(self.model, OBJECTIVE[c.objective])
         self.model.train(OBJECTIVE[c.objective].trains_model)
-        self.objective = TrainingLoss(self.model, c)
+        self.training_loss = TrainingLoss(self.model, c)
         self.optimizers, _ = make_optimizers(self.model, c)
-        self.scaler = torch.amp.GradScaler(m.kind, enabled=m.dtype == torch.float16)
+        self.scaler = m.scaler()
         tokens = torch.randint(c.vocab_size, (c.batch_size, c.block_size + 1))
         idx, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()  # (B, T) each
         self.batches = itertools.repeat(Batch(idx, targets, c.seed))
@@ -82,15 +80,16 @@ class Side:
         self.memory, self.flops = peak_memory(m), 0.0
 
     def run(self, steps):
-        """Seconds per step; every step ends with the host waiting for the device."""
+        """Returns the seconds per step. Every step ends with the host waiting for the device."""
         start = time.perf_counter()
         for _ in range(steps):
             n_loop = loops_at(self.step, self.c)
-            train_step(self.objective, self.optimizers, self.scaler, self.batches, n_loop, self.c, self.m)
+            train_step(self.training_loss, self.optimizers, self.scaler, self.batches, n_loop, self.c, self.m)
             self.step, self.flops = self.step + 1, self.flops + training_flops(self.model, self.c, n_loop)
         return (time.perf_counter() - start) / steps
 
     def report(self, peak):
+        """Prints the setting's figures. peak: FLOP/s of the device, or None."""
         step = statistics.median(self.seconds)
         spread = f'{1000 * min(self.seconds):.2f} to {1000 * max(self.seconds):.2f}'
         flops = self.flops * self.tokens / (len(self.seconds) * self.c.steps)
@@ -103,7 +102,7 @@ class Side:
 
 
 def matmul_rate(m, size=2048):
-    """FLOP/s of square matrix products on this device, the best of several."""
+    """Returns the FLOP/s of square matrix products on this device, the best of several."""
     a = torch.randn(size, size, device=m.device, dtype=m.dtype)
     seconds = []
     for _ in range(8):
@@ -113,79 +112,28 @@ def matmul_rate(m, size=2048):
     return 2 * size**3 / min(seconds)
 
 
-@torch.inference_mode()
-def recompute_stream(model, idx, max_new_tokens):
-    """nanoGPT's way: every token anew over all that is in sight."""
-    for _ in range(max_new_tokens):
-        logits, _ = model(idx[:, -model.config.block_size :])
-        token = logits[:, -1].argmax(dim=-1)
-        idx = torch.cat((idx, token[:, None]), dim=1)
-        yield token
-
-
-def decoding_ways(model, c):
-    """{name: (a function of the prompts that yields tokens, an Exit or None, info)}."""
-    loops, ways = model.config.n_loop, {}
-
-    def add(name, rule=None, threshold=0.0, **options):
-        leave, info = rule and Exit(rule, threshold), collections.Counter()
-        options = dict(temperature=0, info=info, leave=leave, **options)
-        ways[name] = functools.partial(stream, model, max_new_tokens=c.tokens, **options), leave, info
-
-    ways['recomputing all'] = functools.partial(recompute_stream, model, max_new_tokens=c.tokens), None, {}
-    add('cached')
-    if c.compile is True:
-        add('compiled', compile=True)
-    if loops > 1:
-        add('kv_budget=1', kv_budget=1)
-        for rule in ('kl', 'diff'):
-            add(f'exit={rule} at {c.exit_threshold:g}', rule, c.exit_threshold)
-        if model.exit_gate:
-            add('exit=gate at 0.5', 'gate', 0.5)
-        if c.sequences == 1:
-            add(f'speculate={c.draft_tokens}', speculate=c.draft_tokens)
-    return ways
-
-
 def measure_decoding(c, m):
-    """Prints tokens per second, time to the first, the cache and the mean loops, the ways taking turns."""
-    given, say = {key: c[key] for key in c.given}, functools.partial(print, file=sys.stderr)
-    checkpoint = find_from_flags(c.init_from, c.out_dir, given, say=say)
+    """Prints how fast a model decodes, in all ways that are possible with it."""
+    given = {key: c[key] for key in c.given}
+    checkpoint = find_from_flags(c.init_from, c.out_dir, given, say=print_error)
     torch.manual_seed(c.seed)
     if checkpoint is None:
-        model, name = GPT(c.build(GPTConfig)).to(m.device), 'random weights'
+        model, name = GPT(c.build(GPTConfig)).to(m.device).eval(), 'random weights'
     else:
         given = {field.name for field in fields(GPTConfig)} & c.given
         model, checkpoint = load_checkpoint(checkpoint, m.device, **{key: c[key] for key in given})
         name = f'{checkpoint["path"]}, step {int(checkpoint["iter_num"])}'
     print(f'{name}: {model.get_num_params():,} parameters, n_loop {model.config.n_loop}')
     prompts = torch.randint(model.config.vocab_size, (c.sequences, 16), device=m.device)
-    lower(model.eval(), m.dtype)
-    ways = decoding_ways(model, c)
-    seconds, firsts = {name: [] for name in ways}, {name: [] for name in ways}
-    for _ in range(c.rounds + 1):  # the first is not counted
-        for name, (way, _, _) in ways.items():
-            start = time.perf_counter()
-            with m.autocast():
-                for i, token in enumerate(way(prompts)):
-                    if i == 0:
-                        token.tolist()
-                        firsts[name].append(time.perf_counter() - start)
-            token.tolist()
-            seconds[name].append(time.perf_counter() - start)
-    print(f'{"decoding":22} {"tokens/s":>9} {"ratio":>6} {"first, ms":>9} {"cache, MiB":>10} {"loops":>6}')
-    for name, (_, leave, info) in ways.items():
-        rate = c.tokens * c.sequences / statistics.median(seconds[name][1:])
-        pairs = zip(seconds['cached'][1:], seconds[name][1:], strict=True)
-        ratio = statistics.median(cached / mine for cached, mine in pairs)
-        loops = leave.mean() if leave else model.config.n_loop
-        size = f'{info["cache_bytes"] / 2**20:.2f}' if info else '-'
-        first = 1000 * statistics.median(firsts[name][1:])
-        print(f'{name:22} {rate:9.1f} {ratio:6.2f} {first:9.1f} {size:>10} {loops:6.2f}')
+    cast_linears_(model, m.dtype)
+    ways = decoding_ways(model, c.sequences, c.draft_tokens, c.exit_threshold, c.compile)
+    with m.autocast():
+        timings = time_decoding(model, prompts, c.tokens, ways, c.rounds)
+    print_timings(timings, c.tokens, c.sequences, model.config.n_loop, print)
 
 
 def print_counts(c):
-    """Parameters by section and FLOPs per token by kind, of a model that takes no memory."""
+    """Prints parameters by section and FLOPs per token by kind, of a model that takes no memory."""
     config = c.build(GPTConfig)
     check_loops(c, config)
     with torch.device('meta'):
@@ -194,9 +142,9 @@ def print_counts(c):
         print(f'{name + " parameters":24} {n:16,}')
     layers = f'{config.n_prelude} + {config.n_block} x {config.n_loop} + {config.n_coda}'
     print(f'{"executed layers":24} {config.depth:16,} ({layers})')
-    aim = OBJECTIVE[c.objective]
-    counted = flops(model, loops_read=len(aim.loops(config.n_loop)))
-    if not aim.trains_model:  # its backward pass is the gate's alone
+    rule = OBJECTIVE[c.objective]
+    counted = flops(model, loops_read=len(rule.loops(config.n_loop)))
+    if not rule.trains_model:  # its backward pass is the gate's alone
         counted['training'] = counted['forward']
     for phase, kinds in counted.items():
         split = ', '.join(f'{kind} {n:.6e}' for kind, n in kinds.items())
@@ -241,17 +189,17 @@ def main(argv):
     fixed = ('device', 'dtype', 'compile', 'deterministic', 'seed')
     changed = ', '.join(key for key in fixed if settings[-1][key] != c[key])
     check(not changed, 'vs', c.vs, f'the same {changed} for both settings')
-    sides = [Side(setting, m, name) for setting, name in zip(settings, ('this', c.vs), strict=False)]
+    contenders = [Setting(setting, m, name) for setting, name in zip(settings, ('this', c.vs), strict=False)]
     for _ in range(c.rounds):
-        for side in sides:
-            side.seconds.append(side.run(c.steps))
+        for contender in contenders:
+            contender.seconds.append(contender.run(c.steps))
     peak = m.peak or (matmul_rate(m) if m.kind == 'cpu' else None)
     if m.kind == 'cpu' and not c.peak_flops:
         print(f'peak: {peak / 1e12:.3f} TFLOP/s, measured matrix products of 2048 in {str(m.dtype)[6:]}')
-    for side in sides:
-        side.report(peak)
+    for contender in contenders:
+        contender.report(peak)
     if c.vs:
-        ratios = [b / a for a, b in zip(sides[0].seconds, sides[1].seconds, strict=True)]
+        ratios = [b / a for a, b in zip(contenders[0].seconds, contenders[1].seconds, strict=True)]
         spread = f'median of {len(ratios)}, {min(ratios):.3f} to {max(ratios):.3f}'
         print(f'time per step, {c.vs} / this: {statistics.median(ratios):.3f} ({spread})')
 

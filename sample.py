@@ -9,7 +9,6 @@ transformers, or ouro:FOLDER with Ouro's safetensors.
 """
 
 import codecs
-import collections
 import sys
 import time
 from dataclasses import dataclass
@@ -20,11 +19,11 @@ import torch
 from configurator import command, configure, print_error
 from nanoloop.checkpoint import BEST, find_from_flags, find_tokenizer, load_checkpoint
 from nanoloop.checks import Above, AtMost, Count, NotNegative, OneOf, Size, check, settle_fields
-from nanoloop.generate import EXIT, Exit, lower, stream
+from nanoloop.decode import Stats, cast_linears_
+from nanoloop.early_exit import EXIT, EarlyExit
+from nanoloop.generate import Generation
 from nanoloop.machine import autocast, choose_compile, choose_device, choose_dtype, exit_on_sigterm
 from nanoloop.tokenizer import read_text
-
-ADVICE = {'kl': 'try 0.001', 'diff': 'try 0.1', 'gate': 'try 0.5'}  # until EXIT's rules hold it
 
 
 @dataclass
@@ -61,7 +60,7 @@ class SampleConfig:
         """Raises UserError for a value out of its bounds, and for values that do not go together."""
         settle_fields(self)
         if self.exit:
-            expected = f'a number with exit={self.exit}: {ADVICE[self.exit]}'
+            expected = f'a number with exit={self.exit}: {EXIT[self.exit].advice}'
             check(self.exit_threshold is not None, 'exit_threshold', None, expected)
         else:
             check(self.exit_threshold is None, 'exit_threshold', self.exit_threshold, 'None without an exit')
@@ -148,16 +147,16 @@ def read_prompt(start, tokenizer, vocab_size):
     return start, ids
 
 
-def report(c, stats, seconds, early_exit):
+def report(c, n_tokens, seconds, stats):
     """Tells the speed, the memory of the KV cache, and what speculation and early exits have saved."""
-    rate = f'{stats["tokens"]:,} tokens in {seconds:.1f} s, {stats["tokens"] / seconds:,.1f} tokens/s'
-    print_error(f'{rate}, keys and values: {stats["cache_bytes"] / 2**20:.1f} MiB')
+    rate = f'{n_tokens:,} tokens in {seconds:.1f} s, {n_tokens / seconds:,.1f} tokens/s'
+    print_error(f'{rate}, keys and values: {stats.cache_bytes / 2**20:.1f} MiB')
     if c.speculate:
-        print_error(f'drafts: {stats["kept"]:,} of {stats["drafted"]:,} kept')
-    if early_exit:
-        total = early_exit.taken.total()
-        shares = ', '.join(f'{loops}: {n / total:.1%}' for loops, n in sorted(early_exit.taken.items()))
-        print_error(f'loops per token: {early_exit.mean():.2f} on average, of {total:,} processed ({shares})')
+        print_error(f'drafts: {stats.accepted:,} of {stats.drafted:,} kept')
+    if c.exit:
+        shares = ', '.join(f'{n}: {k / stats.tokens:.1%}' for n, k in sorted(stats.loops_taken.items()))
+        mean = f'{stats.mean_loops:.2f} on average, of {stats.tokens:,} processed'
+        print_error(f'loops per token: {mean} ({shares})')
 
 
 @command
@@ -174,23 +173,24 @@ def main(argv):
     start, prompt = read_prompt(c.start, tokenizer, model.config.vocab_size)
 
     keys = ('temperature', 'top_k', 'top_p', 'n_loop', 'kv_budget', 'warm_start', 'speculate', 'draft_loops')
-    stats = collections.Counter()
-    early_exit = Exit(c.exit, c.exit_threshold, c.min_loops) if c.exit else None
-    options = {key: c[key] for key in keys} | dict(info=stats, leave=early_exit, compile=compile)
+    options = {key: c[key] for key in keys} | dict(compile=compile)
+    options['early_exit'] = EarlyExit(c.exit, c.exit_threshold, c.min_loops) if c.exit else None
     options['generator'] = torch.Generator(device).manual_seed(c.seed)
-    lower(model, dtype)
+    options['max_tokens'] = len(prompt) + c.max_new_tokens
+    cast_linears_(model, dtype)
     if compile:
         print_error('compiling the step of a token, which pays from about 10,000 tokens on')
     one_by_one = c.stream or c.speculate
     batches = [1] * c.num_samples if one_by_one else [c.num_samples]
-    began = time.perf_counter()
+    began, n_tokens, stats = time.perf_counter(), 0, Stats()
     with autocast(device.type, dtype):
         for size in batches:
             idx = torch.tensor([prompt] * size, device=device)  # (B, T)
-            tokens = stream(model, idx, c.max_new_tokens, **options)
+            generation = Generation(model, idx, **options)
             texts = [TextStream(tokenizer, c.stop) for _ in range(size)]
-            stats['tokens'] += print_samples(tokens, texts, start, c.stream)
-    report(c, stats, time.perf_counter() - began, early_exit)
+            n_tokens += print_samples(generation.stream(c.max_new_tokens), texts, start, c.stream)
+            stats += generation.stats
+    report(c, n_tokens, time.perf_counter() - began, stats)
 
 
 if __name__ == '__main__':

@@ -117,6 +117,28 @@ def autocast(kind, dtype):
     return torch.autocast(kind, dtype=dtype if low else torch.bfloat16, enabled=low, cache_enabled=False)
 
 
+def compile_step(function, device):
+    """Returns the function compiled, for one that is called once per generated token."""
+    return torch.compile(function, options={'cpp_wrapper': device.type == 'cpu'})
+
+
+ONEDNN_MIN_TOKENS = 3
+
+
+@contextlib.contextmanager
+def onednn_for(n_tokens):
+    """Switches oneDNN off for fewer than ONEDNN_MIN_TOKENS tokens, while the block runs.
+
+    On a CPU matrix products of a single bfloat16 token are then 1.5 times as fast.
+    """
+    before = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = before and n_tokens >= ONEDNN_MIN_TOKENS
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = before
+
+
 # -----------------------------------------------------------------------------
 # what a machine can do
 

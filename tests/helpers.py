@@ -1,11 +1,15 @@
 """What several test files use: sizes of a tiny run, random weights, and a transformer written out by hand."""
 
+import itertools
 import json
 import math
 import os
+import random
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -29,6 +33,33 @@ def randomize(model, seed=0):
             noise = torch.randn(p.shape, generator=generator, dtype=p.dtype)
             p.copy_(0.2 * noise if p.dim() > 1 else 1 + 0.1 * noise)
     return model
+
+
+def pairwise(**factors):
+    """Returns combinations {name: value} in which any two values of different factors meet at least once.
+
+    factors: {name: values}. It takes about as many combinations as the two longest factors have pairs.
+    """
+    names, factors = list(factors), {name: list(values) for name, values in factors.items()}
+    missing = {
+        (a, x, b, y)
+        for a, b in itertools.combinations(names, 2)
+        for x, y in itertools.product(range(len(factors[a])), range(len(factors[b])))
+    }
+    dice, combinations = random.Random(0), []
+
+    def pairs(choice):
+        return {(a, choice[a], b, choice[b]) for a, b in itertools.combinations(names, 2)}
+
+    while missing:
+        a, x, b, y = min(missing)
+        candidates = [
+            {name: dice.randrange(len(factors[name])) for name in names} | {a: x, b: y} for _ in range(30)
+        ]
+        best = max(candidates, key=lambda choice: len(pairs(choice) & missing))
+        missing -= pairs(best)
+        combinations.append({name: factors[name][i] for name, i in best.items()})
+    return combinations
 
 
 def script(name, *argv, **environment):
@@ -113,6 +144,31 @@ MLP_ACT = {
 }
 
 
+class ExitEquation(NamedTuple):
+    """The equation of an exit rule of nanoloop/early_exit.py.
+
+    statistic: a function of a token's state before the loop and after it, (C,) each, the former may be None;
+    its predictions p (i + 1, V) and its gate probabilities g (i + 1,) after loops 0 to i. p is None unless
+    the rule reads logits.
+    """
+
+    statistic: Callable
+    above: bool = False
+    reads_logits: bool = False
+
+
+def kl(p, q):
+    return (p * (p / q).log()).sum()
+
+
+EXIT = dict(
+    kl=ExitEquation(
+        lambda before, s, p, g: kl(p[-2] if len(p) > 1 else torch.full_like(p[0], 1 / len(p[0])), p[-1]),
+        reads_logits=True,
+    ),
+    diff=ExitEquation(lambda before, s, p, g: (s - (0 if before is None else before)).norm() / s.norm()),
+    gate=ExitEquation(lambda before, s, p, g: 1 - (1 - g).prod(), above=True),
+)
 STATE = dict(  # s_0 of e and standard normal noise of its shape; std: state_std
     prelude=lambda e, noise, std: e,
     random=lambda e, noise, std: std * noise,

@@ -42,7 +42,7 @@ def measure(argv):
     """Bytes that a training step takes at its peak."""
     import torch
 
-    from bench import BenchConfig, Side
+    from bench import BenchConfig, Setting
     from configurator import configure
     from model import GPTConfig
     from nanoloop.machine import setup
@@ -51,7 +51,7 @@ def measure(argv):
     c = configure((BenchConfig, TrainConfig, GPTConfig), argv, out=io.StringIO())
     c.build(TrainConfig)
     m = setup(c)
-    side = Side(c, m, 'this')  # a few steps
+    side = Setting(c, m, 'this')  # a few steps
     if m.kind == 'cuda':
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
-from bench import BenchConfig, Side
+from bench import BenchConfig, Setting
 from configurator import configure
 from model import GPTConfig
 from nanoloop.machine import setup
@@ -37,11 +37,11 @@ def main(argv):
         (BenchConfig, TrainConfig, GPTConfig), ['config/quickstart.py', *SIZES, *argv], out=io.StringIO()
     )
     m = setup(c.build(TrainConfig) and c)
-    side = Side(c, m, 'this')
+    side = Setting(c, m, 'this')
 
     def seconds(n_loop):
         start = time.perf_counter()
-        train_step(side.objective, side.optimizers, side.scaler, side.batches, n_loop, c, m)
+        train_step(side.training_loss, side.optimizers, side.scaler, side.batches, n_loop, c, m)
         return time.perf_counter() - start
 
     print(m.line)

@@ -28,7 +28,7 @@ from model import (
 )
 from nanoloop.checkpoint import load_checkpoint
 from nanoloop.count import flops, parameters, sections
-from nanoloop.generate import Sampler, generate, stream, window
+from nanoloop.generate import Sampler, generate, stream, tokens_in_view
 from nanoloop.objective import TrainingLoss
 from nanoloop.optimizer import OPTIMIZER, make_optimizers
 from train import TrainConfig
@@ -430,7 +430,7 @@ def test_generate_is_greedy_at_temperature_zero_and_within_top_k_and_top_p():
     assert graphs == [False] * 3
     greedy = generate(model, idx, 20, temperature=0, n_loop=2)  # past block_size as well
     for t in range(5, 25):
-        logits = model(greedy[:, t - window(t, 16) : t], n_loop=2)[0][:, -1]
+        logits = model(greedy[:, t - tokens_in_view(t, 16) : t], n_loop=2)[0][:, -1]
         assert torch.equal(logits.argmax(-1), greedy[:, t])
     assert torch.equal(generate(model, idx, 20, top_k=1, n_loop=2), greedy)
     assert torch.equal(generate(model, idx, 20, top_p=1e-6, n_loop=2), greedy)
@@ -439,7 +439,7 @@ def test_generate_is_greedy_at_temperature_zero_and_within_top_k_and_top_p():
 
     def draws(x, **options):
         sampler = Sampler(model, generator=generator, **options)
-        return sampler.draw(sampler.predict(x))
+        return sampler.draw(sampler.probabilities(x))
 
     drawn = draws(logits, top_p=0.7)
     assert drawn.unique().tolist() == [0, 1]

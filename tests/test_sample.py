@@ -11,7 +11,7 @@ import torch
 import bench
 import sample
 import train
-from nanoloop.generate import stream
+from nanoloop.generate import Generation
 from nanoloop.tokenizer import Bytes, Characters
 from sample import TextStream, main
 
@@ -130,15 +130,16 @@ def test_seeds_and_an_empty_prompt(call, flags):
 
 @pytest.mark.parametrize('number, expected', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_leaves_the_text_so_far(call, flags, monkeypatch, number, expected):
-    def interrupted(*args, **options):
-        yield from itertools.islice(real(*args, **options), 7)
-        os.kill(os.getpid(), number)
-        time.sleep(10)
+    class Interrupted(Generation):
+        def stream(self, n):
+            yield from itertools.islice(super().stream(n), 7)
+            os.kill(os.getpid(), number)
+            time.sleep(10)
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest-xdist's processes ignore it
-    options, real = [*trained(call, flags), '--start=abc', '--num_samples=2', '--temperature=0'], stream
+    options = [*trained(call, flags), '--start=abc', '--num_samples=2', '--temperature=0']
     whole = call(main, *options)[1].split('\n---------------\n')[:2]
-    monkeypatch.setattr(sample, 'stream', interrupted)
+    monkeypatch.setattr(sample, 'Generation', Interrupted)
     for key in ('--stream=False', '--stream=True', '--stop=' + whole[0][9:11]):
         status, out, _ = call(main, *options, key)
         texts = out.split('\n---------------\n')
@@ -170,7 +171,7 @@ def test_counting_needs_no_memory_and_no_training(call):
 
 
 def test_the_ratio_of_a_bench_is_of_the_seconds_measured(call, flags, monkeypatch):
-    monkeypatch.setattr(bench.Side, 'run', lambda side, steps: 0.25 * side.c.n_loop)
+    monkeypatch.setattr(bench.Setting, 'run', lambda side, steps: 0.25 * side.c.n_loop)
     out = call(bench.main, *flags, '--rounds=3', '--vs=--n_loop=6')[1].splitlines()
     assert out[-1] == 'time per step, --n_loop=6 / this: 3.000 (median of 3, 3.000 to 3.000)'
     assert out[-3].startswith('this: 500.00 ms per step') and out[-2].startswith('--n_loop=6: 1500.00 ms')
@@ -194,14 +195,18 @@ def test_exits_and_the_cache_are_reported(call, flags):
 
 
 def test_what_the_keys_say_reaches_the_model(call, flags, monkeypatch):
-    def told(model, idx, n, **options):
-        drawn.append(dict(options, dtype=model.lm_head.weight.dtype))
-        for token in real(model, idx, n, **dict(options, compile=False)):
-            drawn[-1]['tokens'] = drawn[-1].get('tokens', 0) + 1
-            yield token
+    class Recorded(Generation):
+        def __init__(self, model, idx, **options):
+            drawn.append(dict(options, dtype=model.lm_head.weight.dtype, tokens=0))
+            super().__init__(model, idx, **dict(options, compile=False))
 
-    options, real, drawn = trained(call, flags)[:-1], stream, []
-    monkeypatch.setattr(sample, 'stream', told)
+        def stream(self, n):
+            for token in super().stream(n):
+                drawn[-1]['tokens'] += 1
+                yield token
+
+    options, drawn = trained(call, flags)[:-1], []
+    monkeypatch.setattr(sample, 'Generation', Recorded)
     keys = ['--n_loop=3', '--kv_budget=2', '--warm_start=True', '--compile=True', '--dtype=bfloat16']
     assert call(main, *options, *keys, '--max_new_tokens=30', '--stop=a', '--temperature=3')[0] == 0
     (found,) = drawn
@@ -230,8 +235,8 @@ def test_bench_sets_ways_of_decoding_side_by_side(call, flags, tmp_path):
         'recomputing all',
         'cached',
         'kv_budget=1',
-        'exit=kl at 0.05',
-        'exit=diff at 0.05',
+        'exit=kl at 0.001',
+        'exit=diff at 0.1',
         'exit=gate at 0.5',
     ]
     assert [line[:22].strip() for line in table] == [*names, 'speculate=4']

@@ -1,0 +1,253 @@
+"""
+Decoding: a looped model reads tokens piece by piece, with a KV cache.
+
+What the decoder computes for a token is what a whole forward pass computes at its position, with any number
+of loops.
+
+With an early exit (nanoloop/early_exit.py) every token leaves the loop by itself, and the cache of the deeper
+loops gets copies of its last keys and values. Exits are causal: a token's number of loops depends on itself
+and on earlier tokens only. So a prompt that is read in one piece gives the same as token by token, if
+kv_budget = n_loop.
+
+Shapes: n rows of T tokens each; C, V as in model.py.
+"""
+
+import collections
+import functools
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from nanoloop.checks import check
+from nanoloop.kv_cache import KVCache, cache_update
+from nanoloop.machine import compile_step, onednn_for
+
+
+def cast_linears_(model, dtype):
+    """Casts the weights of all Linear layers to dtype, in place: autocast then need not cast them per token.
+
+    Embeddings, norms and the exit gate stay as they are. The model can no longer be trained.
+    """
+    if dtype != torch.float32:
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach())  # no longer the embedding's
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear) and module is not model.exit_gate:
+                module.to(dtype)
+
+
+@dataclass
+class Stats:
+    """What a decoder has done."""
+
+    cache_bytes: int = 0
+    loops_taken: collections.Counter = field(default_factory=collections.Counter)  # {loops: number of tokens}
+    drafted: int = 0  # tokens drafted by speculation
+    accepted: int = 0  # drafted tokens that the verification accepted
+
+    @property
+    def tokens(self):
+        """The number of tokens that were processed."""
+        return self.loops_taken.total()
+
+    @property
+    def mean_loops(self):
+        """Loops per token."""
+        return sum(loops * n for loops, n in self.loops_taken.items()) / self.tokens
+
+    def __add__(self, other):
+        """Returns the sum of the counts, and the larger cache_bytes."""
+        cache_bytes = max(self.cache_bytes, other.cache_bytes)
+        loops_taken = self.loops_taken + other.loops_taken
+        return Stats(cache_bytes, loops_taken, self.drafted + other.drafted, self.accepted + other.accepted)
+
+
+class Active(NamedTuple):
+    """Tokens that go through the loop together, n rows of T columns."""
+
+    e: torch.Tensor  # (n, T, C), the prelude's output
+    s: torch.Tensor | None  # (n, T, C), the state; None before the first loop if there is no s_0
+    memory: torch.Tensor | None  # (n, T, ...), see ExitInputs
+    running: torch.Tensor  # (n, T), False: the token has exited, or is padding
+    row: torch.Tensor  # (n, T), the token's row in the piece that is read
+    column: torch.Tensor  # (n, T), its column there
+
+    def select(self, index):
+        """Returns the tokens at an index of (n, T)."""
+        return Active(*(x if x is None else x[index] for x in self))
+
+
+def compaction_index(running):
+    """Returns the index that drops rows without a running token and moves running tokens to the front.
+
+    running: (n, T). The index is a pair, (n', 1) and (n', T').
+    """
+    n_running = running.sum(dim=1)  # (n,)
+    rows = n_running.nonzero()[:, 0]
+    columns = running[rows].int().argsort(dim=1, descending=True, stable=True)
+    return rows[:, None], columns[:, : n_running.max()]  # the host waits for the device here
+
+
+def scatter_last(target, rows, x, counts):
+    """Sets target[rows[i]] = x[i, counts[i] - 1] for every i with counts[i] > 0. x: (n, T, C)."""
+    some = [i for i, count in enumerate(counts) if count]
+    target[[rows[i] for i in some]] = x[some, [counts[i] - 1 for i in some]].to(target.dtype)
+
+
+class Decoder:
+    """Runs a model over rows of tokens with a KV cache. It knows no text and draws no tokens.
+
+    n_rows: number of rows
+    max_tokens: the most tokens that a row will have; None = any number
+    n_loop: None = the model's
+    kv_budget: number of loops with a cache of their own, see kv_cache.py; None = n_loop, which is exact
+    early_exit: an EarlyExit; None = every token takes n_loop loops
+    warm_start: the loop of a generated token starts from the last state of the token before it, an
+        approximation (Huginn's continuous thought)
+    compile: compile the step of one generated token
+
+    loops: the number of loops of each token that was read last, (n, T), or an int for all. stats: a Stats.
+    """
+
+    def __init__(self, model, n_rows, max_tokens=None, n_loop=None, kv_budget=None, early_exit=None,
+                 warm_start=False, compile=False):  # fmt: skip
+        c, self.model, self.n_rows = model.config, model, n_rows
+        self.n_loop = self.loops = c.n_loop if n_loop is None else n_loop
+        budget = self.n_loop if kv_budget is None else kv_budget
+        check(self.n_loop >= 1, 'n_loop', n_loop, 'at least 1')
+        check(1 <= budget <= self.n_loop, 'kv_budget', kv_budget, f'from 1 to n_loop={self.n_loop}')
+        self.early_exit, self.warm_start, self.compile = early_exit, warm_start, compile
+        self.coda_in_loop = False  # whether coda and head run after every loop
+        if early_exit is not None:
+            check(not compile, 'compile', compile, 'False with an exit')
+            early_exit.check_model(model, self.n_loop)
+            self.coda_in_loop = early_exit.rule.needs_logits
+        n_codas = budget if self.coda_in_loop else 1
+        # a compiled step that writes to a view would copy all views of the same tensor: separate layers
+        self.cache = KVCache(model, n_rows, max_tokens, budget, n_codas, separate=compile)
+        self.stats = Stats(self.cache.bytes())
+        self.last_state = model.transformer.wte.weight.new_zeros(n_rows, c.n_embd)  # for warm_start
+
+    def prefill(self, idx, rows=None, counts=None):
+        """Reads the next tokens of rows, a whole piece at once. Returns the head's input (n, T, C).
+
+        idx: (n, T); rows: a list of n rows, None = all; counts: how many tokens of each row of idx are real,
+        a list, None = all; the others are padding at the end.
+        """
+        return self.read(idx, rows, counts, generated=False)
+
+    def decode_one_token(self, idx, rows=None):
+        """Reads one generated token of each row. Returns the head's input (n, 1, C). idx: (n, 1).
+
+        Unlike in prefill, its loop may start warm and its step may be compiled.
+        """
+        return self.read(idx, rows, None, generated=True)
+
+    def read(self, idx, rows, counts, generated):
+        """See prefill and decode_one_token."""
+        n, T = idx.shape
+        rows = None if rows == list(range(self.n_rows)) else rows
+        counts = None if counts is not None and min(counts) == T else counts
+        compiled = self.compile and generated and rows is None
+        index = self.cache.reserve(T, rows, counts, compiled)
+        s = None
+        if generated and self.warm_start:
+            s = (self.last_state if rows is None else self.last_state[rows])[:, None]  # (n, 1, C)
+        with onednn_for(n * T):
+            if self.early_exit is not None:
+                s, x = self.forward_with_exits(idx, index, s, counts)
+            else:
+                s, x = (self.compiled_step if compiled else self.forward_all_loops)(idx, index, s)
+                self.stats.loops_taken[self.n_loop] += n * T if counts is None else sum(counts)
+        if self.warm_start:
+            scatter_last(self.last_state, rows or range(self.n_rows), s, counts or [T] * n)
+        return x
+
+    def run_prelude(self, idx, index):
+        """Returns the prelude's output e and the first state s_0 of tokens idx (n, T), (n, T, C) each."""
+        x, caches = self.model.embed(idx, index.pos), layer_caches(self.cache.prelude, index)
+        e = self.model.apply_blocks(self.model.transformer.prelude, x, index.attn_inputs, caches=caches)
+        return e, self.model.start(e, index.pos)
+
+    def run_loops(self, e, s, index, start, stop):
+        """Returns the state (n, T, C) after the loops from start to stop - 1."""
+        for i in range(start, stop):
+            caches = layer_caches(self.cache.recur[i % self.cache.kv_budget], index)
+            s = self.model.iterate(e, s, i, index.attn_inputs, caches)
+        return s
+
+    def run_coda(self, s, index, i=0):
+        """Returns the head's input (n, T, C) for the state s after loop i.
+
+        i: needed if the coda runs after every loop, with a cache for each.
+        """
+        caches = layer_caches(self.cache.coda[i % len(self.cache.coda)], index)
+        return self.model.run_coda(s, index.attn_inputs, caches)
+
+    def forward_all_loops(self, idx, index, s=None):
+        """Runs tokens idx (n, T) through all loops. Returns their last state and the head's input, (n, T, C).
+
+        s: the state to start from; None = s_0.
+        """
+        e, s_0 = self.run_prelude(idx, index)
+        s = self.run_loops(e, s_0 if s is None else s, index, 0, self.n_loop)
+        return s, self.run_coda(s, index)
+
+    @functools.cached_property
+    def compiled_step(self):
+        """forward_all_loops of single tokens, compiled."""
+        return compile_step(self.forward_all_loops, self.cache.device)
+
+    def forward_with_exits(self, idx, index, s, counts):
+        """Runs tokens like forward_all_loops, but each stops at its own loop. counts: see prefill.
+
+        The tokens that are still running are compacted into a smaller batch.
+        """
+        active = self.start_active(idx, index, s, counts)
+        pos = index.pos.expand(idx.shape)  # (n, T)
+        cache_row = active.row if index.rows is None else index.rows[active.row]  # (n, T)
+        n_running = idx.numel() if counts is None else sum(counts)
+        state, self.loops = torch.zeros_like(active.e), torch.zeros_like(pos)  # (n, T, C), (n, T)
+        head_input = torch.zeros_like(active.e) if self.coda_in_loop else None  # (n, T, C)
+        active_index = index
+        for i in range(self.n_loop):
+            s = self.run_loops(active.e, active.s, active_index, i, i + 1)
+            x = self.run_coda(s, active_index, i) if self.coda_in_loop else None
+            exits, memory = self.early_exit(self.model, i, active.s, s, x, active.memory)  # exits: (n, T)
+            exits = active.running & exits if i < self.n_loop - 1 else active.running
+            active = active._replace(s=s, memory=memory)
+            at = exits.nonzero(as_tuple=True)  # two (N,); the host waits for the device here
+            if not len(at[0]):
+                continue
+            origin = active.row[at], active.column[at]
+            state[origin], self.loops[origin] = s[at], i + 1
+            if self.coda_in_loop:
+                head_input[origin] = x[at]
+            columns = pos[origin] % self.cache.capacity  # (N,)
+            self.cache.copy_to_deeper_loops(cache_row[origin], columns, i, self.n_loop)
+            self.stats.loops_taken[i + 1] += len(at[0])
+            n_running -= len(at[0])
+            if not n_running:
+                break
+            active = active._replace(running=active.running & ~exits)
+            active = active.select(compaction_index(active.running))
+            pos_left = pos[active.row, active.column]  # (n', T')
+            rows_left = cache_row[active.row[:, 0], 0]  # (n',)
+            active_index = self.cache.index(rows_left, pos_left, active.running, index.visible)
+        return state, self.run_coda(state, index) if head_input is None else head_input
+
+    def start_active(self, idx, index, s, counts):
+        """Returns the Active with which tokens idx (n, T) enter the loop. s: their state, None = s_0."""
+        (n, T), device = idx.shape, idx.device
+        e, s_0 = self.run_prelude(idx, index)
+        row = torch.arange(n, device=device)[:, None].expand(n, T)
+        column = torch.arange(T, device=device).expand(n, T)
+        running = torch.ones(n, T, dtype=torch.bool, device=device)
+        if counts is not None:
+            running = column < torch.tensor(counts, device=device)[:, None]
+        return Active(e, s_0 if s is None else s, None, running, row, column)
+
+
+def layer_caches(layers, index):
+    """Returns a function (k, v) -> (k, v) for each layer, as GPT.apply_blocks takes them."""
+    return [functools.partial(cache_update, layer, index) for layer in layers]

@@ -1,0 +1,178 @@
+"""
+The KV cache of a looped model: keys and values of every executed block, so that no token is computed twice.
+
+A layer's cache is a pair (keys, values), each (n_rows, G, capacity + 1, D). A token at position p is in
+column p % capacity. The last column takes padding, and nobody reads it.
+
+There is a layer for every executed block, n_prelude + n_loop n_block + n_coda in all. With kv_budget = m
+loop i uses the layers of loop i mod m: m = n_loop is exact, less is an approximation with m / n_loop of the
+loop's memory.
+
+Every layer sees the last block_size keys. Learned positions end at block_size: whoever feeds a row then
+truncates it to nothing and starts it anew, see nanoloop/generate.py.
+
+Shapes: n rows of T tokens each, S visible columns; G, D as in model.py.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+
+from model import POS, AttnInputs, rope_table
+from nanoloop.checks import check
+
+PREFILL_CHUNK = 512  # most tokens of a row that are processed at once beyond block_size
+LENGTH_STEP = 32  # a compiled step sees a multiple of this many columns, so that few lengths occur
+
+
+class CacheIndex(NamedTuple):
+    """Where T tokens of n rows are in the cache, and what they see there."""
+
+    pos: torch.Tensor  # (T,) or (n, T) positions
+    rows: torch.Tensor | None  # (n,) rows of the cache; None = all
+    columns: slice | torch.Tensor  # a slice if they are the same in all rows, else (n, T)
+    attn_inputs: AttnInputs
+
+    @property
+    def visible(self):
+        """The number S of columns in sight, from the first on."""
+        return self.columns.stop if isinstance(self.columns, slice) else self.attn_inputs.mask.size(-1)
+
+
+def cache_update(layer, index, k, v):
+    """Writes k, v (n, G, T, D) into a layer's cache. Returns keys and values in sight, (n, G, S, D) each."""
+    if isinstance(index.columns, slice):
+        for cached, new in zip(layer, (k, v), strict=True):
+            cached[:, :, index.columns] = new
+        return [cached[:, :, : index.visible] for cached in layer]
+    rows = index.rows
+    if rows is None:
+        rows = torch.arange(len(index.columns), device=index.columns.device)  # (n,)
+    for cached, new in zip(layer, (k, v), strict=True):
+        # torch puts indexed dimensions first where a slice separates them: (n, T, G, D) is written
+        cached[rows[:, None], :, index.columns] = new.transpose(1, 2).to(cached.dtype)
+    visible = [cached[:, :, : index.visible] for cached in layer]
+    return visible if index.rows is None else [cached[index.rows] for cached in visible]
+
+
+class KVCache:
+    """Keys and values of n_rows rows of tokens, and how many tokens each row has.
+
+    max_tokens: the most tokens that a row will have, None = any number; kv_budget: number of loops with
+    layers of their own; n_codas: 1, or kv_budget if the coda runs after every loop; separate: keys and values
+    of every layer are tensors of their own.
+
+    prelude, recur[i], coda[i]: lists of layers. lengths: the number of tokens in each row, a list. chunk: the
+    most tokens of a row that can be written at once.
+    """
+
+    def __init__(self, model, n_rows, max_tokens, kv_budget, n_codas, separate=False):
+        c, weight, self.model = model.config, model.lm_head.weight, model
+        self.device, self.lengths, self.kv_budget = weight.device, [0] * n_rows, kv_budget
+        self.max_tokens = math.inf if max_tokens is None else max_tokens
+        self.chunk = PREFILL_CHUNK
+        # a chunk's first token still sees block_size keys after the whole chunk has been written
+        self.capacity = min(self.max_tokens, c.block_size + (0 if POS[c.pos].learned else self.chunk - 1))
+        self.windowed = any(block.windowed for block in model.blocks())
+
+        kind = weight.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        zeros = functools.partial(torch.zeros, dtype=dtype, device=weight.device)
+        sections = [c.n_prelude] + [c.n_block] * kv_budget + [c.n_coda] * n_codas  # numbers of layers
+        shape = (n_rows, c.n_kv_head or c.n_head, self.capacity + 1, c.n_embd // c.n_head)
+        if separate:
+            self.layers = [(zeros(shape), zeros(shape)) for _ in range(sum(sections))]
+        else:
+            self.keys, self.values = (zeros(sum(sections), *shape) for _ in range(2))
+            self.layers = list(zip(self.keys, self.values, strict=True))
+        layers = iter(self.layers)
+        self.prelude, *looped = ([next(layers) for _ in range(n)] for n in sections)
+        self.recur, self.coda = looped[:kv_budget], looped[kv_budget:]
+
+    def bytes(self):
+        """Returns the size of all keys and values."""
+        return sum(x.nbytes for layer in self.layers for x in layer)
+
+    def truncate(self, row, length):
+        """Drops all tokens of a row but the first `length`."""
+        self.lengths[row] = length
+
+    def reserve(self, T, rows=None, counts=None, compiled=False):
+        """Lengthens rows by the next T tokens and returns the CacheIndex of these.
+
+        rows: a list of n rows, None = all; counts: how many of the T tokens of each row are real, a list,
+        None = all; compiled: the index is for a compiled step. Raises UserError if a row gets longer than
+        max_tokens.
+        """
+        listed = range(len(self.lengths)) if rows is None else rows
+        starts = [self.lengths[row] for row in listed]
+        ends = [start + n for start, n in zip(starts, counts or [T] * len(starts), strict=True)]
+        if max(ends) > self.max_tokens:
+            check(False, 'max_tokens', self.max_tokens, f'at least the {max(ends)} tokens of a row')
+        for row, end in zip(listed, ends, strict=True):
+            self.lengths[row] = end
+        steps, end = torch.arange(T, device=self.device), max(starts) + T  # steps: (T,)
+        assert end <= self.capacity or T <= self.chunk
+        aligned = rows is None and counts is None and len(set(starts)) == 1
+        if aligned and end <= self.capacity and not compiled:
+            pos = starts[0] + steps  # (T,)
+            attn_inputs = self.attn_inputs(pos, end, all_visible=T in (1, end))
+            return CacheIndex(pos, None, slice(starts[0], end), attn_inputs)
+        pos = torch.tensor(starts, device=self.device)[:, None] + steps  # (n, T)
+        real = None
+        if counts is not None:
+            real = steps < torch.tensor(counts, device=self.device)[:, None]  # (n, T)
+            pos = pos.masked_fill(~real, 0)  # padding may lie beyond the learned positions
+        rows = None if rows is None else torch.tensor(rows, device=self.device)  # (n,)
+        if not compiled:
+            return self.index(rows, pos, real, min(end, self.capacity))
+        index = self.index(rows, pos, real, min(math.ceil(end / LENGTH_STEP) * LENGTH_STEP, self.capacity))
+        for mask in index.attn_inputs[1:]:
+            torch._dynamo.maybe_mark_dynamic(mask, 3)  # one graph serves all lengths
+        return index
+
+    def index(self, rows, pos, real, visible):
+        """Returns the CacheIndex of tokens of rows (n,) at pos (n, T) that see the first `visible` columns.
+
+        real: (n, T), False = padding; None = all are real.
+        """
+        columns = pos % self.capacity
+        if real is not None:
+            columns = columns.masked_fill(~real, self.capacity)
+        return CacheIndex(pos, rows, columns, self.attn_inputs(pos, visible))
+
+    def attn_inputs(self, pos, visible, all_visible=False):
+        """Returns the AttnInputs of tokens at pos (T,) or (n, T) that see the first `visible` columns.
+
+        all_visible: every column holds a token, none of them later than a token that sees it.
+        """
+        c, window, rope = self.model.config, self.model.window, None
+        if self.model.rope_width:
+            rope = rope_table(pos, self.model.rope_width, c.rope_base)  # (T, D / 2) or (n, T, D / 2) each
+            rope = rope if pos.dim() == 1 else tuple(x[:, None] for x in rope)  # (n, 1, T, D / 2): all heads
+        if all_visible and visible <= min(c.block_size, window + 1 if self.windowed else visible):
+            return AttnInputs(rope, None, None)
+        pos = pos[:, None] if pos.dim() == 1 else pos[:, None, :, None]  # (T, 1) or (n, 1, T, 1)
+        # how many tokens ago each column was written; more than pos: its token is of the future
+        distance = (pos - torch.arange(visible, device=pos.device)) % self.capacity  # (..., T, S)
+        mask = (distance <= pos) & (distance < c.block_size)
+        return AttnInputs(rope, mask, mask & (distance <= window) if self.windowed else mask)
+
+    def copy_to_deeper_loops(self, rows, columns, i, n_loop):
+        """Copies what loop i computed for the tokens at (rows, columns), both (N,), to the loops after it."""
+        c, source, budget = self.model.config, i % self.kv_budget, self.kv_budget
+        deeper = {j % budget for j in range(i + 1, n_loop)} - {source}
+        if not deeper:
+            return
+        deeper = torch.tensor([*deeper], device=columns.device)[:, None]  # (loops, 1)
+        first_layer, looped = c.n_prelude, [c.n_block] + [c.n_coda] * (len(self.coda) > 1)
+        for width in looped:
+            for x in (self.keys, self.values):
+                loops = x[first_layer : first_layer + budget * width]
+                loops = loops.unflatten(0, (budget, width))  # (kv_budget, width, n_rows, G, capacity + 1, D)
+                # indexed dimensions come first where a slice separates them
+                newest = loops[source, :, rows, :, columns]  # (N, width, G, D)
+                loops[deeper, :, rows, :, columns] = newest  # (loops, N, width, G, D)
+            first_layer += budget * width
