@@ -214,17 +214,20 @@ def run_and_compare(cases, trees, results, places):
         env = dict(os.environ, OMP_NUM_THREADS='1', PYTHONDONTWRITEBYTECODE='1')
         argv = [sys.executable, Path(__file__).resolve(), '--drive', job]
         drivers.append(subprocess.Popen(argv, cwd=tree, env=env))
-    for case in cases:
-        for driver, out in zip(drivers, results, strict=True):
-            while not (case.folder(out) / 'said.json').exists():
-                if driver.poll():
-                    sys.exit(f'{case.name}: the process that writes {out} has died')
-                time.sleep(0.05)
-        found = difference_of_case(case, *results)
-        differ += bool(found)
-        print(f'differs  {case.name}  |  {found}' if found else f'same  {case.name}', flush=True)
-    for driver in drivers:
-        driver.wait()
+    try:
+        for case in cases:
+            for driver, out in zip(drivers, results, strict=True):
+                while not (case.folder(out) / 'said.json').exists():
+                    if driver.poll():
+                        sys.exit(f'{case.name}: the process that writes {out} has died')
+                    time.sleep(0.05)
+            found = difference_of_case(case, *results)
+            differ += bool(found)
+            print(f'differs  {case.name}  |  {found}' if found else f'same  {case.name}', flush=True)
+    finally:
+        for driver in drivers:
+            driver.kill()
+            driver.wait()
     return differ
 
 
