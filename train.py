@@ -256,9 +256,8 @@ class Trainer:
         rank0_first(m, self.open_folder)
         parameters(self.model)  # every parameter is counted, or this ends the run
         freeze(self.model, self.rule)
-        self.model.train(
-            self.rule.trains_model
-        )  # a gate that learns alone must not see dropout as improvement
+        # a gate that learns alone compares loops: it must not take dropout for an improvement
+        self.model.train(self.rule.trains_model)
         self.plain_loss = TrainingLoss(self.model, c)
         self.optimizers, lines = make_optimizers(self.model, c)
         self.scaler = m.scaler()

@@ -60,11 +60,12 @@ def time_decoding(model, prompts, n_tokens, ways, rounds):
                 max_tokens = prompts.size(1) + n_tokens
                 generation = Generation(model, prompts, temperature=0, max_tokens=max_tokens, **options)
                 tokens, timing.stats = generation.stream(n_tokens), generation.stats
-            next(tokens).tolist()  # the device is waited for
+            token = next(tokens)
+            token.tolist()  # the host waits for the device
             first = time.perf_counter() - start
-            for token in tokens:
-                last = token
-            last.tolist()
+            for token in tokens:  # noqa: B007, the last one is waited for
+                pass
+            token.tolist()
             if counted:
                 timing.seconds.append(time.perf_counter() - start)
                 timing.first_seconds.append(first)

@@ -88,15 +88,15 @@ VARIANTS = f"""
 """
 MODEL = f'{TINY} --max_iters=120 --eval_interval=60 --n_loop=4 --optimizer=muon --matrix_lr=0.05'
 MODELS = {  # to sample from, trained until tokens need different numbers of loops
-    'learned positions': '--input_injection=inject',
-    'rope and windows': '--pos=rope --window_pattern=LS --window_size=6 --n_kv_head=2 --bptt_k=2',
-    'query_all': '--pos=none --input_injection=query_all --state_init=none',
-    'exit gate': '--pos=rope --qk_norm=True --exit_gate=True --objective=exit',
+    'exit gate, learned positions': '--exit_gate=True --objective=exit',
+    'rope, windows': '--pos=rope --window_pattern=LS --window_size=6 --n_kv_head=2 --bptt_k=2',
+    'query_all, no positions': '--pos=none --input_injection=query_all --state_init=none',
+    'random state, rope': '--input_injection=inject_random --pos=rope --qk_norm=True --norm_place=around',
 }
 SAMPLE = '--max_new_tokens=50 --device=cpu --dtype=float32'  # past block_size
 SAMPLES = """
 --temperature=0 --num_samples=3 | --num_samples=3 | --temperature=1.2 --top_k=5 --seed=3 --start=FILE:{prompt}
---top_p=0.7 --num_samples=3 | --n_loop=5 --num_samples=2 | --n_loop=1 | --stop=e --num_samples=3
+--top_p=0.7 --num_samples=3 | --n_loop=5 --num_samples=2 | --n_loop=1 | --stop=srd --num_samples=3
 --stream=True --num_samples=2 | --kv_budget=1 --num_samples=3 | --warm_start=True --num_samples=3
 --exit=diff --exit_threshold=0.2 --num_samples=3 | --exit=kl --exit_threshold=0.005 --num_samples=3
 --exit=diff --exit_threshold=0.2 --min_loops=2 --kv_budget=2 --start=FILE:{prompt}
@@ -156,7 +156,7 @@ def second_round(trained):
         if kind == 'model':
             init = f'--init_from={end}/ckpt.pt'
             cases.append(training(f'weights: {name}', f'{RUN} {init} --exit_gate=True --objective=gate'))
-            for flags in lines_of(SAMPLES)[: None if name == 'exit gate' else -2]:
+            for flags in lines_of(SAMPLES)[: None if name.startswith('exit gate') else -2]:
                 argv = f'{init} {SAMPLE} {flags}'.split()
                 cases.append(Case(f'sample: {name} {flags}', 'sample', [argv]))
         if HARD in name or 'float16' in name:
@@ -214,17 +214,20 @@ def run_and_compare(cases, trees, results, places):
         env = dict(os.environ, OMP_NUM_THREADS='1', PYTHONDONTWRITEBYTECODE='1')
         argv = [sys.executable, Path(__file__).resolve(), '--drive', job]
         drivers.append(subprocess.Popen(argv, cwd=tree, env=env))
-    for case in cases:
-        for driver, out in zip(drivers, results, strict=True):
-            while not (case.folder(out) / 'said.json').exists():
-                if driver.poll():
-                    sys.exit(f'{case.name}: the process that writes {out} has died')
-                time.sleep(0.05)
-        found = difference_of_case(case, *results)
-        differ += bool(found)
-        print(f'differs  {case.name}  |  {found}' if found else f'same  {case.name}', flush=True)
-    for driver in drivers:
-        driver.wait()
+    try:
+        for case in cases:
+            for driver, out in zip(drivers, results, strict=True):
+                while not (case.folder(out) / 'said.json').exists():
+                    if driver.poll():
+                        sys.exit(f'{case.name}: the process that writes {out} has died')
+                    time.sleep(0.05)
+            found = difference_of_case(case, *results)
+            differ += bool(found)
+            print(f'differs  {case.name}  |  {found}' if found else f'same  {case.name}', flush=True)
+    finally:
+        for driver in drivers:
+            driver.kill()
+            driver.wait()
     return differ
 
 
@@ -279,7 +282,8 @@ def difference_of_case(case, base, tree):
         if found := difference(told(case.script, *one[1:]), told(case.script, *other[1:]), 'output'):
             return found
     a, resumed = case.folder(base, case.same_as), bool(case.same_as)
-    for path in sorted(a.glob('end/log.jsonl')) + sorted(a.glob('end/ckpt.pt' if resumed else '*/*.pt')):
+    patterns = ['end/log.jsonl', 'end/ckpt.pt'] if resumed else ['start/*.pt', 'end/log.jsonl', 'end/*.pt']
+    for path in (path for pattern in patterns for path in sorted(a.glob(pattern))):
         x, y = (read(folder / path.relative_to(a)) for folder in (a, b))
         if resumed and path.suffix == '.jsonl':
             x = x[-len(y) :]
@@ -313,7 +317,7 @@ def main():
         places = dict(data=f'{trees[0]}/data/words', prompt=str(prompt), base=str(results[0]))
         first = sample_of(first_round(trees[0]), step)
         differ = run_and_compare(first, trees, results, places)
-        second = sample_of(second_round(first), step)
+        second = second_round(first)
         differ += run_and_compare(second, trees, results, places)
     print(f'{len(first + second)} cases, {differ} differ, {time.time() - start:.0f} s')
     sys.exit(differ > 0)

@@ -18,7 +18,7 @@ from resume_under_fire import survive
 
 import train
 from model import GPT, GPTConfig
-from nanoloop import batches, checkpoint, pretraining, run_folder
+from nanoloop import batches, checkpoint, pretraining, report, run_folder
 from nanoloop.datasets import Split, read_meta
 from nanoloop.evaluate import evaluate
 from nanoloop.optimizer import SCHEDULE, lr_at, make_optimizers
@@ -495,7 +495,7 @@ def test_micro_batches_that_processes_cannot_share_are_refused():
     c, m = types.SimpleNamespace(gradient_accumulation_steps=3), types.SimpleNamespace(world=2)
     told = 'gradient_accumulation_steps=3, expected a multiple of the 2 processes: 2, 4, 8'
     with pytest.raises(ValueError, match=told):
-        train.Run(c, m, None, None, False)
+        pretraining.pretraining(c, m, None, None, None)
 
 
 def wait_for(out_dir, step):
@@ -625,9 +625,9 @@ def test_checkpoints_hold_nanogpts_keys_and_plain_values(call, flags, tmp_path):
 
 def test_a_run_ends_with_a_sample_without_dropout_and_a_fused_optimizer(call, flags, monkeypatch):
     modes = []
-    real = train.stream
+    real = report.stream
     monkeypatch.setattr(
-        train, 'stream', lambda model, *a, **k: modes.append(model.training) or real(model, *a, **k)
+        report, 'stream', lambda model, *a, **k: modes.append(model.training) or real(model, *a, **k)
     )
     _, out, _ = call(main, *flags, '--sample_tokens=30', '--dropout=0.5')
     text = out.split('---------------\n')[1]
