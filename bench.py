@@ -38,16 +38,16 @@ from train import TrainConfig, train_step
 
 @dataclass
 class BenchConfig:
-    mode: Annotated[str, OneOf(('train', 'decode'))] = 'train'  # what is measured: training steps or decoding
+    mode: Annotated[str, OneOf(('train', 'decode'))] = 'train'  # train measures steps, decode measures text
     count_only: bool = False  # print parameters and FLOPs, and measure nothing
     tokens: Count = 256  # mode=decode: new tokens per row
-    sequences: Count = 1  # mode=decode: rows that are decoded together
-    exit_threshold: NotNegative | None = None  # mode=decode: of early exits; None = as advised
-    draft_tokens: Count = 4  # mode=decode: tokens that speculation drafts with one loop
-    vs: str = ''  # flags of a second setting, which is measured in turns with the first
-    warmup: Count = 5  # steps before measuring; the first of them compiles
-    rounds: Count = 5  # number of measurements; their median is printed
-    steps: Count = 10  # steps per measurement
+    sequences: Count = 1  # mode=decode: rows of the batch
+    exit_threshold: NotNegative | None = None  # mode=decode: of early exits; None = the advised values
+    draft_tokens: Count = 4  # mode=decode: tokens per draft of speculation, one loop each
+    vs: str = ''  # key=value flags of a second setting to compare with; '' = none
+    warmup: Count = 5  # steps between the first one, which compiles, and measuring
+    rounds: Count = 5  # number of measurements; the median is printed
+    steps: Count = 10  # mode=train: steps per measurement
 
     def __post_init__(self):
         """Raises UserError for a value out of its bounds."""

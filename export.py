@@ -25,8 +25,8 @@ from nanoloop.files import replace_file, sync, write_json
 @dataclass
 class ExportConfig:
     out_dir: str = 'out'  # folder of a run (its best.pt, else its ckpt.pt), or another name as in init_from
-    init_from: str = 'resume'  # resume = the model in out_dir; or a folder, a file, gpt2[-xl], ouro:FOLDER
-    to: str = ''  # folder to write, which is created
+    init_from: str = 'resume'  # resume (the model in out_dir), a folder, a file, gpt2..gpt2-xl, ouro:FOLDER
+    to: str = ''  # folder to write to, created if missing; has to be given
 
 
 def write_weights(model, path, metadata):

@@ -10,7 +10,8 @@ A looped (depth-recurrent) GPT: a few layers are applied many times with the sam
     logits = lm_head(ln_f(coda(s)))        n_coda blocks, once
 
 Only the last bptt_k loops record a graph. Every model of config/ is a choice of table entries, integers and
-neutral values: with n_loop = 1, no prelude, no coda and no norm_loop it is a plain GPT.
+neutral values. With input_injection=passthrough, n_loop = 1, no prelude, no coda and no norm_loop it is a
+plain GPT.
 
 To add a variant, add an entry to a table below. CONTRIBUTING.md shows one of each kind.
 
@@ -34,9 +35,9 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from nanoloop import checks
-from nanoloop.checks import Count, Fraction, OneOf, Positive, Share, Size
+from nanoloop.checks import Count, Fraction, OneOf, Positive, Share, Size, Window
 
-HEAD_CHUNK = 2**25  # logits computed at once, 128 MiB in float32; longer inputs are split into chunks
+HEAD_CHUNK = 2**25  # most logits computed at once, 128 MiB in float32; longer inputs are split into chunks
 
 
 def upcast(x):
@@ -58,7 +59,7 @@ def rms_norm(x, config):
 # norms, activations, positions
 
 
-NORM = {  # config -> a module, whose parameters keep the values that its constructor gives them
+NORM = {  # config -> a module; its constructor sets the initial values of its parameters
     'layernorm': lambda c: nn.LayerNorm(c.n_embd, eps=c.norm_eps or 1e-5, bias=c.bias),
     'rmsnorm': lambda c: nn.RMSNorm(c.n_embd, eps=c.norm_eps or 1e-6),
     'rmsnorm_fixed': lambda c: nn.RMSNorm(c.n_embd, eps=c.norm_eps or 1e-6, elementwise_affine=False),
@@ -66,7 +67,7 @@ NORM = {  # config -> a module, whose parameters keep the values that its constr
 
 
 def make_norm(config, exists, absent=identity):
-    """Builds the norm that the configuration names, if it exists."""
+    """Builds the norm named by config.norm if `exists`, else returns `absent`."""
     norm = NORM[config.norm](config) if exists else absent
     if exists:
         norm.entry = NORM[config.norm]  # for GPT.init_weights
@@ -87,8 +88,8 @@ def swiglu(x):
     return F.silu(gate) * up
 
 
-# what an MLP does between its two matrices: function takes n_parts times as many channels as it returns;
-# hidden: C -> the default width inside the MLP
+# the activation of the MLP. function: (..., n_parts * hidden) -> (..., hidden). hidden: C -> the default
+# width inside the MLP
 Act = namedtuple('Act', 'function n_parts hidden', defaults=(1, lambda C: 4 * C))
 # fmt: off
 MLP_ACT = dict(  # gelu_tanh: GPT-2's released weights; swiglu: 8/3 C, rounded up to 64s
@@ -106,10 +107,10 @@ POS = dict(learned=Pos(True, False), rope=Pos(False, True, ('rope_base',)), none
 
 
 class LoopPart(nn.Module):
-    """A part of the loop that a table's entry makes, as entry(config).
+    """Base class of the entries of STATE, INJECT and UPDATE, which are built as entry(config).
 
-    Its parameters keep the values that its constructor gives them, unless a method init(rules) fills them by
-    the model's rules (see INIT). AdamW trains them, without weight decay (optimizer group 'vectors'), unless
+    The constructor sets the initial values. A method init(rules), if there is one, then fills parameters by
+    the rules of INIT. AdamW trains the parameters without weight decay (optimizer group 'vectors'), unless
     `groups` names another group of nanoloop/optimizer.py.
     """
 
@@ -140,7 +141,7 @@ class FromZero(LoopPart):
 
 
 class FromNothing(LoopPart):
-    """There is no s_0: the first loop runs plainly on e."""
+    """No s_0: the input of the first loop is e, without injection."""
 
     def forward(self, e, pos):
         return None
@@ -149,8 +150,8 @@ class FromNothing(LoopPart):
 class FromNoise(LoopPart):
     """s_0 ~ N(0, state_std^2).
 
-    Training draws from the default generator. Evaluation reads a fixed table by position, so that it can be
-    repeated and a row does not depend on the other rows of its batch.
+    Training draws from torch's default generator. Evaluation reads a fixed table, indexed by position: it is
+    repeatable, and a row does not depend on the other rows of its batch.
     """
 
     options = ('state_std',)
@@ -175,12 +176,12 @@ STATE = {'prelude': FromPrelude, 'random': FromNoise, 'zero': FromZero, 'none': 
 class Injection(LoopPart):
     """How the prelude's output e and the state s enter loop i.
 
-    Blocks can take in the state themselves: the first hooked_blocks of them call a method
-    block_hook(x, state) -> (x, query_source) with their input x, all (B, T, C). Attention takes its queries
-    from query_source, or from x where that is None.
+    Blocks can use the state, too: the first hooked_blocks blocks of the loop call block_hook(x, state) ->
+    (x, query_source) on their input x, all (B, T, C). Attention computes its queries from query_source; None
+    = from x.
     """
 
-    states = ('prelude', 'random', 'zero')  # the values of state_init that make sense
+    states = ('prelude', 'random', 'zero')  # the values of state_init that are allowed
     hooked_blocks = 0  # the number of blocks that call block_hook; None = all
     needs_full_bptt = False  # e enters as s_0 only: with bptt_k < n_loop the prelude would get no gradient
 
@@ -189,7 +190,7 @@ class Injection(LoopPart):
         return e
 
     def block_state(self, s):
-        """Returns what block_hook gets of the state s (B, T, C). It is called once per loop."""
+        """Returns the argument `state` of block_hook for s, (B, T, C) each. It is called once per loop."""
         return s
 
 
@@ -204,7 +205,7 @@ class Passthrough(Injection):
 
 
 class Concat(Injection, nn.Linear):
-    """u = W [e; s]. The first C columns of W are for e: with W = [I 0] it starts as u = e."""
+    """u = W [e; s]. W (C, 2 C) starts as [I 0], so that u = e, except with init=huginn."""
 
     groups = {'weight': 'injection'}
 
@@ -272,7 +273,7 @@ class ResidualAll(Injection):
 INJECT = dict(passthrough=Passthrough, inject=Concat, add=Add, gated=Gated,
               query_first=QueryFirst, query_all=QueryAll, residual_all=ResidualAll)
 # fmt: on
-NAMES = dict(inject_random=dict(input_injection='inject', state_init='random'))  # nanoLOOP's for the pair
+NAMES = dict(inject_random=dict(input_injection='inject', state_init='random'))  # nanoLOOP's
 
 
 class Replace(LoopPart):
@@ -293,7 +294,7 @@ class Gate(LoopPart):
 
 
 class Damp(LoopPart):
-    """The new state is s + update_alpha (y - s): loops of weights that were not trained to be looped."""
+    """The new state is s + update_alpha (y - s). For weights that were trained without loops."""
 
     options = ('update_alpha',)
 
@@ -320,13 +321,13 @@ def truncated(std):
 
 
 def by_part(rest, **parts):
-    """Returns the rules of all parts: `parts`, and `rest` for the others."""
+    """Returns {part: rule}: the rules in `parts`, `rest` for the other parts, 0 for biases."""
     names = 'wte wpe c_attn c_fc c_proj concat exit_gate lm_head'.split()
     return dict.fromkeys(names, rest) | dict(parts, bias=nn.init.zeros_)
 
 
 def huginn(c):
-    """What is added to the residual stream, and swiglu's up, is scaled down by the executed layers."""
+    """Divides the std of every c_proj, and of swiglu's up, by sqrt(2 depth)."""
     std = math.sqrt(2 / (5 * c.n_embd))
     wide, low = truncated(std), truncated(std / math.sqrt(2 * c.depth))
 
@@ -363,52 +364,52 @@ NANOCHAT_SIZE = checks.Sets(lambda size: dict(n_embd=128 * math.ceil(size / 2), 
 class GPTConfig:
     # model
     block_size: Count = 1024  # context length in tokens
-    vocab_size: Count = 50304  # number of token ids; if it is not set, the data set's
+    vocab_size: Count = 50304  # number of token ids; if not set, that of the data set
     n_head: Annotated[Count, checks.Divides('n_embd')] = 12  # number of attention heads
-    n_kv_head: Annotated[Count, checks.Divides('n_head')] | None = None  # key and value heads; None = n_head
-    n_embd: Count = 768  # width of the residual stream
-    size: Annotated[Count, NANOCHAT_SIZE] | None = None  # looped nanochat's dial: n_embd = 64 size
-    dropout: Share = 0.0  # dropout rate; 0 for pretraining, 0.1 or more for small data
+    n_kv_head: Annotated[Count, checks.Divides('n_head')] | None = None  # key/value heads; None = n_head
+    n_embd: Count = 768  # width of the residual stream in channels
+    size: Annotated[Count, NANOCHAT_SIZE] | None = None  # sets n_head = ceil(size/2), n_embd = 128 n_head
+    dropout: Share = 0.0  # probability of dropout; 0 for pretraining, 0.1 or more for small data
     bias: bool = False  # biases in Linear and LayerNorm layers, as in GPT-2
     n_prelude: Size = 2  # number of layers before the loop
     n_block: Count = 2  # number of layers inside the loop
     n_coda: Size = 2  # number of layers after the loop
-    n_loop: Count = 4  # how often the layers inside the loop are applied
-    bptt_k: Count | None = None  # only the last bptt_k loops are backpropagated through; None = all
+    n_loop: Count = 4  # number of loops: passes through the layers inside the loop
+    bptt_k: Count | None = None  # number of loops, the last ones, that record a graph; None = all
     input_injection: Annotated[str, OneOf(INJECT, NAMES)] = 'inject'  # how the prelude's output enters a loop
-    state_init: Annotated[str, OneOf(STATE)] = 'prelude'  # what the loop's state starts from
+    state_init: Annotated[str, OneOf(STATE)] = 'prelude'  # state s_0 before the first loop; none = no state
     state_std: Positive | None = None  # standard deviation of state_init=random; None = n_embd^-0.5
     state_update: Annotated[str, OneOf(UPDATE)] = 'replace'  # how a loop's output becomes the new state
-    update_alpha: Positive = 1.0  # step of state_update=damp: state + update_alpha (output - state)
+    update_alpha: Positive = 1.0  # state_update=damp: s + update_alpha (output - s); 1 = replace
     norm: Annotated[str, OneOf(NORM)] = 'rmsnorm'  # kind of norm; rmsnorm_fixed has no weight
-    norm_eps: Fraction | None = None  # added to the mean square; None = 1e-5 for layernorm, else 1e-6
-    norm_place: Annotated[str, OneOf(NORM_PLACE)] = 'pre'  # which norms a block out(x + post(f(pre(x)))) has
-    norm_emb: bool = False  # a norm after the embedding
-    norm_loop: bool = True  # a norm at the end of every loop
-    norm_final: bool = True  # a norm before the head
-    res_scale: Positive = 1.0  # factor of what a block adds to the residual stream
+    norm_eps: Fraction | None = None  # epsilon of all norms; None = 1e-5 for layernorm, else 1e-6
+    norm_place: Annotated[str, OneOf(NORM_PLACE)] = 'pre'  # block: x+f(nx), x+nf(nx), n(x+f(nx)), n(x+f(x))
+    norm_emb: bool = False  # norm after the embedding
+    norm_loop: bool = True  # norm at the end of every loop
+    norm_final: bool = True  # norm before the head
+    res_scale: Positive = 1.0  # factor of what attention and MLP add to the residual stream; 1 = none
     pos: Annotated[str, OneOf(POS)] = 'learned'  # how positions enter the model
     rope_base: Positive = 10000.0  # base of the rotation frequencies of pos=rope
-    qk_norm: bool = False  # RMSNorm without weight on queries and keys
+    qk_norm: bool = False  # RMSNorm without weight on queries and keys, after RoPE
     mlp: Annotated[str, OneOf(MLP_ACT)] = 'gelu'  # activation of the MLP
-    n_hidden: Count | None = None  # width inside the MLP; None = 4 n_embd, for swiglu 8/3 n_embd
-    window_pattern: Annotated[str, checks.Letters('LS')] = 'L'  # repeated, a letter per layer: S has a window
-    window_size: Annotated[Count, checks.AtMost('block_size')] | None = None  # tokens; None = block_size // 2
+    n_hidden: Count | None = None  # width inside the MLP; None = 4 n_embd, swiglu: 8/3 n_embd rounded to 64s
+    window_pattern: Annotated[str, checks.Letters('LS')] = 'L'  # letter per layer, repeated: S window, L full
+    window_size: Window | None = None  # earlier tokens that an S layer sees; None = block_size // 2
     tie_weights: bool = True  # the head uses the embedding's weight
     softcap: Positive | None = None  # logits become softcap * tanh(logits / softcap); None = no cap
-    emb_scale: Positive = 1.0  # factor of the token embedding
-    exit_gate: bool = False  # a gate that reads the state: the probability to exit after each loop
-    init: Annotated[str, OneOf(INIT)] = 'gpt2'  # scheme of the weights' initial values
+    emb_scale: Positive = 1.0  # factor of the token embedding; 1 = none
+    exit_gate: bool = False  # linear layer that predicts from the state whether to exit after a loop
+    init: Annotated[str, OneOf(INIT)] = 'gpt2'  # scheme of the initial weights
     recompute: bool = False  # activation checkpointing of every loop: less memory for more time
 
     def __post_init__(self):
-        """Settles the values that other values stand for. Raises UserError for what has no meaning."""
+        """Sets the fields that other fields decide. Raises UserError for a combination without meaning."""
         checks.settle_fields(self)
         checks.check_model(self, INJECT[self.input_injection], POS[self.pos], INIT[self.init](self))
 
     @property
     def depth(self):
-        """The number of executed layers."""
+        """Returns the number of executed layers: the layers inside the loop count n_loop times."""
         return self.n_prelude + self.n_block * self.n_loop + self.n_coda
 
 
@@ -416,8 +417,9 @@ class GPTConfig:
 # a block
 
 
-# what the tokens' positions give to attention. rope: a table (cos, sin), each (..., T, D / 2), or None. mask:
-# (..., T, S), True where a query sees a key, or None = plain causal. window_mask: of layers with a window
+# inputs of attention that depend on positions only. rope: table (cos, sin), each (..., T, D / 2); None = no
+# RoPE. mask: (..., T, S), True where a query sees a key; None = plain causal. window_mask: the mask of layers
+# with a window
 AttnInputs = namedtuple('AttnInputs', 'rope mask window_mask')
 
 
@@ -429,7 +431,7 @@ def rope_table(pos, width, base):
 
 
 def apply_rope(x, rope):
-    """Rotates the two halves of every head by the position. x: (B, H, T, D); its dtype is kept."""
+    """Rotates the two halves of every head by its position. Returns the shape and dtype of x (B, H, T, D)."""
     cos, sin = rope
     a, b = x.chunk(2, dim=-1)  # (B, H, T, D / 2) each
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
@@ -461,7 +463,7 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         C, self.n_head, self.n_kv_head = config.n_embd, config.n_head, config.n_kv_head or config.n_head
-        self.widths = [C, 2 * self.n_kv_head * C // self.n_head]  # of c_attn: queries; keys, values
+        self.widths = [C, 2 * self.n_kv_head * C // self.n_head]  # rows of c_attn: q; k and v
         self.c_attn = nn.Linear(C, sum(self.widths), bias=config.bias)
         self.c_proj = nn.Linear(C, C, bias=config.bias)
         self.qk_norm = functools.partial(rms_norm, config=config) if config.qk_norm else identity
@@ -505,7 +507,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Computes x = out(x + res_scale post(f(pre(x)))), first with attention, then with the MLP as f.
 
-    state_hook: set by GPT for blocks that take in the loop's state, see Injection.block_hook.
+    state_hook: Injection.block_hook for blocks that use the loop's state, else None; set by GPT.
     """
 
     def __init__(self, config, windowed):
@@ -531,12 +533,14 @@ class Block(nn.Module):
 
 
 def maybe_checkpoint(recompute, f, *args):
-    """Returns f(*args). With recompute its activations are computed again in backward instead of stored."""
+    """Returns f(*args); with recompute under activation checkpointing."""
     stored = not recompute or not torch.is_grad_enabled()
     return f(*args) if stored else torch.utils.checkpoint.checkpoint(f, *args, use_reentrant=False)
 
 
 class GPT(nn.Module):
+    """The looped GPT: embedding, prelude, loop, coda, head. config: a GPTConfig."""
+
     def __init__(self, config):
         super().__init__()
         self.config = c = config
@@ -571,11 +575,11 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Sets every parameter by exactly one rule; raises RuntimeError with the name of one that has none.
+        """Initialises every parameter by exactly one rule. Raises RuntimeError if a parameter has no rule.
 
-        A part that a table's entry makes (a norm, injection, ...) initialises itself: by a method init(rules)
-        if it has one, else by its constructor. Every other weight follows the rule that INIT names for it,
-        and biases start at 0. May be called again, after to_empty() for example.
+        A module built from a table entry (norm, injection, ...) initialises itself: by its method init(rules)
+        if it has one, else by its constructor. Every other weight follows its rule of INIT, and biases start
+        at 0. It may be called again, for example after to_empty().
         """
         rules, ruled = INIT[self.config.init](self.config), set()
         own = {p for m in self.modules() if hasattr(m, 'init') or hasattr(m, 'entry') for p in m.parameters()}
@@ -598,7 +602,7 @@ class GPT(nn.Module):
         return (*self.transformer.prelude, *self.transformer.recur, *self.transformer.coda)
 
     def attn_inputs(self, pos):
-        """Returns the AttnInputs of whole rows with positions pos (T,); masks that hide nothing are None."""
+        """Returns the AttnInputs of a forward pass without cache. pos: (T,); a plain causal mask is None."""
         rope = rope_table(pos, self.rope_width, self.config.rope_base) if self.rope_width else None
         last, block_size = len(pos) - 1, self.config.block_size
         windowed = any(block.windowed for block in self.blocks())
@@ -614,7 +618,7 @@ class GPT(nn.Module):
         return self.transformer.drop(self.transformer.norm_emb(x))
 
     def apply_blocks(self, blocks, x, attn_inputs, state=None, caches=None):
-        """Runs x (B, T, C) through blocks. state (B, T, C): for blocks with a hook, see Injection.
+        """Returns x (B, T, C) after blocks. state (B, T, C): passed to blocks with a hook, see Injection.
 
         caches: for decoding, one function (k, v) -> (k, v) per block. It stores the new keys and values and
         returns them with the earlier ones.
@@ -625,7 +629,7 @@ class GPT(nn.Module):
         return x
 
     def iterate(self, e, s, i, attn_inputs, caches=None):
-        """Returns the state after loop i. e, s and the result: (B, T, C); s is None if there is no s_0."""
+        """Runs loop i alone. Returns the new state. e, s, result: (B, T, C); s: None if there is no s_0."""
         u = e if s is None else self.inject(e, s, i)
         state = None if s is None else self.inject.block_state(s)
         y = self.norm_recur(self.apply_blocks(self.transformer.recur, u, attn_inputs, state, caches))
@@ -635,7 +639,7 @@ class GPT(nn.Module):
         """Runs prelude and loop. Returns the states after the given loops, each (B, T, C), and AttnInputs.
 
         idx: (B, T) token ids. loops: indices from 0 on, -1 = the last. Beyond block_size a layer sees the
-        last block_size keys. Raises UserError if n_loop, loops or the length of idx is not possible.
+        last block_size keys. Raises UserError for an impossible n_loop, loops or length of idx.
         """
         n_loop = self.config.n_loop if n_loop is None else n_loop
         with_graph = self.training and torch.is_grad_enabled()
@@ -646,7 +650,7 @@ class GPT(nn.Module):
         attn_inputs = self.attn_inputs(pos)
         e = self.apply_blocks(self.transformer.prelude, self.embed(idx, pos), attn_inputs)
         s, states = self.start(e, pos), {}
-        first = n_loop - (self.config.bptt_k or n_loop)  # loops before this one record no graph
+        first = n_loop - (self.config.bptt_k or n_loop)  # loops before `first` record no graph
         for i in range(n_loop):
             with torch.set_grad_enabled(torch.is_grad_enabled() and i >= first):
                 s = maybe_checkpoint(self.config.recompute, self.iterate, e, s, i, attn_inputs)
@@ -655,7 +659,7 @@ class GPT(nn.Module):
         return [states[i % n_loop] for i in loops], attn_inputs
 
     def run_coda(self, s, attn_inputs, caches=None):
-        """Returns the head's input (B, T, C) for a state s (B, T, C): coda and final norm."""
+        """Runs coda and final norm on the state s. Returns the head's input, (B, T, C) as s."""
         return self.transformer.ln_f(self.apply_blocks(self.transformer.coda, s, attn_inputs, caches=caches))
 
     def logits(self, x):
@@ -690,9 +694,9 @@ class GPT(nn.Module):
         idx, targets: (B, T), -1 = ignored; n_loop, loops: see loop_states. Returns ce (R, B, T), which is
         differentiable and 0 where ignored, and the probabilities (R, B, T), or None without a gate.
 
-        With several loops only each loop's state and head input are stored: coda and head are recomputed in
-        the backward pass, so that memory does not grow with their activations. Under autocast use
-        cache_enabled=False: the cache would sum the gradients of chunks and loops in the low precision.
+        With several loops coda and head are recomputed in the backward pass: only the states and head inputs
+        of the loops are stored. Under autocast use cache_enabled=False: with autocast's cache the gradients
+        of chunks and loops would be summed in the low precision.
         """
         states, attn_inputs = self.loop_states(idx, n_loop, loops)
         ce = torch.stack([self.cross_entropy(s, targets, attn_inputs, len(loops) > 1) for s in states])
@@ -728,5 +732,5 @@ class GPT(nn.Module):
         return idx
 
     def get_num_params(self):
-        """Returns the number of parameters: shared ones once, and unlike nanoGPT position embeddings."""
+        """Returns the number of parameters. Shared ones count once. Position embeddings count, too."""
         return sum(p.numel() for p in self.parameters())

@@ -24,7 +24,7 @@ PANELS = (  # title, log key as a pattern with {} for the loop, whether the axis
 @dataclass
 class PlotConfig:
     out_dir: str = 'out'  # folders of runs, separated by commas; each gets a row of panels
-    png: str = ''  # file to write; nothing = log.png in the first folder
+    png: str = ''  # image file to write; '' = log.png in the first folder
 
 
 def read_log(folder):

@@ -30,29 +30,29 @@ from nanoloop.tokenizer import read_text
 class SampleConfig:
     # model
     out_dir: str = 'out'  # folder of a run (its best.pt, else its ckpt.pt), or another name as in init_from
-    init_from: str = 'resume'  # resume = the model in out_dir; or a folder, a file, gpt2[-xl], ouro:FOLDER
+    init_from: str = 'resume'  # resume (the model in out_dir), a folder, a file, gpt2..gpt2-xl, ouro:FOLDER
     # text
-    start: str = ''  # text to continue; FILE:PATH reads it from a file; nothing = a new line or document
-    num_samples: Count = 1  # number of samples, drawn together as one batch
+    start: str = ''  # prompt; FILE:PATH reads it from a file; '' = the end-of-text token
+    num_samples: Count = 1  # number of samples: one batch, or one by one with stream or speculate
     max_new_tokens: Count = 500  # number of tokens per sample
-    stop: str = ''  # end a sample before this text; nothing = after max_new_tokens
-    stream: bool = False  # print every token as it comes, one sample after the other
+    stop: str = ''  # text that ends a sample and is not printed; '' = none
+    stream: bool = False  # print each token when it is drawn, one sample after the other
     # sampling
-    temperature: NotNegative = 0.8  # below 1 = sharper, above 1 = flatter; 0 = always the likeliest token
-    top_k: Count | None = 200  # draw from the k likeliest tokens; None = from all
-    top_p: Annotated[float, Above(0), AtMost(1)] | None = None  # nucleus sampling: probability kept; None = 1
+    temperature: NotNegative = 0.8  # divides the logits: below 1 = sharper; 0 = always the most likely token
+    top_k: Count | None = 200  # draw from the k most likely tokens; None = from all
+    top_p: Annotated[float, Above(0), AtMost(1)] | None = None  # nucleus sampling: its probability; None = 1
     seed: Size = 1337  # seed of the random numbers
     # loops
-    n_loop: Count | None = None  # number of loops; None = as trained
-    kv_budget: Count | None = None  # loops with their own KV cache; None = all (exact)
-    exit: Annotated[str, OneOf(('', *EXIT))] = ''  # rule of the early exit; nothing = all loops
-    exit_threshold: NotNegative | None = None  # value of the exit rule at which a token exits
-    min_loops: Count = 1  # least number of loops of a token; needs exit
+    n_loop: Count | None = None  # number of loops; None = that of the checkpoint
+    kv_budget: Count | None = None  # number of loops with a KV cache of their own; None = all, which is exact
+    exit: Annotated[str, OneOf(('', *EXIT))] = ''  # early exit: what decides that a token leaves; '' = never
+    exit_threshold: NotNegative | None = None  # exit below it (kl in nats, diff), or at and above it (gate)
+    min_loops: Count = 1  # smallest number of loops of a token; needs exit
     warm_start: bool = False  # start a token's loop from the state of the token before it, an approximation
-    speculate: Size = 0  # number of tokens drafted, then verified together; 0 = off
-    draft_loops: Count = 1  # number of loops of a draft; needs speculate
+    speculate: Size = 0  # tokens that are drafted, then verified together; 0 = off
+    draft_loops: Count = 1  # number of loops for a drafted token; needs speculate
     # machine
-    device: str = 'auto'  # device: auto, cpu, cuda, cuda:N or mps
+    device: str = 'auto'  # auto (cuda, else mps, else cpu), cpu, cuda, cuda:N or mps
     dtype: str = 'auto'  # type of matrix products: auto, float32, bfloat16 or float16
     compile: bool = False  # compile the step of one token: costs 10 to 30 s, then 1.5 times the speed
 

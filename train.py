@@ -4,9 +4,9 @@ Trains a looped transformer, or a plain GPT, in one process or many.
     python train.py config/quickstart.py --batch_size=32
     torchrun --standalone --nproc_per_node=4 train.py config/train_gpt2_looped.py
 
-Batches, dropout and noise are functions of (seed, step, micro-batch of the global batch). So a run that is
-killed and resumed equals one that is not, any number of processes trains on the same batches, and evaluation
-changes nothing in training.
+Batches, dropout and noise depend on (seed, step, micro-batch of the global batch) only. So a resumed run
+equals an uninterrupted one. Any number of processes trains on the same batches. Evaluation does not change
+training.
 """
 
 import contextlib
@@ -36,6 +36,7 @@ from nanoloop.checks import (
     OneOf,
     Share,
     Size,
+    StepsOrShare,
     check,
     settle_fields,
 )
@@ -70,64 +71,64 @@ from nanoloop.run_folder import Log, archive_previous_run, git_commit, open_out_
 class TrainConfig:
     # output
     out_dir: str = 'out'  # folder of the run: ckpt.pt (last), prev.pt (the one before), best.pt, log.jsonl
-    eval_interval: Count = 2000  # steps between evaluations; each of them saves a checkpoint
-    log_interval: Count = 1  # steps between printed lines
-    eval_iters: Size = 200  # batches per evaluated split, evenly spread; 0 = the whole validation split
-    eval_only: bool = False  # evaluate once and exit, without writing anything
-    diagnose: Size = 0  # steps between diagnostics of states and gradients (diagnose.py); 0 = none
-    always_save_checkpoint: bool = True  # nanoGPT's key, without effect: ckpt.pt is always the last
-    init_from: str = 'scratch'  # scratch, resume, auto (resume if possible), or the name of a model
-    sample_tokens: Size = 200  # length of the sample that is printed at the end; 0 = none
-    wandb_log: bool = False  # log to Weights & Biases, too
-    wandb_project: str = 'nanoloop'  # project in Weights & Biases
+    eval_interval: Count = 2000  # steps between evaluations (none at step 0); each one saves a checkpoint
+    log_interval: Count = 1  # steps between lines that are printed and logged
+    eval_iters: Size = 200  # micro-batches per split in an evaluation, evenly spread; 0 = the whole val split
+    eval_only: bool = False  # evaluate once and exit; saves and logs nothing
+    diagnose: Size = 0  # steps between diagnostics of the loop's states and gradients; 0 = none
+    always_save_checkpoint: bool = True  # no effect (nanoGPT's key): every evaluation saves ckpt.pt
+    init_from: str = 'scratch'  # scratch, resume, auto (resume, else scratch), gpt2..gpt2-xl, FOLDER or FILE
+    sample_tokens: Size = 200  # tokens of the sample printed at the end; 0 = none
+    wandb_log: bool = False  # also log to Weights & Biases
+    wandb_project: str = 'nanoloop'  # name of the project in Weights & Biases
     wandb_run_name: str = 'run'  # name of the run in Weights & Biases
     # data
     dataset: str = 'pystdlib'  # name of a folder in data/, or a path that contains a slash
-    gradient_accumulation_steps: Count = 1  # micro-batches per step, of all processes together
-    batch_size: Count = 12  # rows of a micro-batch
-    baseline: Annotated[str, OneOf(BASELINE)] = ''  # turn the recipe into a model to compare it with
+    gradient_accumulation_steps: Count = 1  # micro-batches per step, summed over all processes
+    batch_size: Count = 12  # rows (sequences) of a micro-batch, per process
+    baseline: Annotated[str, OneOf(BASELINE)] = ''  # compare with 1 loop, or with loops unrolled; '' = off
     # objective
-    objective: Annotated[str, OneOf(OBJECTIVE)] = 'end'  # how the losses of the loops are weighted
-    beta: NotNegative = 0.1  # weight of the exits' entropy in objective=exit
-    gate_ahead: bool = False  # objective=gate: a loop's gate learns whether the next loop helps, not this one
-    loop_sampling: Annotated[str, OneOf(LOOP_SAMPLING)] = 'fixed'  # how the loops of a step are drawn
-    loop_max: Count | None = None  # largest number of loops ever drawn; loop_sampling=poisson needs it
-    loop_warmup: Annotated[int | float, AtLeast(0)] = 0  # steps over which n_loop grows; < 1: share of all
-    loop_growth: Annotated[str, OneOf(LOOP_GROWTH)] = 'sqrt'  # its shape; late = 1, then n_loop
-    max_flops: Annotated[float, AtLeast(1)] | None = None  # training FLOPs that end the run; None = no limit
+    objective: Annotated[str, OneOf(OBJECTIVE)] = 'end'  # loss over: last, all, last third, exits; or gate
+    beta: NotNegative = 0.1  # objective=exit: weight of the entropy of the exit distribution; 0 = none
+    gate_ahead: bool = False  # objective=gate: the gate predicts if the next loop helps; False = this loop
+    loop_sampling: Annotated[str, OneOf(LOOP_SAMPLING)] = 'fixed'  # distribution of a step's number of loops
+    loop_max: Count | None = None  # most loops that are ever drawn; poisson needs a limit; None = no limit
+    loop_warmup: StepsOrShare = 0  # steps over which n_loop grows; below 1: a share of max_iters; 0 = none
+    loop_growth: Annotated[str, OneOf(LOOP_GROWTH)] = 'sqrt'  # curve of loop_warmup; late = 1, then n_loop
+    max_flops: Annotated[float, AtLeast(1)] | None = None  # end the run at this many FLOPs; None = no limit
     # optimizer
-    optimizer: Annotated[str, OneOf(OPTIMIZER)] = 'adamw'  # muon takes the blocks' matrices, AdamW the rest
-    learning_rate: NotNegative = 6e-4  # peak learning rate
-    matrix_lr: NotNegative | None = None  # learning rate of the blocks' matrices; None = learning_rate
-    embedding_lr: NotNegative | None = None  # learning rate of the embeddings; None = learning_rate
-    head_lr: NotNegative | None = None  # learning rate of an untied head; None = learning_rate
-    lr_width: Count | None = None  # AdamW's rates are for this n_embd: times sqrt(lr_width / n_embd)
+    optimizer: Annotated[str, OneOf(OPTIMIZER)] = 'adamw'  # muon: block and injection matrices, AdamW: rest
+    learning_rate: NotNegative = 6e-4  # peak learning rate, reached after the warm-up
+    matrix_lr: NotNegative | None = None  # rate of block and injection matrices; None = learning_rate
+    embedding_lr: NotNegative | None = None  # rate of token and position embeddings; None = learning_rate
+    head_lr: NotNegative | None = None  # rate of the head, needs tie_weights=False; None = learning_rate
+    lr_width: Count | None = None  # multiply AdamW's rates by sqrt(lr_width / n_embd); None = off
     max_iters: Size = 600000  # number of training steps
-    weight_decay: NotNegative = 0.1  # of matrices and embeddings; with muon of the blocks' matrices alone
+    weight_decay: NotNegative = 0.1  # of all matrices but the injection's; muon: of the blocks' only; 0 = off
     beta1: Share = 0.9  # AdamW beta1
     beta2: Share = 0.95  # AdamW beta2
     adam_eps: NotNegative = 1e-8  # AdamW epsilon
-    grad_clip: NotNegative = 1.0  # largest norm of the gradient; 0 = no clipping
-    max_bad_steps: Count = 3  # the run ends after this many steps in a row without a finite gradient
-    patience: Size = 0  # early stopping: evaluations without a new best loss; 0 = off
+    grad_clip: NotNegative = 1.0  # largest L2 norm of the gradient; 0 = no clipping
+    max_bad_steps: Count = 3  # end the run after this many steps in a row with a non-finite gradient
+    patience: Size = 0  # end the run after this many evaluations without a better val loss; 0 = never
     # learning rate
     decay_lr: bool = True  # decay the learning rate; False = constant after the warm-up
-    lr_schedule: Annotated[str, OneOf(SCHEDULE)] = 'cosine'  # shape; linear is constant at first
-    warmup_iters: Size = 2000  # steps of linear warm-up
-    warmdown_frac: Annotated[float, AtLeast(0), AtMost(1)] = 0.2  # share of the run that linear decays
-    lr_decay_iters: Size | None = None  # step at which the rate reaches min_lr; None = max_iters
-    min_lr: NotNegative = 6e-5  # learning rate at the end of the decay
+    lr_schedule: Annotated[str, OneOf(SCHEDULE)] = 'cosine'  # decay shape; linear keeps the peak first
+    warmup_iters: Size = 2000  # steps of linear learning rate warm-up; 0 = none
+    warmdown_frac: Annotated[float, AtLeast(0), AtMost(1)] = 0.2  # lr_schedule=linear: decaying share of run
+    lr_decay_iters: Size | None = None  # step at which the rate reaches min_lr; None = the last step
+    min_lr: NotNegative = 6e-5  # learning_rate at the end of its decay; other rates shrink in proportion
     # machine
-    device: str = 'auto'  # auto, cpu, cuda, cuda:N or mps
-    dtype: str = 'auto'  # precision of matrix products: auto, float32, bfloat16 or float16
-    compile: bool | str = 'auto'  # compile the blocks: auto, True or False
-    backend: str = 'auto'  # communication between processes: auto, nccl or gloo
+    device: str = 'auto'  # auto (cuda, else mps, else cpu), cpu, cuda, cuda:N or mps
+    dtype: str = 'auto'  # type of matrix products: auto, float32, bfloat16 or float16
+    compile: bool | str = 'auto'  # compile the blocks: True, False, or auto = if it works and pays off
+    backend: str = 'auto'  # of torch.distributed: auto, nccl or gloo
     seed: Annotated[int, AtLeast(0), Below(2**63)] = 1337  # seed of weights, batches, dropout and noise
     deterministic: bool = False  # use deterministic kernels only, slower on a GPU
-    peak_flops: Annotated[float, AtLeast(1)] | None = None  # peak FLOP/s, for mfu; None = look it up
+    peak_flops: Annotated[float, AtLeast(1)] | None = None  # FLOP/s of one device, for mfu; None = look it up
 
     def __post_init__(self):
-        """Raises UserError for a value out of its bounds, or one that means nothing with the others."""
+        """Raises UserError for a value out of its bounds or in conflict with another one."""
         settle_fields(self)
         bounded = self.min_lr <= self.learning_rate or not self.decay_lr
         check(bounded, 'min_lr', self.min_lr, f'at most learning_rate={self.learning_rate}')
@@ -141,18 +142,18 @@ class TrainConfig:
 
 
 class StepResult(NamedTuple):
-    """What a step computed, on this rank."""
+    """The result of one training step on this rank."""
 
     loss: float
     grad_norm: float  # of the gradient of all ranks, before clipping
-    extra: dict  # what else the objective logs, {name: float}
+    extra: dict  # further values to log, from the objective: {name: float}
 
 
 def train_step(training_loss, optimizers, scaler, batches, n_loop, c, m, stopped=lambda: False, look=None):
     """Makes one optimizer step of this rank's next micro-batches. Returns a StepResult.
 
-    Every target that counts weighs the same, whatever its micro-batch. There is no update if the gradient is
-    not finite, and the result is None if stopped() became true between micro-batches. look: see diagnose.py.
+    Every target but -1 has the same weight in all micro-batches. A step whose gradient is not finite changes
+    no weight. Returns None if stopped() became true between micro-batches. look: see diagnose.Look.
     """
     micros, sums, targets_counted = c.gradient_accumulation_steps // m.world, {}, 0
     for micro in range(micros):
@@ -175,7 +176,7 @@ def train_step(training_loss, optimizers, scaler, batches, n_loop, c, m, stopped
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     params = [p for optimizer in optimizers for group in optimizer.param_groups for p in group['params']]
-    # losses were divided by all targets; this divides them by those that count instead, 1 without masks
+    # losses were divided by the number of all targets; this corrects it to the targets other than -1
     rescale = batch.targets.numel() * micros * m.world / max(1, sum_over_ranks(m, targets_counted))
     if rescale != 1:
         torch._foreach_mul_([p.grad for p in params if p.grad is not None], rescale)
@@ -208,7 +209,7 @@ class Trainer:
         self.model, self.task, self.c, self.m, self.signals = task.model, task, c, m, signals
         self.state, self.rule = state, OBJECTIVE[c.objective]
         self.stopped = signals.stopped
-        self.step = self.first_step = state.get('iter_num', 0)  # updates made
+        self.step = self.first_step = state.get('iter_num', 0)  # steps made, skipped ones included
         self.best = state.get('best_val_loss', math.inf)
         self.evaluated = state.get('evaluated', 0)  # step of the last evaluation
         self.evals_since_best = state.get('stale', 0)
@@ -238,7 +239,7 @@ class Trainer:
         return c.max_iters
 
     def open_folder(self):
-        """Locks out_dir, moves what must not be overwritten out of the way, opens the log. Rank 0 only."""
+        """Locks out_dir, moves the files of an earlier run to run-N, opens the log. Rank 0 only."""
         out_dir = Path(self.c.out_dir)
         self.lock = open_out_dir(out_dir, self.say)
         quarantine_broken(out_dir) if self.state else archive_previous_run(out_dir, self.say)
@@ -256,7 +257,7 @@ class Trainer:
         rank0_first(m, self.open_folder)
         parameters(self.model)  # every parameter is counted, or this ends the run
         freeze(self.model, self.rule)
-        # a gate that learns alone compares loops: it must not take dropout for an improvement
+        # when only the gate is trained, dropout is off: its noise would look like a gain between loops
         self.model.train(self.rule.trains_model)
         self.plain_loss = TrainingLoss(self.model, c)
         self.optimizers, lines = make_optimizers(self.model, c)
@@ -284,7 +285,7 @@ class Trainer:
         self.say(f'resuming at step {self.step}{done}')
 
     def train(self):
-        """Trains until the last step, evaluating and saving. Returns False if a signal ended it, saved."""
+        """Trains until the last step, evaluating and saving. Returns False if a signal ended it before."""
         c, finished = self.c, False
         self.start()
         batches, meter = self.task.batches(self.step), Meter(self.step, self.flops_done)
@@ -326,8 +327,8 @@ class Trainer:
         return Look(self.plain_loss, n_loop, self.m.autocast, self.scaler.get_scale()) if due else None
 
     def count_bad_step(self, result):
-        """Counts steps in a row whose gradient is not finite. Raises UserError at max_bad_steps."""
-        # float16 finds the scale of its loss by overflowing
+        """Counts skipped steps in a row. Raises UserError at max_bad_steps."""
+        # float16: overflows are normal while the loss scale is searched, so they are not counted
         if math.isfinite(result.grad_norm) or (self.scaler.is_enabled() and self.scaler.get_scale() >= 1):
             self.bad_steps = 0
             return
@@ -361,14 +362,14 @@ class Trainer:
         return True
 
     def log_step(self, result, lr, n_loop, seconds, flops):
-        """Logs the step that was made last. seconds, flops (of a token): per step since the last line."""
+        """Logs the last step. seconds, flops: means per step since the last line."""
         m, step = self.m, self.step - 1
         sums = reduce_sum(m, torch.tensor([result.loss, *result.extra.values()], dtype=torch.float64))
         loss, *values = (sums / m.world).tolist()
         if m.rank > 0:
             return
         extra = dict(zip(result.extra, values, strict=True))
-        mfu = flops * self.step_tokens / seconds / (m.peak * m.world) if m.peak else None
+        mfu = flops / seconds / (m.peak * m.world) if m.peak else None
         # the first step compiles: its time says nothing of the others'
         eta = seconds * (self.last_step - self.step) if step > self.first_step else None
         known = step, loss, result.grad_norm, extra, lr, n_loop, seconds, mfu, self.step_tokens, eta

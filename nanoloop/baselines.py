@@ -1,5 +1,9 @@
 """
-What a looped model is to be compared with: the same recipe without loops, applied after all other keys.
+Baselines of a looped model: the same recipe without loops. They replace keys after all files and flags.
+
+    same_params    one loop
+    same_flops     the loops unrolled to layers with weights of their own; equal in forward FLOPs without the
+                   injection's. Full backpropagation: with bptt_k < n_loop its training costs more.
 """
 
 import itertools
@@ -30,7 +34,7 @@ BASELINE = {  # the run's keys -> the keys that change
 
 
 def apply_baseline(c, say=None):
-    """Sets the keys of c.baseline, and says which of them change."""
+    """Sets the keys of c.baseline in c. say: called with a line per key that changes."""
     for key, value in BASELINE[c.baseline](c).items():
         if c[key] != value and say:
             say(f'baseline {c.baseline}: {key} = {value!r}')

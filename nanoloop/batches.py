@@ -19,13 +19,13 @@ class Batch(NamedTuple):
     """A micro-batch, on the CPU."""
 
     idx: torch.Tensor  # (B, T) token ids
-    targets: torch.Tensor  # (B, T) the tokens that follow, -1 = ignored
+    targets: torch.Tensor  # (B, T) each position's next token, -1 = ignored
     seed: int  # for the default generator, from which dropout and noise are drawn
-    weights: torch.Tensor | None = None  # (B, T) what every token's loss is multiplied by; None = 1
+    weights: torch.Tensor | None = None  # (B, T) weight of each token's loss; None = 1
 
 
 def micro_batch_number(m, micro):
-    """Returns the place of this rank's micro-batch `micro` in the global batch of a step."""
+    """Returns the index in a step's global batch of micro-batch `micro` of this rank."""
     return micro * m.world + m.rank
 
 
@@ -36,7 +36,7 @@ def batch_seed(c, step, number):
 
 
 def draw_windows(split, c, m, step, micro):
-    """Returns a Batch of windows, drawn from a data set's split by its place in the run alone."""
+    """Draws a Batch of windows from a Split. It depends on seed, step and micro-batch number only."""
     number = micro_batch_number(m, micro)
     idx, targets = split.draw(random_generator(c.seed, step, number, stream='data'), c.batch_size)
     return Batch(torch.from_numpy(idx), torch.from_numpy(targets), batch_seed(c, step, number))

@@ -23,9 +23,10 @@ class Timing:
 
 
 def decoding_ways(model, n_rows, draft_tokens=4, exit_threshold=None, compile=False):
-    """Returns {name: options of Generation, or None = recomputing}, all that is possible with the model.
+    """Returns {name: options of Generation} of all ways the model supports. None = without a cache.
 
-    draft_tokens: of speculation; exit_threshold: of every early exit, None = what each rule advises.
+    draft_tokens: tokens per draft of speculation. exit_threshold: threshold of every early exit rule; None =
+    the rule's advised one.
     """
     ways = {RECOMPUTING: None, 'cached': {}}
     if compile:

@@ -28,13 +28,13 @@ from nanoloop.pretrained import GPT2, find_pretrained, from_nanogpt, from_nanolo
 from nanoloop.tokenizer import make_tokenizer
 
 # which file of a run's folder is read: the first of these that is not broken
-LATEST = ('ckpt.pt', 'prev.pt')  # to train on
+LATEST = ('ckpt.pt', 'prev.pt')  # to resume training
 BEST = ('best.pt', 'ckpt.pt', 'prev.pt')  # to use the model
 
 NAMES = 'the folder of a run with a checkpoint, the path of a checkpoint, a folder written by export.py, '
 NAMES += f'{", ".join(GPT2)}, a folder with the GPT-2 of transformers, ouro:FOLDER'
 
-EXPORTED = ('iter_num', 'loops_trained')  # what export.py keeps of a checkpoint beside model and tokenizer
+EXPORTED = ('iter_num', 'loops_trained')  # further keys of a checkpoint that export.py writes
 
 # the keys of GPTConfig that may differ from the checkpoint's: the weights keep their meaning
 CHANGEABLE = 'dropout bptt_k n_loop state_init state_std update_alpha rope_base block_size recompute'.split()
@@ -47,9 +47,9 @@ CHANGEABLE = 'dropout bptt_k n_loop state_init state_std update_alpha rope_base 
 def find_checkpoint(name, given=None, prefer=LATEST, say=None, key='checkpoint', words=()):
     """Returns the checkpoint that a name stands for.
 
-    given: {key: value} of GPTConfig, which decide how GPT-2's layers are used. prefer: the files of a run's
-    folder in the order in which they are tried. say: called with a line about each broken file before a good
-    one. key, words: the option that holds the name and its values that are no names, for the error message.
+    given: {key: value} of GPTConfig, for GPT-2 only, see read_gpt2. prefer: files of a run's folder, tried in
+    this order. say: called with a line about each broken file. key, words: for the error message: the key
+    that has the name, and its values that are not names.
     Raises UserError if there is no such checkpoint, or none that loads.
     """
     name = str(name)
@@ -86,7 +86,7 @@ def checkpoint_paths(name, prefer=LATEST):
 
 
 def read_first(paths, say=None):
-    """Returns the first checkpoint that is not broken. say: called with the fault of each one before it."""
+    """Returns the first checkpoint that is not broken. say: called with the error of each broken one."""
     *others, last = paths
     for path in others:
         try:
@@ -149,8 +149,8 @@ def find_tokenizer(checkpoint):
 def tokenizer_dict(checkpoint):
     """Returns the plain dict of a checkpoint's tokenizer, see make_tokenizer; None if nothing says which.
 
-    nanoGPT's files hold no tokenizer: theirs is that of the run's data set, or GPT-2's where the size of the
-    vocabulary is GPT-2's.
+    A nanoGPT checkpoint has no tokenizer. It gets the one of its data set, or GPT-2's if vocab_size is
+    GPT-2's.
     """
     if checkpoint.get('tokenizer') is not None:
         return checkpoint['tokenizer']
@@ -232,7 +232,7 @@ def cut_positions(weights, block_size):
 
 
 def initial_values(model, sections, weights):
-    """Returns {name: value} of the new model's parameters in these sections that weights do not have.
+    """Returns {name: value} of the parameters in `sections` that are missing in `weights`, from a new model.
 
     sections: beginnings of names, such as `inject.`.
     Only what a checkpoint cannot have starts anew. A parameter that is missing for another reason stays

@@ -1,5 +1,5 @@
 """
-What a user can get wrong, and the line that says so.
+Checks of configurations: every mistake of a user raises UserError with one line.
 
 The annotation of a configuration's field says which values it takes:
 
@@ -82,7 +82,7 @@ class AtMost(Bound):
 
 
 class Divides(Bound):
-    """A divisor of the limit, which may be None in a field that stands for another one."""
+    """A divisor of the limit."""
 
     words = 'a divisor of'
 
@@ -106,8 +106,10 @@ class Letters:
 class OneOf:
     """A key of a table (a dict or a tuple of names). The empty name is shown as "nothing".
 
-    aliases: {another name: {field: value}}, the fields that the name stands for. An entry with an attribute
-    `options` (names of fields) gives them a meaning; while another entry is chosen they keep their defaults.
+    aliases: {another name: {field: value}}, the fields that the name stands for.
+
+    An entry's attribute `options` names fields that only this entry uses. With another entry they must have
+    their defaults.
     """
 
     def __init__(self, table, aliases=None):
@@ -119,7 +121,7 @@ class OneOf:
     def expected(self, config):
         return f'one of {self.choices()}'
 
-    def choices(self):  # read when it is needed: a table may have got new entries
+    def choices(self):  # read late: entries may be added to a table
         return ', '.join(name or 'nothing' for name in self.table)
 
 
@@ -138,7 +140,9 @@ Size = Annotated[int, AtLeast(0)]
 Positive = Annotated[float, Above(0)]
 NotNegative = Annotated[float, AtLeast(0)]
 Share = Annotated[float, AtLeast(0), Below(1)]
+Window = Annotated[Count, AtMost('block_size')]
 Fraction = Annotated[float, Above(0), Below(1)]
+StepsOrShare = Annotated[int | float, AtLeast(0)]  # below 1: a share of the run's steps
 
 # -----------------------------------------------------------------------------
 # types
@@ -167,9 +171,9 @@ def hints_of(cls):
 
 
 def typed(key, value, hint):
-    """Returns value as one of hint's types: 1 becomes float, 1e3 and numpy's numbers become int where needed.
+    """Returns value as one of hint's types: 1 becomes 1.0 for float, 1e3 and numpy numbers become int.
 
-    Raises UserError if value has another type. Bounds are not looked at, see settle_fields.
+    Raises UserError if value has another type. Bounds are checked by settle_fields.
     """
     types, _ = split_hint(hint)
     if type(value) in types:

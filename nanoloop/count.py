@@ -34,7 +34,7 @@ def sections(model):
 
 
 def parameters(model):
-    """Returns {section: parameters}, `total`, and `effective`, where a loop's count as often as it runs.
+    """Returns {section: number of parameters}, `total`, and `effective`: the loop's count n_loop times.
 
     Shared parameters count once. Raises RuntimeError with the name of a parameter that is in no section.
     """
@@ -58,7 +58,7 @@ def flops(model, n_loop=None, loops_read=1):
     pass costs twice that, once where the input carries no gradient, and happens in the last bptt_k loops
     only. The weights of the blocks' norms count like those of a matrix, as looped nanochat publishes it.
 
-    n_loop: None = the configuration's. loops_read: after how many loops coda and head are run.
+    n_loop: None = config.n_loop. loops_read: number of loops after which coda and head run.
     """
     c, parts = model.config, sections(model)
     n_loop = c.n_loop if n_loop is None else n_loop
@@ -92,14 +92,14 @@ def section_flops(model, *modules):
 
 
 def probe(model, requires_grad):
-    """Returns zeros (1, 1, C) where the model's weights are."""
+    """Returns zeros (1, 1, C) with the dtype and device of the model's weights."""
     weight = model.lm_head.weight  # (V, C)
     return torch.zeros_like(weight[:1, None].detach()).requires_grad_(requires_grad)
 
 
 @torch.enable_grad()
 def state_has_gradient(model):
-    """Says whether s_0 depends on the prelude's output, by making one. No s_0 counts as yes."""
+    """Returns whether s_0 depends on e, by computing one. True if there is no s_0."""
     e, was_training = probe(model, True), model.start.training
     s = model.start.eval()(
         e, torch.zeros(1, dtype=torch.long, device=e.device)

@@ -26,7 +26,7 @@ from nanoloop.tokenizer import make_tokenizer
 DATA = ROOT / 'data'
 DTYPES = {'uint16': np.dtype('<u2'), 'uint32': np.dtype('<u4')}
 SCAN_TOKENS = 2**24  # tokens read at a time when a file is searched for its largest id
-MOVING = 'unfinished/moving'  # is there while new files replace a set's: if it stays, they are of two sets
+MOVING = 'unfinished/moving'  # exists while new files replace old ones: if it stays, they are mixed
 
 # -----------------------------------------------------------------------------
 # meta.json
@@ -108,7 +108,7 @@ def ceil_div(a, b):
 
 
 class Split:
-    """The windows of one split. A window has T = block_size tokens and the T tokens that follow them.
+    """The windows of one split. A window has T + 1 tokens: T = block_size inputs; targets are shifted by one.
 
     vocab_size: of the model; every id must be below it. Raises UserError for files that are missing or not
     as long as meta.json says, a split too short for one window, and ids that are too large.

@@ -1,13 +1,12 @@
 """
-Decoding: a looped model reads tokens piece by piece, with a KV cache.
+Decoding with a KV cache: a looped model processes tokens chunk by chunk.
 
-What the decoder computes for a token is what a whole forward pass computes at its position, with any number
-of loops.
+The result of a token equals that of a full forward pass at its position, for any number of loops.
 
 With an early exit (nanoloop/early_exit.py) every token leaves the loop by itself, and the cache of the deeper
 loops gets copies of its last keys and values. Exits are causal: a token's number of loops depends on itself
-and on earlier tokens only. So a prompt that is read in one piece gives the same as token by token, if
-kv_budget = n_loop.
+and on earlier tokens only. So with kv_budget = n_loop a
+prompt gives the same result in one chunk and token by token.
 
 Shapes: n rows of T tokens each; C, V as in model.py.
 """
@@ -25,7 +24,7 @@ from nanoloop.machine import compile_step, onednn_for
 
 
 def cast_linears_(model, dtype):
-    """Casts the weights of all Linear layers to dtype, in place: autocast then need not cast them per token.
+    """Casts the weights of all Linear layers to dtype, in place, so that autocast does not cast per token.
 
     Embeddings, norms and the exit gate stay as they are. The model can no longer be trained.
     """
@@ -38,7 +37,7 @@ def cast_linears_(model, dtype):
 
 @dataclass
 class Stats:
-    """What a decoder has done."""
+    """Counts of the work of a decoder."""
 
     cache_bytes: int = 0
     loops_taken: collections.Counter = field(default_factory=collections.Counter)  # {loops: number of tokens}
@@ -69,8 +68,8 @@ class Active(NamedTuple):
     s: torch.Tensor | None  # (n, T, C), the state; None before the first loop if there is no s_0
     memory: torch.Tensor | None  # (n, T, ...), see ExitInputs
     running: torch.Tensor  # (n, T), False: the token has exited, or is padding
-    row: torch.Tensor  # (n, T), the token's row in the piece that is read
-    column: torch.Tensor  # (n, T), its column there
+    row: torch.Tensor  # (n, T), the token's row in idx
+    column: torch.Tensor  # (n, T), the token's column in idx
 
     def select(self, index):
         """Returns the tokens at an index of (n, T)."""
@@ -95,18 +94,18 @@ def scatter_last(target, rows, x, counts):
 
 
 class Decoder:
-    """Runs a model over rows of tokens with a KV cache. It knows no text and draws no tokens.
+    """Runs a model over rows of tokens with a KV cache. It does not sample.
 
     n_rows: number of rows
     max_tokens: the most tokens that a row will have; None = any number
     n_loop: None = the model's
     kv_budget: number of loops with a cache of their own, see kv_cache.py; None = n_loop, which is exact
     early_exit: an EarlyExit; None = every token takes n_loop loops
-    warm_start: the loop of a generated token starts from the last state of the token before it, an
-        approximation (Huginn's continuous thought)
+    warm_start: a generated token starts its loop from the last state of the token before it, instead of
+        s_0: an approximation (continuous chain of thought, Huginn)
     compile: compile the step of one generated token
 
-    loops: the number of loops of each token that was read last, (n, T), or an int for all. stats: a Stats.
+    loops: the number of loops of each token of the last call, (n, T), or an int for all. stats: a Stats.
     """
 
     def __init__(self, model, n_rows, max_tokens=None, n_loop=None, kv_budget=None, early_exit=None,
@@ -144,7 +143,7 @@ class Decoder:
         return self.read(idx, rows, None, generated=True)
 
     def read(self, idx, rows, counts, generated):
-        """See prefill and decode_one_token."""
+        """Runs tokens idx (n, T). Returns the head's input (n, T, C). See prefill and decode_one_token."""
         n, T = idx.shape
         rows = None if rows == list(range(self.n_rows)) else rows
         counts = None if counts is not None and min(counts) == T else counts

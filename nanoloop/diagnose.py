@@ -3,7 +3,8 @@ Diagnostics of a training step: how the loop's state moves, and where the gradie
 
 `train.py --diagnose=100` computes them at every 100th step and writes them to log.jsonl and wandb:
 
-    hidden_norm/loop_KK            L2 norm of what loop K's last block returns, mean of tokens
+    hidden_norm/loop_KK            L2 norm of the last block's output in loop K, before norm and update,
+                                   mean over tokens
     change/loop_KK                 |s_K - s_{K-1}| / |s_K|, and
     cosine/loop_KK                 the cosine between the two states
     kl/loop_KK                     KL(last loop's prediction || loop K's), in nats
@@ -23,7 +24,7 @@ import functools
 import torch
 from torch.nn import functional as F
 
-import model as model_file  # HEAD_CHUNK is read when it is needed
+import model as model_file  # read as model_file.HEAD_CHUNK, so that tests can change it
 from model import upcast
 
 
@@ -39,11 +40,11 @@ class Look:
         self.values = {}
 
     def before_first(self, idx, targets):
-        """Computes what needs a micro-batch, (B, T) each."""
+        """Computes the diagnostics that need a micro-batch. idx, targets: (B, T)."""
         self.values = diagnose(self.training_loss, idx, targets, self.n_loop, self.autocast, self.scale)
 
     def after_clipping(self):
-        """Computes what needs the gradient of the step."""
+        """Computes the norms of the step's gradient."""
         self.values |= weight_grad_norms(self.training_loss.model)
 
     def line(self, step):
@@ -130,9 +131,9 @@ def compare_states(model, states, targets):
 def diagnose(training_loss, idx, targets, n_loop, autocast=contextlib.nullcontext, scale=1.0):
     """Returns {name: number} of a micro-batch idx, targets (B, T).
 
-    It makes a forward and a backward pass of its own, which change no gradient. Gradients are those of the
-    mean over the targets that count. training_loss: a TrainingLoss; scale: what it is multiplied by, for
-    float16. The caller seeds the default generator.
+    Runs its own forward and backward pass, without changing p.grad. Gradients are those of the mean loss over
+    targets other than -1. training_loss: a TrainingLoss. scale: factor of the loss, for float16. The caller
+    seeds torch's default generator.
     """
     model = training_loss.model
     params = [p for p in training_loss.parameters() if p.requires_grad]

@@ -21,7 +21,7 @@ from nanoloop.checks import check
 
 
 class ExitInputs(NamedTuple):
-    """What a statistic reads after a loop, for T tokens of n rows. What its rule does not declare is None."""
+    """The inputs of a statistic after a loop, for T tokens of n rows. logits, gate: None unless declared."""
 
     previous: torch.Tensor | None  # (n, T, C) state before the loop; None in the first loop without s_0
     s: torch.Tensor  # (n, T, C) state after the loop
@@ -39,7 +39,7 @@ class ExitRule(NamedTuple):
     needs_logits: bool = False  # coda and head run after every loop
     needs_gate: bool = False  # the model needs an exit gate
     above: bool = False  # a token exits at or above the threshold instead of below it
-    never: float | None = None  # from this threshold on no token exits, however its statistic is rounded
+    never: float | None = None  # at this threshold, or beyond it, no token exits, whatever the rounding
 
     @property
     def advice(self):

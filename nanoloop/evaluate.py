@@ -14,9 +14,8 @@ from nanoloop.parallel import reduce_sum
 def evaluate(model, splits, c, m, token_bytes, stopped=lambda: False):
     """Returns {split: {loss, ppl, bpb}}, or None if stopped() became true. The model's mode is kept.
 
-    splits: {name: Split}. c: the run's keys (eval_iters, batch_size, dataset). token_bytes: the length of
-    every token id in bytes; bits per byte is taken over targets that stand for bytes, so special tokens have
-    0.
+    splits: {name: Split}. c: the run's keys (eval_iters, batch_size, dataset). token_bytes: the
+    number of bytes of every token id. Tokens with 0 bytes (special tokens) do not count in bits per byte.
     """
     n = c.eval_iters * c.batch_size or len(splits['val'].eval_windows())
     bytes_of, training, result = torch.tensor(token_bytes, dtype=torch.float64), model.training, {}

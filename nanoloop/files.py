@@ -1,5 +1,5 @@
 """
-Files that are there whole or not at all, even after a crash or a power cut.
+Atomic and durable writes: a file is complete or absent, even after a crash or a power cut.
 
     with replace_file(path) as file:
         file.write('all of it')
@@ -30,7 +30,7 @@ def sync_folder(folder):
 
 @contextlib.contextmanager
 def replace_file(path, mode='w'):
-    """Opens PATH.tmp for writing; where the block ends, it is synced and gets the name `path`.
+    """Opens PATH.tmp for writing; at the end of the block it is synced and renamed to `path`.
 
     Readers see the old file or the whole new one. If the block raises, the old file stays and PATH.tmp goes.
     """

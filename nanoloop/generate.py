@@ -70,7 +70,7 @@ class Sampler:
 
 
 def tokens_in_view(length, block_size):
-    """Returns how many of a row's last tokens a model with learned positions sees, by the rule at the top."""
+    """Returns how many last tokens of a row are in view with learned positions, see the module docstring."""
     half = block_size // 2
     return length if length <= block_size else half + 1 + (length - block_size - 1) % (block_size - half)
 
@@ -109,7 +109,7 @@ class Generation:
     def extend(self, idx, lengths=None):
         """Appends idx (B, T) to the rows, to be processed by the next stream. lengths: see Generation.
 
-        Generated tokens that stream has not yielded are dropped: a row ends with what its reader has seen.
+        Generated tokens that stream has not yielded yet are dropped.
         """
         lengths, T = [idx.size(1)] * len(idx) if lengths is None else lengths, idx.size(1)
         fits = len(lengths) == len(idx) and all(1 <= n <= T for n in lengths)
@@ -186,12 +186,15 @@ class Generation:
             self.head_input[others] = self.decoder.decode_one_token(token[others, None], others)[:, -1]
 
     def room(self):
-        """Returns how many tokens fit in before a row is started anew."""
+        """Returns how many tokens can be processed at once before a row has to restart."""
         cache = self.decoder.cache
         return self.block_size - max(cache.lengths) if self.learned else cache.chunk
 
     def slide(self, row, new):
-        """Returns the tokens that a row must process when new (T,) are added, with learned positions."""
+        """Appends new (T,) to a row's view. Returns the tokens to process: new, or more if it restarts.
+
+        For learned positions. A row that restarts is emptied in the cache.
+        """
         self.view[row] = text = torch.cat((self.view[row], new))[-self.block_size :]
         length = self.decoder.cache.lengths[row] + len(new)
         n_view = tokens_in_view(length, self.block_size)

@@ -1,5 +1,5 @@
 """
-What --help prints: the keys of a script, read from the source of its dataclasses.
+The text of --help: the keys of a script, read from the source of its dataclasses.
 """
 
 import ast

@@ -18,7 +18,7 @@ class HubDocuments:
     """The documents of a data set of the hub that consists of parquet files.
 
     path, load: arguments of datasets.load_dataset. column: the column that holds the text. streaming: read
-    over the network, keep no copy. max_documents: to read of every split, None = all.
+    over the network, keep no copy. max_documents: most documents to read from each split; None = all.
     """
 
     def __init__(self, path, column='text', streaming=False, max_documents=None, **load):
@@ -62,8 +62,8 @@ def write_hub(
     """Prepares a data set from HubDocuments. Interrupted, it goes on from the last save when called again.
 
     splits: {split on the hub: split here}. If none here is 'val', val_share of the documents is held out.
-    tokenizer: an encoding of tiktoken; eot: its end-of-text token follows every document. processes: that
-    tokenise, None = one per core. say: of Writer.finish; None = no progress bar either.
+    tokenizer: an encoding of tiktoken; eot: its end-of-text token follows every document. processes: number
+    of processes that tokenise; None = one per core. say: see Writer.finish; None = also no progress bar.
     """
     from tqdm import tqdm  # datasets needs it, too
 

@@ -2,14 +2,14 @@
 The KV cache of a looped model: keys and values of every executed block, so that no token is computed twice.
 
 A layer's cache is a pair (keys, values), each (n_rows, G, capacity + 1, D). A token at position p is in
-column p % capacity. The last column takes padding, and nobody reads it.
+column p % capacity. The last column is for padding, and is never read.
 
 There is a layer for every executed block, n_prelude + n_loop n_block + n_coda in all. With kv_budget = m
-loop i uses the layers of loop i mod m: m = n_loop is exact, less is an approximation with m / n_loop of the
-loop's memory.
+loop i uses the layers of loop i mod m. m = n_loop is exact. A smaller m is an approximation, which needs
+m / n_loop of the loop's memory.
 
-Every layer sees the last block_size keys. Learned positions end at block_size: whoever feeds a row then
-truncates it to nothing and starts it anew, see nanoloop/generate.py.
+Every layer sees the last block_size keys. Learned positions end at block_size: the caller then
+empties the row and starts it anew, see nanoloop/generate.py.
 
 Shapes: n rows of T tokens each, S visible columns; G, D as in model.py.
 """
@@ -28,7 +28,7 @@ LENGTH_STEP = 32  # a compiled step sees a multiple of this many columns, so tha
 
 
 class CacheIndex(NamedTuple):
-    """Where T tokens of n rows are in the cache, and what they see there."""
+    """Positions, cache rows and columns of T tokens of n rows, with their attention inputs."""
 
     pos: torch.Tensor  # (T,) or (n, T) positions
     rows: torch.Tensor | None  # (n,) rows of the cache; None = all
@@ -37,7 +37,7 @@ class CacheIndex(NamedTuple):
 
     @property
     def visible(self):
-        """The number S of columns in sight, from the first on."""
+        """Returns S: the tokens see columns 0 to S - 1, where the mask allows it."""
         return self.columns.stop if isinstance(self.columns, slice) else self.attn_inputs.mask.size(-1)
 
 
@@ -146,7 +146,8 @@ class KVCache:
     def attn_inputs(self, pos, visible, all_visible=False):
         """Returns the AttnInputs of tokens at pos (T,) or (n, T) that see the first `visible` columns.
 
-        all_visible: every column holds a token, none of them later than a token that sees it.
+        all_visible: plain causal attention needs no mask: either T = 1 and every column holds an earlier
+        token, or the columns are the T tokens themselves.
         """
         c, window, rope = self.model.config, self.model.window, None
         if self.model.rope_width:

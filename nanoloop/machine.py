@@ -61,7 +61,7 @@ def choose_gpu(device):
 
 
 def choose_dtype(dtype, kind):
-    """Returns (dtype of matrix products, why). auto takes bfloat16 where the GPU or the CPU has it."""
+    """Returns (dtype of matrix products, why). auto: bfloat16 where it is native, else float16 on a GPU."""
     check(dtype in ('auto', *DTYPES), 'dtype', dtype, f'one of auto, {", ".join(DTYPES)}')
     if dtype != 'auto':
         return DTYPES[dtype], 'asked for'
@@ -181,12 +181,12 @@ class Machine:
     rank: int  # this process's number, 0 for the one that prints and saves
     world: int  # number of processes
     device: torch.device
-    kind: str  # of the device: cuda, mps or cpu
+    kind: str  # kind of the device: cuda, mps or cpu
     dtype: torch.dtype  # of matrix products
     cpu_group: object = None  # process group through which the ranks' CPUs talk, None for one process
     compile: bool = False  # whether to compile the blocks
     peak: float | None = None  # FLOP/s of matrix products, None if unknown
-    line: str = ''  # what was chosen, and why, in words
+    line: str = ''  # text: the choices and their reasons
 
     def autocast(self):
         """Returns the context in which matrix products run in self.dtype."""
@@ -248,18 +248,18 @@ def setup(config, work=math.inf):
 
 
 def signal_name(number):
-    """Returns SIGTERM for 15."""
+    """Returns the name of a signal number: SIGTERM for 15."""
     return signal.Signals(number).name
 
 
 def exit_status(number):
-    """Returns the status of a process that a signal has ended, as a shell reports it."""
+    """Returns the exit status of a process ended by this signal: 128 + number, as in a shell."""
     return 128 + number
 
 
 @contextlib.contextmanager
 def exit_on_sigterm():
-    """While it is entered, SIGTERM raises SystemExit, as a Ctrl-C raises KeyboardInterrupt."""
+    """Makes SIGTERM raise SystemExit inside the block, as Ctrl-C raises KeyboardInterrupt."""
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(exit_status(number)))
     try:
         yield
@@ -273,7 +273,7 @@ class Signals:
     Further signals are ignored, because torchrun sends each several times to its workers. But a Ctrl-C more
     than PATIENCE_S after the first signal ends the process at once.
 
-    say: a function of one string, which is told when a signal ended the run without a checkpoint.
+    say: called with a line when a signal ended the run without a checkpoint.
     """
 
     NUMBERS = (signal.SIGTERM, signal.SIGINT)
@@ -304,7 +304,7 @@ class Signals:
 
     @contextlib.contextmanager
     def may_break_the_compiler(self):
-        """While it is entered, an error that comes after a signal only ends the block: see stopped().
+        """Ignores an error inside the block if a signal came before it: see stopped().
 
         A Ctrl-C reaches all processes of a terminal, also a compiler that this one waits for. Compiling then
         fails for no other reason than that the run is to stop. With several processes the error is raised,

@@ -1,10 +1,10 @@
 """
-What a step trains on: a loss rule, which weighs the model's loss table, and a number of loops.
+The objective of a step: a loss rule over the model's loss table, and the number of loops.
 
     loss = sum over loops r and tokens t of  W[r, t] CE[r, t]   (+ a regulariser), per target that counts
 
-A loss rule (OBJECTIVE) gives the loop axis of W. The token axis comes with the batch: padding and prompts
-weigh 0, answers weigh 1, sampled tokens weigh their advantage.
+A loss rule (OBJECTIVE) sets the weights of the loops, except `gate`, which trains the exit gate alone. The
+batch sets the weights of the tokens: padding and prompts 0, answers 1, sampled tokens their advantage.
 
 References: end, step, few: github.com/FuRuF-11/FullyLoopedTransformer; exit, gate: Ouro, arXiv:2510.25741;
 drawn loops: Huginn, arXiv:2502.05171; growing loops: github.com/LoopedLMs/looped_nanochat.
@@ -25,7 +25,7 @@ from nanoloop.checks import check
 from nanoloop.count import flops
 from nanoloop.randomness import random_generator
 
-GATE_SLOPE, GATE_MIN_GAIN = 50.0, 0.005  # of the gate's label, see ouro_stage2; per nat, nats
+GATE_SLOPE, GATE_MIN_GAIN = 50.0, 0.005  # of the label in ouro_stage2, in 1/nat and nats
 POISSON_SIGMA = 0.5  # standard deviation of the logarithm of poisson's rate
 
 # -----------------------------------------------------------------------------
@@ -56,7 +56,7 @@ def mean_of_loops(ce, gates, loops, c):
 
 
 def ouro_stage1(ce, gates, loops, c):
-    """The expectation of CE over the gate's exits, minus beta times the entropy of the exits."""
+    """Returns sum_r p_r CE_r - beta H(p), p = exit_distribution(gates), and values to log. Each (B, T)."""
     p = exit_distribution(gates)
     task = (p * ce).sum(dim=0)
     entropy = -torch.xlogy(p, p.clamp(min=1e-10)).sum(dim=0)
@@ -64,7 +64,7 @@ def ouro_stage1(ce, gates, loops, c):
 
 
 def ouro_stage2(ce, gates, loops, c):
-    """The gate learns to go on where going on lowers the loss of its token.
+    """Returns the gate's cross-entropy (B, T): it learns to go on where another loop lowers a token's loss.
 
     The label of 1 - g_r, for r = 2..R, is sigmoid(GATE_SLOPE (gain - GATE_MIN_GAIN)) with the gain max(0,
     ce_{r-1} - ce_r). With gate_ahead it is the label of 1 - g_{r-1}, which decides whether loop r is run. The
@@ -79,7 +79,7 @@ def ouro_stage2(ce, gates, loops, c):
 
 
 class LossRule(NamedTuple):
-    """A weighting of the loss table's loops."""
+    """How the loss table becomes a loss per token."""
 
     loops: Callable  # n_loop -> the loops that are read out, a tuple of indices from 0 on
     # (ce (R, B, T), gates (R, B, T) or None, loops, c) -> the loss of every token (B, T), and what else to
@@ -102,7 +102,7 @@ OBJECTIVE = {
 
 
 def freeze(model, rule):
-    """Lets exactly those parameters require a gradient that a loss rule trains: DDP waits for all that do."""
+    """Sets requires_grad to whether the loss rule trains a parameter: DDP waits for all that require it."""
     for name, p in model.named_parameters():
         p.requires_grad_(rule.trains_gate if name.startswith('exit_gate.') else rule.trains_model)
 
@@ -110,8 +110,8 @@ def freeze(model, rule):
 class TrainingLoss(nn.Module):
     """Computes the loss of a micro-batch, and what else to log of it.
 
-    Both are sums over the targets that count, divided by B T: with the same divisor everywhere, sums over
-    micro-batches and ranks stay exact. The training step puts the number of targets that count in its place.
+    Both are sums over targets other than -1, divided by B T. All micro-batches and ranks have this
+    divisor, so that their sums are exact. train_step then replaces it by the number of those targets.
     """
 
     def __init__(self, model, c):
@@ -121,8 +121,8 @@ class TrainingLoss(nn.Module):
     def forward(self, idx, targets, n_loop, weights=None):
         """Returns the loss and {name: a number}, detached.
 
-        idx, targets: (B, T), -1 = ignored. weights: (B, T), what every token's loss is multiplied by;
-        negative ones push its probability down; None = 1. What else is logged is not weighted.
+        idx, targets: (B, T), -1 = ignored. weights: (B, T), factors of the tokens' losses; a negative
+        one lowers the token's probability; None = 1. The logged values are not weighted.
         """
         loops = self.rule.loops(n_loop)
         ce, gates = self.model.loss_table(idx, targets, n_loop, loops)  # (R, B, T) each
@@ -178,8 +178,7 @@ LOOP_SAMPLING = {
     'uniform': LoopSampling(uniform, lambda target: 2 * target - 1),
     'poisson': LoopSampling(poisson, lambda target: math.inf),
 }
-# the share of n_loop that a step's target is, by how far the step is in the first loop_warmup steps, from 0
-# to 1
+# progress, step / loop_warmup steps in [0, 1) -> the step's target number of loops, as a share of n_loop
 LOOP_GROWTH = {
     'linear': lambda progress: progress,
     'sqrt': lambda progress: 1 - math.sqrt(1 - progress),
@@ -193,7 +192,7 @@ def growth_steps(c):
 
 
 def limit_loops(n, c):
-    """Returns n, not below what the objective needs and not above loop_max."""
+    """Returns n, clamped to [min_loops of the objective, loop_max]."""
     return min(max(n, OBJECTIVE[c.objective].min_loops), c.loop_max or math.inf)
 
 

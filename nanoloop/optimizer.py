@@ -1,5 +1,5 @@
 """
-How a step moves the weights: the optimizers, their parameter groups, and the learning rate over a run.
+Optimizers, their parameter groups, and the learning rate schedule.
 
 An optimizer is an entry of OPTIMIZER. It takes the groups that it names, AdamW the others. Muon is torch's,
 kellerjordan.github.io/posts/muon: one matrix per nn.Linear, so that queries, keys and values of c_attn are
@@ -26,8 +26,8 @@ def linear(left, after_warmup, run, c):
     return min(1.0, left / max(1e-9, c.warmdown_frac * run))
 
 
-# where the learning rate is between min_lr (0) and learning_rate (1), `left` steps before the end of a run of
-# `run` steps, of which `after_warmup` come after the warm-up
+# (left, after_warmup, run, c) -> s, for the learning rate min_lr + s (learning_rate - min_lr). left: steps
+# until the end of the decay; after_warmup: steps after the warm-up; run: all steps
 SCHEDULE = {'cosine': cosine, 'linear': linear}
 
 
@@ -54,14 +54,14 @@ def lr_at(step, c, last_step=None):
 class Group(NamedTuple):
     """A group of parameters."""
 
-    parts: tuple = ()  # weights of the model's Linear and Embedding layers of these names belong to it
-    lr_key: str = 'learning_rate'  # the key that holds its learning rate; if that is None, learning_rate is
+    parts: tuple = ()  # names of the Linear and Embedding layers whose weights are in the group
+    lr_key: str = 'learning_rate'  # the key with its learning rate; if that is None, learning_rate is used
 
 
 # biases, and what table entries add without naming a group (see LoopPart in model.py), are `vectors`
 GROUPS = {
     'matrices': Group(('c_attn', 'c_fc', 'c_proj'), 'matrix_lr'),
-    'injection': Group(lr_key='matrix_lr'),  # it starts as the identity, which weight decay would forget
+    'injection': Group(lr_key='matrix_lr'),  # not decayed: most schemes of INIT start it as [I 0]
     'embedding': Group(('wte', 'wpe'), 'embedding_lr'),
     'head': Group(('lm_head',), 'head_lr'),
     'gate': Group(('exit_gate',)),
@@ -142,7 +142,7 @@ OPTIMIZER = {
 def make_optimizers(model, c):
     """Makes the optimizers of the parameters that require a gradient: c.optimizer, and AdamW for the rest.
 
-    Returns them and a line of text per group. A group's lr_ratio is its learning rate by c.learning_rate.
+    Returns them and a line of text per group. lr_ratio of a group: its rate / learning_rate.
     Raises UserError for a key that would have no effect, RuntimeError for a parameter in no group.
     """
     chosen, names = OPTIMIZER[c.optimizer], group_names(model)
@@ -178,7 +178,7 @@ def make_optimizers(model, c):
 
 
 def describe_group(name, params, decay, rule, lr):
-    """Returns the line that is printed of a parameter group."""
+    """Returns the line to print about a parameter group."""
     kind = 'decayed' if decay else 'non-decayed'
     count = f'{len(params)}, with {sum(p.numel() for p in params):,} parameters'
     optimizer = next(optimizer for optimizer, entry in OPTIMIZER.items() if entry is rule)
@@ -186,7 +186,7 @@ def describe_group(name, params, decay, rule, lr):
 
 
 def set_rates(optimizers, step, lr):
-    """Sets the learning rates of a step, and what else an optimizer changes.
+    """Sets the learning rates of a step, and calls before_step, which sets Muon's momentum.
 
     lr: for a group with the ratio 1.
     """
@@ -199,7 +199,7 @@ def set_rates(optimizers, step, lr):
 def load_optimizers(optimizers, state, c):
     """Loads the optimizers' states; learning rates and the like are those of the current keys.
 
-    Raises UserError if the checkpoint's parameter groups are others.
+    Raises UserError if the checkpoint has other parameter groups.
     """
     saved = state['optimizer'] if isinstance(state['optimizer'], list) else [state['optimizer']]
     sizes = [[len(group['params']) for group in part['param_groups']] for part in saved]

@@ -1,5 +1,5 @@
 """
-The processes of one run, its ranks: how they join, agree, and share gradients.
+The processes (ranks) of a run: process group, DDP, and reductions of numbers.
 
 m: a Machine (machine.py), of which rank, world (the number of processes) and cpu_group (the process group
 through which the CPUs of the ranks talk) are used. All ranks call these functions in the same order. Where
@@ -14,7 +14,7 @@ from nanoloop.checks import check
 
 
 def choose_backend(backend, kind):
-    """Returns the backend in which gradients are reduced, for a key's value and a kind of device."""
+    """Returns the backend of torch.distributed for the key `backend` and a kind of device."""
     if backend == 'auto':
         return 'nccl' if kind == 'cuda' else 'gloo'
     check(backend in ('gloo', 'nccl'), 'backend', backend, 'auto, gloo or nccl')
@@ -36,7 +36,7 @@ def leave(m):
 
 
 def wrap(module, m):
-    """Returns module, for several processes in DDP: its gradients are then the mean over the ranks."""
+    """Returns module, wrapped in DDP if there are several processes. DDP averages gradients over ranks."""
     if m.world == 1:
         return module
     wrapped = DistributedDataParallel(module)
@@ -56,7 +56,7 @@ def reduce_sum(m, tensor):
 
 
 def max_over_ranks(m, value):
-    """Returns the largest of the ranks' integers. To call it is also to wait for all ranks."""
+    """Returns the maximum of an integer over all ranks. It is also a barrier."""
     if m.cpu_group is None:
         return value
     tensor = torch.tensor([value])
@@ -70,9 +70,9 @@ def sum_over_ranks(m, value):
 
 
 def rank0_first(m, work):
-    """Calls work() on rank 0 while the others wait. If it fails there, all ranks end.
+    """Calls work() on rank 0 only, while the others wait.
 
-    Rank 0 raises the error of work(), the others SystemExit with status 1.
+    If work() raises ValueError or OSError, rank 0 raises it, and the others raise SystemExit(1).
     """
     failure = None
     if m.rank == 0:

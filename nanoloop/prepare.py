@@ -29,8 +29,8 @@ class Writer:
     """Writes a data set: add() appends documents to splits, finish() moves the whole set into its folder.
 
     Until then all files are in folder/unfinished. save(done) makes what was added durable; after an
-    interruption, a new Writer for the same source and tokenizer goes on from there, and its `done` says how
-    far that was. With resume=False it begins anew.
+    interruption, a new Writer for the same source and tokenizer goes on from there; its `done` is the value
+    given to that save. resume=False starts from nothing.
 
     source: a JSON value for meta.json that says where the text is from. A shard gets no further document
     once it has shard_tokens tokens. Raises UserError if another process prepares the same folder.
@@ -70,7 +70,7 @@ class Writer:
 
     @property
     def done(self):
-        """What the last save was given, 0 before the first."""
+        """Returns the argument of the last save(), 0 before the first."""
         return self.state['done']
 
     def suffixes(self, split):
@@ -131,7 +131,7 @@ class Writer:
     def finish(self, say=None, **more):
         """Moves the files into the folder and writes meta.json last. The writer cannot be used any more.
 
-        say: a function that is told the tokens of every split. more: further keys of meta.json.
+        say: called with a line per split. more: further keys of meta.json.
         """
         self.save(self.done)
         splits = {split: self.describe(split) for split in self.state['splits']}
@@ -195,7 +195,7 @@ def write_text(folder, paths, tokenizer, source, val_share=0.1, say=None, **more
     """Prepares a data set from text files.
 
     A single file is cut: its last val_share is for validation. Of several files about val_share are held out
-    whole, chosen by their names, and the tokenizer's eot_token ends each. say, more: of Writer.finish.
+    whole, chosen by their names, and the tokenizer's eot_token ends each. say, more: see Writer.finish.
     Raises UserError if there is no text, or one that the tokenizer cannot encode.
     """
     if sum(path.stat().st_size for path in paths if path.exists()) < 2:
@@ -235,7 +235,7 @@ def add_text(writer, split, text):
 
 
 def split_text(text, size):
-    """Yields a text in pieces of at least `size` characters; each ends with a newline, but for the last."""
+    """Yields pieces of a text: each ends at the first newline after `size` characters, the last anywhere."""
     start = 0
     while start < len(text):
         end = text.find('\n', start + size) + 1 or len(text)

@@ -19,8 +19,8 @@ GPT2 = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
 # If one of these keys is given, GPT-2's layers become the prelude, the loop and the coda of a looped model.
 LOOP_KEYS = ('n_prelude', 'n_block', 'n_coda', 'n_loop', 'input_injection', 'state_update')
 
-# The parameters of the entries of GPT's tables. GPT-2 has none of them: they start as in a new model.
-ENTRY_PARAMETERS = ('inject.', 'exit_gate.', 'update.', 'loop_index.')
+# prefixes of the parameters that a looped GPT has and GPT-2 lacks: they get a new model's initial values
+ENTRY_PARAMETERS = ('start.', 'inject.', 'update.', 'exit_gate.')
 
 # transformers' names of activations: ours
 ACTIVATIONS = {'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu': 'gelu'}

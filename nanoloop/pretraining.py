@@ -1,5 +1,5 @@
 """
-Pretraining: what the training loop gets to train on windows of a data set.
+Pretraining: builds model, batches and validation of a run on windows of a data set.
 """
 
 import functools
@@ -20,12 +20,12 @@ from nanoloop.parallel import max_over_ranks
 
 
 class Task(NamedTuple):
-    """What the training loop gets."""
+    """The inputs of the training loop."""
 
     model: Any  # a GPT, on its device
     batches: Any  # a source of batches, see nanoloop/batches.py
     evaluate: Any  # () -> {split: {loss, ppl, bpb}} for train and val, or None if a signal came first
-    kept: dict  # what is saved with a checkpoint beside the state of the run
+    kept: dict  # further entries of the checkpoint: the tokenizer
     origin: str = ''  # where the weights come from; '' = random
 
 
@@ -55,8 +55,8 @@ def pretraining(c, m, checkpoint, stopped, say):
 def find_start(c, say=None):
     """Returns the checkpoint that c.init_from names, or None, and whether the run that saved it is resumed.
 
-    A resumed run has the checkpoint's values for the keys that were not given now. say: gets a line about
-    each broken file that is passed over. Raises UserError if there is no such checkpoint.
+    A resumed run has the checkpoint's values for the keys that were not given now. say: called with
+    a line about each broken file. Raises UserError if there is no such checkpoint.
     """
     wanted = c.init_from != 'resume' or checkpoint_paths(c.out_dir)
     check(wanted, 'init_from', c.init_from, f'a checkpoint in {c.out_dir}, there is none')

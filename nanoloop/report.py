@@ -21,7 +21,7 @@ class Meter:
         self.time, self.step, self.flops = time.time(), step, flops
 
     def read(self, step, flops):
-        """Returns (seconds per step, FLOPs per token and step), and starts anew."""
+        """Returns (seconds per step, FLOPs per step) since the last call, and resets."""
         steps = step - self.step
         result = (time.time() - self.time) / steps, (flops - self.flops) / steps
         self.reset(step, flops)
@@ -39,7 +39,7 @@ def describe_run(c, model, world, flops):
 
 
 def doubtful_keys(c, rule, last_step, random_weights):
-    """Yields lines on keys that probably do not do what was meant. rule: the LossRule of c.objective."""
+    """Yields warnings about keys that may be mistakes. rule: the LossRule of c.objective."""
     if c.warmup_iters > last_step:
         yield f'warmup_iters={c.warmup_iters}: the learning rate rises until the last step, {last_step}'
     if c.exit_gate and not rule.trains_gate:
@@ -72,8 +72,8 @@ def evaluation_line(step, losses, seconds):
 def step_line(step, loss, grad_norm, extra, lr, n_loop, seconds, mfu, tokens, eta, flops_done):
     """Returns the line and the record of a training step.
 
-    extra: what else the objective logs, {name: float}. seconds: per step. mfu: None if unknown. tokens: of a
-    step. eta: seconds to the end of the run; None if unknown.
+    extra: further values to log, {name: float}. seconds, tokens: per step. mfu: None if unknown. eta: seconds
+    to the end of the run; None if unknown. flops_done: training FLOPs of the run so far.
     """
     rate, ms = tokens / seconds, 1000 * seconds
     left = '?' if eta is None else timedelta(seconds=min(10**9, round(eta)))

@@ -18,7 +18,7 @@ from nanoloop.files import lock_folder
 def open_out_dir(out_dir, say=None):
     """Creates out_dir and locks it against a second run. Returns the lock, which ends when it is closed.
 
-    Returns None where the file system has no locks, and tells so. Raises UserError if the folder cannot be
+    Returns None, with a warning, if the file system has no locks. Raises UserError if the folder cannot be
     written, or if another run holds the lock.
     """
     try:
@@ -37,10 +37,10 @@ def open_out_dir(out_dir, say=None):
 
 
 def archive_previous_run(out_dir, say=None):
-    """Moves the files of an earlier run to out_dir/run-N: a new run in the same folder deletes nothing."""
+    """Moves the files of an earlier run to out_dir/run-N, if it has saved a checkpoint."""
     paths = [out_dir / name for name in ('ckpt.pt', 'prev.pt', 'best.pt', 'log.jsonl')]
     paths = [path for path in paths if path.exists()]
-    if not any(path.suffix == '.pt' for path in paths):  # a log alone: that run never saved anything
+    if not any(path.suffix == '.pt' for path in paths):  # a log alone: Log overwrites it
         return
     n = next(n for n in range(1, 10**6) if not (out_dir / f'run-{n}').exists())
     (out_dir / f'run-{n}').mkdir()
@@ -71,7 +71,7 @@ class Log:
             self.wandb = wandb.init(**run, config=dict(c))
 
     def write(self, text, record):
-        """Says the text and logs the record, {key: number} with the key iter; inf and nan become null."""
+        """Prints the text and logs the record, {key: number} with the key iter; inf and nan become null."""
         if self.say:
             self.say(text)
         finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in record.items()}

@@ -1,9 +1,9 @@
 """
 Speculation: tokens are drafted with few loops of the model and then verified together with all of its loops.
 
-The text is that of plain decoding; tokens that are drawn have the same distribution. It costs less time, as a
-whole piece of tokens takes hardly longer than one. The verification goes on from the states of the draft: it
-computes neither the prelude nor the first loops again.
+Greedy decoding gives the same tokens as without speculation, sampling the same distribution. It is faster,
+because several tokens at once take hardly longer than one. Verification continues from the states of the
+draft: prelude and first loops are not computed again.
 
 Reference: speculative decoding, arXiv:2211.17192.
 """

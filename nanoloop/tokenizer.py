@@ -26,12 +26,12 @@ def read_text(path, errors='strict'):
 
 
 class Tokenizer:
-    """What every tokenizer has, besides encode(text) -> ids and decode_bytes(ids) -> UTF-8 bytes.
+    """Base class. Subclasses have encode(text) -> ids and decode_bytes(ids) -> bytes, and these attributes.
 
     spec: the plain dict from which make_tokenizer builds it again
     token_bytes: for every id, the number of bytes that the token stands for; 0 for a special token
     eot_token: the id that ends a document (end of text); samples without a prompt start from it
-    text_errors: read_text's `errors` for a text that this tokenizer is to encode
+    text_errors: the argument `errors` of read_text for text to encode
     """
 
     text_errors = 'strict'
