@@ -31,7 +31,14 @@ from nanoloop.count import flops, parameters
 from nanoloop.datasets import find_data, read_meta
 from nanoloop.decode import cast_linears_
 from nanoloop.machine import peak_memory, setup
-from nanoloop.objective import OBJECTIVE, TrainingLoss, check_loops, freeze, loops_at, training_flops
+from nanoloop.objective import (
+    OBJECTIVE,
+    TrainingLoss,
+    check_loops,
+    loops_at,
+    set_requires_grad,
+    training_flops,
+)
 from nanoloop.optimizer import make_optimizers
 from train import TrainConfig, train_step
 
@@ -65,7 +72,7 @@ class Setting:
             for block in self.model.blocks():
                 block.compile()
         check_loops(c, self.model.config)
-        freeze(self.model, OBJECTIVE[c.objective])
+        set_requires_grad(self.model, OBJECTIVE[c.objective])
         self.model.train(OBJECTIVE[c.objective].trains_model)
         self.training_loss = TrainingLoss(self.model, c)
         self.optimizers, _ = make_optimizers(self.model, c)

@@ -189,7 +189,7 @@ class Injection(LoopPart):
         """Returns u (B, T, C), the input of the first block. e, s: (B, T, C); i: the loop, from 0 on."""
         return e
 
-    def block_state(self, s):
+    def hook_state(self, s):
         """Returns the argument `state` of block_hook for s, (B, T, C) each. It is called once per loop."""
         return s
 
@@ -246,7 +246,7 @@ class QueryFirst(Injection):
     states = ('none', 'prelude', 'random')
     hooked_blocks = 1
 
-    def block_state(self, s):
+    def hook_state(self, s):
         return rms_norm(s, self.config)
 
     def block_hook(self, x, state):
@@ -273,7 +273,7 @@ class ResidualAll(Injection):
 INJECT = dict(passthrough=Passthrough, inject=Concat, add=Add, gated=Gated,
               query_first=QueryFirst, query_all=QueryAll, residual_all=ResidualAll)
 # fmt: on
-NAMES = dict(inject_random=dict(input_injection='inject', state_init='random'))  # nanoLOOP's
+ALIASES = dict(inject_random=dict(input_injection='inject', state_init='random'))  # nanoLOOP's
 
 
 class Replace(LoopPart):
@@ -320,7 +320,7 @@ def truncated(std):
     return functools.partial(nn.init.trunc_normal_, std=std, a=-3 * std, b=3 * std)
 
 
-def by_part(rest, **parts):
+def init_rules(rest, **parts):
     """Returns {part: rule}: the rules in `parts`, `rest` for the other parts, 0 for biases."""
     names = 'wte wpe c_attn c_fc c_proj concat exit_gate lm_head'.split()
     return dict.fromkeys(names, rest) | dict(parts, bias=nn.init.zeros_)
@@ -336,16 +336,16 @@ def huginn(c):
         for up in weight.chunk(MLP_ACT[c.mlp].n_parts)[1:]:
             low(up)
 
-    return by_part(wide, c_proj=low, c_fc=c_fc)
+    return init_rules(wide, c_proj=low, c_fc=c_fc)
 
 
 # config -> {part: a function that fills its weight}; biases start at 0. Embedding and head can be tied where
 # they have the same rule. With nanochat's and norm_place=pre every block starts as the identity.
 # fmt: off
 INIT = {
-    'gpt2': lambda c: by_part(
+    'gpt2': lambda c: init_rules(
         normal(0.02), c_proj=normal(0.02 / math.sqrt(2 * c.depth)), concat=nn.init.eye_),
-    'nanochat': lambda c: by_part(
+    'nanochat': lambda c: init_rules(
         normal(0.02), wte=normal(1.0), lm_head=normal(0.001), concat=nn.init.eye_,
         c_attn=uniform(c.n_embd**-0.5), c_fc=uniform(c.n_embd**-0.5), c_proj=nn.init.zeros_),
     'huginn': huginn,
@@ -357,7 +357,7 @@ INIT = {
 
 
 # looped nanochat's dial: n_embd = 64 size, rounded up to heads of 128
-NANOCHAT_SIZE = checks.Sets(lambda size: dict(n_embd=128 * math.ceil(size / 2), n_head=math.ceil(size / 2)))
+NANOCHAT_SIZE = checks.Derives(lambda n: dict(n_embd=128 * math.ceil(n / 2), n_head=math.ceil(n / 2)))
 
 
 @dataclass
@@ -376,7 +376,7 @@ class GPTConfig:
     n_coda: Size = 2  # number of layers after the loop
     n_loop: Count = 4  # number of loops: passes through the layers inside the loop
     bptt_k: Count | None = None  # number of loops, the last ones, that record a graph; None = all
-    input_injection: Annotated[str, OneOf(INJECT, NAMES)] = 'inject'  # how the prelude's output enters a loop
+    input_injection: Annotated[str, OneOf(INJECT, ALIASES)] = 'inject'  # how the prelude's output enters
     state_init: Annotated[str, OneOf(STATE)] = 'prelude'  # state s_0 before the first loop; none = no state
     state_std: Positive | None = None  # standard deviation of state_init=random; None = n_embd^-0.5
     state_update: Annotated[str, OneOf(UPDATE)] = 'replace'  # how a loop's output becomes the new state
@@ -437,7 +437,7 @@ def apply_rope(x, rope):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
-def window_mask(pos, window):
+def make_window_mask(pos, window):
     """Returns (T, T), True where a query sees a key: its own and the `window` keys before it. pos: (T,)."""
     distance = pos[:, None] - pos  # (T, T), of query and key
     return (distance >= 0) & (distance <= window)
@@ -463,23 +463,23 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         C, self.n_head, self.n_kv_head = config.n_embd, config.n_head, config.n_kv_head or config.n_head
-        self.widths = [C, 2 * self.n_kv_head * C // self.n_head]  # rows of c_attn: q; k and v
-        self.c_attn = nn.Linear(C, sum(self.widths), bias=config.bias)
+        self.qkv_widths = [C, 2 * self.n_kv_head * C // self.n_head]  # rows of c_attn: q; k and v
+        self.c_attn = nn.Linear(C, sum(self.qkv_widths), bias=config.bias)
         self.c_proj = nn.Linear(C, C, bias=config.bias)
         self.qk_norm = functools.partial(rms_norm, config=config) if config.qk_norm else identity
         self.dropout = config.dropout
 
-    def project(self, x, query_source):
+    def project_qkv(self, x, query_source):
         """Returns queries, keys and values side by side, (B, T, (H + 2 G) D). query_source: None = x."""
         if query_source is None:
             return self.c_attn(x)
-        w_q, w_kv = self.c_attn.weight.split(self.widths)
-        b_q, b_kv = (None, None) if self.c_attn.bias is None else self.c_attn.bias.split(self.widths)
+        w_q, w_kv = self.c_attn.weight.split(self.qkv_widths)
+        b_q, b_kv = (None, None) if self.c_attn.bias is None else self.c_attn.bias.split(self.qkv_widths)
         return torch.cat((F.linear(query_source, w_q, b_q), F.linear(x, w_kv, b_kv)), dim=-1)
 
     def forward(self, x, rope=None, mask=None, query_source=None, cache=None):
         (B, T, C), H, G = x.shape, self.n_head, self.n_kv_head
-        qkv = self.project(x, query_source)  # (B, T, (H + 2 G) D)
+        qkv = self.project_qkv(x, query_source)  # (B, T, (H + 2 G) D)
         qkv = qkv.view(B, T, H + 2 * G, C // H).transpose(1, 2)  # (B, H + 2 G, T, D)
         # queries and keys stay one tensor until they are rotated and normed: one call for both
         qk, v = qkv.split([H + G, G], dim=1)  # (B, H + G, T, D), (B, G, T, D)
@@ -606,9 +606,9 @@ class GPT(nn.Module):
         rope = rope_table(pos, self.rope_width, self.config.rope_base) if self.rope_width else None
         last, block_size = len(pos) - 1, self.config.block_size
         windowed = any(block.windowed for block in self.blocks())
-        mask = window_mask(pos, block_size - 1) if last >= block_size else None
+        mask = make_window_mask(pos, block_size - 1) if last >= block_size else None
         window = min(self.window, block_size - 1)
-        return AttnInputs(rope, mask, window_mask(pos, window) if windowed and last > window else mask)
+        return AttnInputs(rope, mask, make_window_mask(pos, window) if windowed and last > window else mask)
 
     def embed(self, idx, pos):
         """Returns the prelude's input (B, T, C). idx: (B, T) token ids; pos: (T,) or (B, T) positions."""
@@ -631,7 +631,7 @@ class GPT(nn.Module):
     def iterate(self, e, s, i, attn_inputs, caches=None):
         """Runs loop i alone. Returns the new state. e, s, result: (B, T, C); s: None if there is no s_0."""
         u = e if s is None else self.inject(e, s, i)
-        state = None if s is None else self.inject.block_state(s)
+        state = None if s is None else self.inject.hook_state(s)
         y = self.norm_recur(self.apply_blocks(self.transformer.recur, u, attn_inputs, state, caches))
         return self.update(y if s is None else s, y, i)
 

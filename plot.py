@@ -15,7 +15,7 @@ from nanoloop.checks import UserError, check
 PANELS = (  # title, log key as a pattern with {} for the loop, whether the axis is logarithmic
     ('loss by loop, nats', 'loss/loop_{:02d}', False),
     ('KL(last loop || loop), nats', 'kl/loop_{:02d}', True),
-    ('norm of the state', 'hidden_norm/loop_{:02d}', True),
+    ("norm of the last block's output", 'hidden_norm/loop_{:02d}', True),
     ('change of the state', 'change/loop_{:02d}', True),
     ('gradient norm, outputs of the last block', 'grad_norm/block_{block:02d}/loop_{:02d}', True),
 )

@@ -48,13 +48,13 @@ from nanoloop.objective import (
     LOOP_SAMPLING,
     OBJECTIVE,
     TrainingLoss,
-    freeze,
     loops_at,
+    set_requires_grad,
     training_flops,
 )
-from nanoloop.optimizer import OPTIMIZER, SCHEDULE, load_optimizers, lr_at, make_optimizers, set_rates
-from nanoloop.parallel import leave, max_over_ranks, rank0_first, reduce_sum, sum_over_ranks, wrap
-from nanoloop.pretraining import find_start, pretraining
+from nanoloop.optimizer import OPTIMIZER, SCHEDULE, load_optimizers, lr_at, make_optimizers, prepare_step
+from nanoloop.parallel import leave, max_over_ranks, on_rank0, reduce_sum, sum_over_ranks, wrap
+from nanoloop.pretraining import find_initial_checkpoint, pretraining
 from nanoloop.report import (
     Meter,
     describe_run,
@@ -254,9 +254,9 @@ class Trainer:
     def start(self):
         """Opens out_dir, makes loss and optimizers, restores their state, and prints what will be trained."""
         c, m = self.c, self.m
-        rank0_first(m, self.open_folder)
+        on_rank0(m, self.open_folder)
         parameters(self.model)  # every parameter is counted, or this ends the run
-        freeze(self.model, self.rule)
+        set_requires_grad(self.model, self.rule)
         # when only the gate is trained, dropout is off: its noise would look like a gain between loops
         self.model.train(self.rule.trains_model)
         self.plain_loss = TrainingLoss(self.model, c)
@@ -278,7 +278,7 @@ class Trainer:
         load_optimizers(self.optimizers, state, c)
         if state['scaler'] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state['scaler'])
-        for line in differences(c, self.m.identity(), state):
+        for line in differences(c, self.m.fingerprint(), state):
             self.say(line)
         limit = 'max_iters' if self.last_step == c.max_iters else 'max_flops'
         done = f', which is the last: a larger {limit} goes on' if self.step >= self.last_step else ''
@@ -293,7 +293,7 @@ class Trainer:
             # evaluate the loss on both splits and write a checkpoint
             due = self.step % c.eval_interval == 0 or self.step >= self.last_step
             if due and self.step > self.evaluated:
-                with self.signals.may_break_the_compiler():
+                with self.signals.ignore_errors_after_signal():
                     self.evaluate_and_save()
                 if self.step > self.evaluated:
                     continue  # a signal came first
@@ -303,7 +303,7 @@ class Trainer:
                 break
             # one step
             lr, n_loop = lr_at(self.step, c, self.last_step), loops_at(self.step, c)
-            set_rates(self.optimizers, self.step, lr)
+            prepare_step(self.optimizers, self.step, lr)
             look = self.look(n_loop)
             parts = self.training_loss, self.optimizers, self.scaler
             result = train_step(*parts, batches, n_loop, c, self.m, self.stopped, look)
@@ -393,15 +393,15 @@ class Trainer:
             stale=self.evals_since_best,
             config=dict(self.c),
             rng=dict(seed=self.c.seed),  # all there is: random numbers are functions of it
-            machine=self.m.identity(),
+            machine=self.m.fingerprint(),
             loops_trained=sorted(self.loops_trained) or [self.c.n_loop],
             flops=self.flops_done,
             git=self.git,
             format_version=1,
-            **self.task.kept,
+            **self.task.checkpoint_extra,
         )
         self.say(f'saving checkpoint to {self.c.out_dir}')
-        rank0_first(self.m, lambda: save_checkpoint(Path(self.c.out_dir), checkpoint, self.log, best))
+        on_rank0(self.m, lambda: save_checkpoint(Path(self.c.out_dir), checkpoint, self.log, best))
         self.saved = self.step
 
 
@@ -413,7 +413,7 @@ class Trainer:
 def main(argv):
     began = time.time()
     c = configure((TrainConfig, GPTConfig), argv)
-    checkpoint, resuming = find_start(c, print_error if RANK == 0 else None)
+    checkpoint, resuming = find_initial_checkpoint(c, print_error if RANK == 0 else None)
     settings = c.build(TrainConfig)
     fresh = checkpoint is None or resuming
     check(fresh or not c.baseline, 'baseline', c.baseline, f'none with the weights of {c.init_from}')
@@ -434,7 +434,11 @@ def main(argv):
             spent = f'peak memory {memory:,.0f} MiB, total time {minutes:.1f} min'
             say(f'best val loss {trainer.best:.4f}, {spent}')
             if m.rank == 0 and c.sample_tokens:
-                say(sample_text(trainer.model, task.kept['tokenizer'], c.sample_tokens, c.seed, m, signals))
+                say(
+                    sample_text(
+                        trainer.model, task.checkpoint_extra['tokenizer'], c.sample_tokens, c.seed, m, signals
+                    )
+                )
                 say(f'more: python {os.path.relpath(ROOT / "sample.py")} --out_dir={c.out_dir}')
         leave(m)
         if not finished:

@@ -31,8 +31,10 @@ from nanoloop.tokenizer import make_tokenizer
 LATEST = ('ckpt.pt', 'prev.pt')  # to resume training
 BEST = ('best.pt', 'ckpt.pt', 'prev.pt')  # to use the model
 
-NAMES = 'the folder of a run with a checkpoint, the path of a checkpoint, a folder written by export.py, '
-NAMES += f'{", ".join(GPT2)}, a folder with the GPT-2 of transformers, ouro:FOLDER'
+NAME_KINDS = (
+    'the folder of a run with a checkpoint, the path of a checkpoint, a folder written by export.py, '
+)
+NAME_KINDS += f'{", ".join(GPT2)}, a folder with the GPT-2 of transformers, ouro:FOLDER'
 
 EXPORTED = ('iter_num', 'loops_trained')  # further keys of a checkpoint that export.py writes
 
@@ -59,7 +61,7 @@ def find_checkpoint(name, given=None, prefer=LATEST, say=None, key='checkpoint',
     if config is not None and 'n_loop' in config:
         return read_export(Path(name), config)
     checkpoint = find_pretrained(name, given or {})
-    check(checkpoint, key, name, ', '.join((*words, NAMES)))
+    check(checkpoint, key, name, ', '.join((*words, NAME_KINDS)))
     return checkpoint
 
 

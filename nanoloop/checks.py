@@ -104,7 +104,7 @@ class Letters:
 
 
 class OneOf:
-    """A key of a table (a dict or a tuple of names). The empty name is shown as "nothing".
+    """A key of a table (a dict or a tuple of names). The empty name is shown as ''.
 
     aliases: {another name: {field: value}}, the fields that the name stands for.
 
@@ -122,10 +122,10 @@ class OneOf:
         return f'one of {self.choices()}'
 
     def choices(self):  # read late: entries may be added to a table
-        return ', '.join(name or 'nothing' for name in self.table)
+        return ', '.join(name or "''" for name in self.table)
 
 
-class Sets:
+class Derives:
     """A value that decides other fields: fields(value) returns {field: value}."""
 
     def __init__(self, fields):
@@ -208,11 +208,11 @@ def settle_fields(config):
 
 
 def set_others(config, key, bound):
-    """Sets the fields that an alias of OneOf or a value of Sets stands for."""
+    """Sets the fields that an alias of OneOf or a value of Derives stands for."""
     value = getattr(config, key)
     if isinstance(bound, OneOf) and value in bound.aliases:
         others = bound.aliases[value]
-    elif isinstance(bound, Sets) and value is not None:
+    elif isinstance(bound, Derives) and value is not None:
         check_field(config, key, hints_of(type(config))[key])
         others = bound.fields(value)
     else:

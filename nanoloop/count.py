@@ -91,7 +91,7 @@ def section_flops(model, *modules):
     )
 
 
-def probe(model, requires_grad):
+def zero_state(model, requires_grad):
     """Returns zeros (1, 1, C) with the dtype and device of the model's weights."""
     weight = model.lm_head.weight  # (V, C)
     return torch.zeros_like(weight[:1, None].detach()).requires_grad_(requires_grad)
@@ -100,7 +100,7 @@ def probe(model, requires_grad):
 @torch.enable_grad()
 def state_has_gradient(model):
     """Returns whether s_0 depends on e, by computing one. True if there is no s_0."""
-    e, was_training = probe(model, True), model.start.training
+    e, was_training = zero_state(model, True), model.start.training
     s = model.start.eval()(
         e, torch.zeros(1, dtype=torch.long, device=e.device)
     )  # in training it may draw numbers
@@ -113,5 +113,5 @@ def queries_from_state(model, block):
     """Says whether a block takes its attention's queries from the loop's state, by calling its hook."""
     if block.state_hook is None:
         return False
-    _, query_source = block.state_hook(probe(model, True), probe(model, False))
+    _, query_source = block.state_hook(zero_state(model, True), zero_state(model, False))
     return query_source is not None and not query_source.requires_grad

@@ -61,7 +61,7 @@ class Stats:
         return Stats(cache_bytes, loops_taken, self.drafted + other.drafted, self.accepted + other.accepted)
 
 
-class Active(NamedTuple):
+class ActiveTokens(NamedTuple):
     """Tokens that go through the loop together, n rows of T columns."""
 
     e: torch.Tensor  # (n, T, C), the prelude's output
@@ -73,7 +73,7 @@ class Active(NamedTuple):
 
     def select(self, index):
         """Returns the tokens at an index of (n, T)."""
-        return Active(*(x if x is None else x[index] for x in self))
+        return ActiveTokens(*(x if x is None else x[index] for x in self))
 
 
 def compaction_index(running):
@@ -236,7 +236,7 @@ class Decoder:
         return state, self.run_coda(state, index) if head_input is None else head_input
 
     def start_active(self, idx, index, s, counts):
-        """Returns the Active with which tokens idx (n, T) enter the loop. s: their state, None = s_0."""
+        """Returns the ActiveTokens of idx (n, T) that enter the loop. s: their state, None = s_0."""
         (n, T), device = idx.shape, idx.device
         e, s_0 = self.run_prelude(idx, index)
         row = torch.arange(n, device=device)[:, None].expand(n, T)
@@ -244,7 +244,7 @@ class Decoder:
         running = torch.ones(n, T, dtype=torch.bool, device=device)
         if counts is not None:
             running = column < torch.tensor(counts, device=device)[:, None]
-        return Active(e, s_0 if s is None else s, None, running, row, column)
+        return ActiveTokens(e, s_0 if s is None else s, None, running, row, column)
 
 
 def layer_caches(layers, index):

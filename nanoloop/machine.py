@@ -192,7 +192,7 @@ class Machine:
         """Returns the context in which matrix products run in self.dtype."""
         return autocast(self.kind, self.dtype)
 
-    def identity(self):
+    def fingerprint(self):
         """Returns what must be the same for a resumed run to be bit-exact."""
         version = str(torch.__version__)
         return dict(
@@ -303,7 +303,7 @@ class Signals:
         return self.agreed
 
     @contextlib.contextmanager
-    def may_break_the_compiler(self):
+    def ignore_errors_after_signal(self):
         """Ignores an error inside the block if a signal came before it: see stopped().
 
         A Ctrl-C reaches all processes of a terminal, also a compiler that this one waits for. Compiling then

@@ -101,7 +101,7 @@ OBJECTIVE = {
 }
 
 
-def freeze(model, rule):
+def set_requires_grad(model, rule):
     """Sets requires_grad to whether the loss rule trains a parameter: DDP waits for all that require it."""
     for name, p in model.named_parameters():
         p.requires_grad_(rule.trains_gate if name.startswith('exit_gate.') else rule.trains_model)

@@ -185,7 +185,7 @@ def describe_group(name, params, decay, rule, lr):
     return f'num {kind} parameter tensors: {count} ({name}, {optimizer}, learning rate {lr:g})'
 
 
-def set_rates(optimizers, step, lr):
+def prepare_step(optimizers, step, lr):
     """Sets the learning rates of a step, and calls before_step, which sets Muon's momentum.
 
     lr: for a group with the ratio 1.

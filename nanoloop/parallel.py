@@ -69,7 +69,7 @@ def sum_over_ranks(m, value):
     return int(reduce_sum(m, torch.tensor([value])))
 
 
-def rank0_first(m, work):
+def on_rank0(m, work):
     """Calls work() on rank 0 only, while the others wait.
 
     If work() raises ValueError or OSError, rank 0 raises it, and the others raise SystemExit(1).

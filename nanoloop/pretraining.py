@@ -25,7 +25,7 @@ class Task(NamedTuple):
     model: Any  # a GPT, on its device
     batches: Any  # a source of batches, see nanoloop/batches.py
     evaluate: Any  # () -> {split: {loss, ppl, bpb}} for train and val, or None if a signal came first
-    kept: dict  # further entries of the checkpoint: the tokenizer
+    checkpoint_extra: dict  # further entries of the checkpoint: the tokenizer
     origin: str = ''  # where the weights come from; '' = random
 
 
@@ -52,7 +52,7 @@ def pretraining(c, m, checkpoint, stopped, say):
     return Task(model, batches, validate, dict(tokenizer=meta['tokenizer']), origin(c, checkpoint))
 
 
-def find_start(c, say=None):
+def find_initial_checkpoint(c, say=None):
     """Returns the checkpoint that c.init_from names, or None, and whether the run that saved it is resumed.
 
     A resumed run has the checkpoint's values for the keys that were not given now. say: called with

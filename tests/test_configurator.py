@@ -14,7 +14,7 @@ from bench import BenchConfig
 from configurator import configure
 from model import GPTConfig
 from nanoloop import ROOT
-from nanoloop.checks import AtLeast, OneOf, Sets, check, settle_fields
+from nanoloop.checks import AtLeast, Derives, OneOf, check, settle_fields
 from nanoloop.objective import check_loops
 from sample import SampleConfig
 from train import TrainConfig
@@ -39,7 +39,7 @@ class Small:
         'none'  # that it takes two lines
     )
     limit: Annotated[int, AtLeast(0)] | None = None  # None = no limit
-    double: Annotated[int, Sets(lambda value: dict(count=2 * value))] | None = None  # sets count
+    double: Annotated[int, Derives(lambda value: dict(count=2 * value))] | None = None  # sets count
 
     # this is no section, nor is what stands in a method
     def __post_init__(self):

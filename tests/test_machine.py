@@ -271,9 +271,9 @@ def test_a_users_error_a_full_disk_and_what_no_signal_broke_stay(number, error):
 
 def test_an_error_after_a_signal_only_ends_the_block_that_may_break():
     with Signals(cpu_machine()) as signals:
-        with pytest.raises(RuntimeError), signals.may_break_the_compiler():
+        with pytest.raises(RuntimeError), signals.ignore_errors_after_signal():
             raise RuntimeError('the compiler is missing')
-        with signals.may_break_the_compiler():
+        with signals.ignore_errors_after_signal():
             os.kill(os.getpid(), signal.SIGINT)
             raise RuntimeError('the compiler got the signal, too')
         assert signals.stopped() == signal.SIGINT
@@ -283,7 +283,7 @@ def test_with_several_processes_an_error_is_raised_without_asking_the_others(mon
     monkeypatch.setattr(machine, 'max_over_ranks', lambda m, value: pytest.fail('it would wait for ever'))
     signals = Signals(cpu_machine(world=2))
     signals.number = signal.SIGTERM
-    with pytest.raises(RuntimeError), signals.may_break_the_compiler():
+    with pytest.raises(RuntimeError), signals.ignore_errors_after_signal():
         raise RuntimeError
 
 
@@ -349,7 +349,7 @@ def test_a_failure_on_the_first_rank_ends_all(monkeypatch):
 
     monkeypatch.setattr(parallel, 'max_over_ranks', lambda m, value: 1)
     with pytest.raises(OSError, match='disk full'):
-        parallel.rank0_first(cpu_machine(), fails)
+        parallel.on_rank0(cpu_machine(), fails)
     with pytest.raises(SystemExit) as stop:
-        parallel.rank0_first(cpu_machine(rank=1), fails)
+        parallel.on_rank0(cpu_machine(rank=1), fails)
     assert stop.value.code == 1

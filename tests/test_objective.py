@@ -20,11 +20,11 @@ from nanoloop.objective import (
     OBJECTIVE,
     TrainingLoss,
     exit_distribution,
-    freeze,
     loops_at,
+    set_requires_grad,
     training_flops,
 )
-from nanoloop.optimizer import OPTIMIZER, Optimizer, lr_at, make_optimizers, momentum_at, set_rates
+from nanoloop.optimizer import OPTIMIZER, Optimizer, lr_at, make_optimizers, momentum_at, prepare_step
 from train import TrainConfig, main, train_step
 
 SIZES = dict(block_size=12, vocab_size=23, n_head=2, n_embd=12, n_prelude=1, n_block=2, n_coda=1, n_loop=4)
@@ -35,7 +35,7 @@ M.to_device = lambda x: x
 def make(objective, **keys):
     """(objective, its model) in double precision with random weights."""
     model = randomize(GPT(GPTConfig(**SIZES | dict(exit_gate=True)))).double()
-    freeze(model, OBJECTIVE[objective])
+    set_requires_grad(model, OBJECTIVE[objective])
     return TrainingLoss(model, TrainConfig(objective=objective, **keys)), model
 
 
@@ -317,7 +317,7 @@ def test_muon_takes_the_matrices_of_blocks_and_injection():
     assert inject == ['inject.weight'] and len(blocks) == 4 * 4 and all('.c_' in name for name in blocks)
     assert [group['weight_decay'] for group in muon.param_groups] == [0.2, 0.0]
     assert all(group['weight_decay'] == 0 for group in adamw.param_groups)
-    set_rates([muon, adamw], 150, lr_at(10**6, c))  # at the end: min_lr, a 1/100 of learning_rate... of all
+    prepare_step([muon, adamw], 150, lr_at(10**6, c))  # at the end: min_lr
     share = c.min_lr / c.learning_rate
     assert all(group['lr'] == pytest.approx(0.02 * share) for group in muon.param_groups)
     rates = {named[id(group['params'][0])].split('.')[-2]: group['lr'] for group in adamw.param_groups}

@@ -24,7 +24,7 @@ def test_runs_are_drawn_beside_each_other(call, flags, tmp_path, monkeypatch):
     lines = {axis.get_title(): axis.get_lines() for axis in seen}
     train = lines['out: loss, nats'][0]
     assert train.get_ydata().tolist() == [line['train/loss'] for line in records if 'lr' in line]
-    for k, line in enumerate(lines['norm of the state']):
+    for k, line in enumerate(lines["norm of the last block's output"]):
         expected = [
             record[f'hidden_norm/loop_{k:02d}'] for record in records if 'hidden_norm/loop_00' in record
         ]

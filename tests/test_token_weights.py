@@ -11,7 +11,7 @@ import train
 from model import GPT, GPTConfig
 from nanoloop import pretraining
 from nanoloop.batches import Batch, batch_seed, micro_batch_number, read_ahead
-from nanoloop.objective import OBJECTIVE, TrainingLoss, freeze
+from nanoloop.objective import OBJECTIVE, TrainingLoss, set_requires_grad
 from train import TrainConfig, train_step
 
 SIZES = dict(block_size=12, vocab_size=23, n_head=2, n_embd=12, n_prelude=1, n_block=2, n_coda=1, n_loop=3)
@@ -34,7 +34,7 @@ def test_a_step_weighs_every_token_by_its_weight(objective, micros):
     model = randomize(GPT(GPTConfig(**SIZES, exit_gate=True))).double()
     idx, targets, weights = weighted_batch()
     rule, c = OBJECTIVE[objective], TrainConfig(objective=objective)
-    freeze(model, rule)
+    set_requires_grad(model, rule)
     params = [p for p in model.parameters() if p.requires_grad]
     loops = rule.loops(3)
     token_losses, _ = rule.loss(*model.loss_table(idx, targets, 3, loops), loops, c)

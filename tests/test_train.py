@@ -651,6 +651,15 @@ def test_lines_keep_nanogpts_prefix(call, flags):
     assert fields == ['iter', 'time', 'mfu', 'grad', 'lr', 'tok/s', 'loops', 'eta'] and 'mfu n/a' in line
 
 
+def test_mfu_is_the_flops_of_a_step_over_its_time_and_the_peak(call, flags, tmp_path):
+    _, out, _ = call(main, *flags, '--peak_flops=1e9', '--loop_sampling=uniform', '--log_interval=2')
+    lines = [line for line in read_log(tmp_path / 'out') if 'lr' in line]
+    for before, line in zip(lines, lines[1:], strict=False):
+        per_step = (line['train/flops'] - before['train/flops']) / 2
+        assert line['mfu'] == pytest.approx(per_step / (line['train/ms'] / 1000) / 1e9)
+    assert f'mfu {lines[-1]["mfu"]:.2%}' in out
+
+
 def test_wandb_gets_what_the_log_gets_and_its_run_goes_on(call, flags, tmp_path, monkeypatch):
     runs = []
 
