@@ -176,18 +176,15 @@ STATE = {'prelude': FromPrelude, 'random': FromNoise, 'zero': FromZero, 'none': 
 class Injection(LoopPart):
     """How the prelude's output e and the state s enter loop i.
 
+    Its forward(e, s, i) returns u, the input of the first block. e, s, u: (B, T, C); i: the loop, from 0 on.
     Blocks can use the state, too: the first hooked_blocks blocks of the loop call block_hook(x, state) ->
     (x, query_source) on their input x, all (B, T, C). Attention computes its queries from query_source; None
     = from x.
     """
 
     states = ('prelude', 'random', 'zero')  # the values of state_init that are allowed
-    hooked_blocks = 0  # the number of blocks that call block_hook; None = all
+    hooked_blocks = None  # the number of blocks that call block_hook, if there is one; None = all
     needs_full_bptt = False  # e enters as s_0 only: with bptt_k < n_loop the prelude would get no gradient
-
-    def forward(self, e, s, i):
-        """Returns u (B, T, C), the input of the first block. e, s: (B, T, C); i: the loop, from 0 on."""
-        return e
 
     def hook_state(self, s):
         """Returns the argument `state` of block_hook for s, (B, T, C) each. It is called once per loop."""
@@ -246,6 +243,9 @@ class QueryFirst(Injection):
     states = ('none', 'prelude', 'random')
     hooked_blocks = 1
 
+    def forward(self, e, s, i):
+        return e
+
     def hook_state(self, s):
         return rms_norm(s, self.config)
 
@@ -263,7 +263,9 @@ class ResidualAll(Injection):
     """u = e; every block first computes x = norm(x + s). FLT_res."""
 
     states = tuple(STATE)
-    hooked_blocks = None
+
+    def forward(self, e, s, i):
+        return e
 
     def block_hook(self, x, state):
         return rms_norm(x + state, self.config), None
@@ -320,10 +322,12 @@ def truncated(std):
     return functools.partial(nn.init.trunc_normal_, std=std, a=-3 * std, b=3 * std)
 
 
+InitRules = namedtuple('InitRules', 'wte wpe c_attn c_fc c_proj concat exit_gate lm_head bias')
+
+
 def init_rules(rest, **parts):
-    """Returns {part: rule}: the rules in `parts`, `rest` for the other parts, 0 for biases."""
-    names = 'wte wpe c_attn c_fc c_proj concat exit_gate lm_head'.split()
-    return dict.fromkeys(names, rest) | dict(parts, bias=nn.init.zeros_)
+    """Returns {part: rule}: the rules in `parts`, 0 for biases, `rest` for the others."""
+    return InitRules(**dict.fromkeys(InitRules._fields, rest) | dict(bias=nn.init.zeros_) | parts)._asdict()
 
 
 def huginn(c):
@@ -568,7 +572,7 @@ class GPT(nn.Module):
         if c.tie_weights:
             self.lm_head.weight = self.transformer.wte.weight
         for block in self.transformer.recur[: self.inject.hooked_blocks]:
-            block.state_hook = self.inject.block_hook
+            block.state_hook = getattr(self.inject, 'block_hook', None)
         self.rope_width = c.n_embd // c.n_head if POS[c.pos].rotary else 0
         self.window = c.window_size or c.block_size // 2
         self.init_weights()
@@ -641,11 +645,9 @@ class GPT(nn.Module):
         idx: (B, T) token ids. loops: indices from 0 on, -1 = the last. Beyond block_size a layer sees the
         last block_size keys. Raises UserError for an impossible n_loop, loops or length of idx.
         """
-        n_loop = self.config.n_loop if n_loop is None else n_loop
-        with_graph = self.training and torch.is_grad_enabled()
-        checks.check_call(
-            self.config, POS[self.config.pos], self.inject, idx.size(1), n_loop, loops, with_graph
-        )
+        c, with_graph = self.config, self.training and torch.is_grad_enabled()
+        n_loop = c.n_loop if n_loop is None else n_loop
+        checks.check_call(c, POS[c.pos], self.inject, idx.size(1), n_loop, loops, with_graph)
         pos = torch.arange(idx.size(1), device=idx.device)  # (T,)
         attn_inputs = self.attn_inputs(pos)
         e = self.apply_blocks(self.transformer.prelude, self.embed(idx, pos), attn_inputs)
@@ -723,11 +725,11 @@ class GPT(nn.Module):
         as fast, and with early exits or speculation.
         """
         for _ in range(max_new_tokens):
-            logits, _ = self(idx[:, -self.config.block_size :], n_loop=n_loop)  # (B, 1, V)
-            logits = upcast(logits[:, -1]) / max(temperature, 1e-6)  # (B, V)
+            logits = upcast(self(idx[:, -self.config.block_size :], n_loop=n_loop)[0][:, -1])  # (B, V)
             if top_k is not None:
                 logits[logits < logits.topk(min(top_k, logits.size(-1))).values[:, [-1]]] = -math.inf
-            token = torch.multinomial(logits.softmax(dim=-1), 1)  # (B, 1)
+            p = (logits / max(temperature, 1e-6)).softmax(dim=-1)
+            token = p.argmax(dim=-1, keepdim=True) if temperature == 0 else torch.multinomial(p, 1)  # (B, 1)
             idx = torch.cat((idx, token), dim=1)
         return idx
 

@@ -24,7 +24,7 @@ from torch import nn
 
 from configurator import command, configure, print_error, print_line
 from model import GPTConfig
-from nanoloop import RANK, ROOT
+from nanoloop import RANK, ROOT, report
 from nanoloop.baselines import BASELINE, apply_baseline
 from nanoloop.checkpoint import quarantine_broken, save_checkpoint
 from nanoloop.checks import (
@@ -55,15 +55,6 @@ from nanoloop.objective import (
 from nanoloop.optimizer import OPTIMIZER, SCHEDULE, load_optimizers, lr_at, make_optimizers, prepare_step
 from nanoloop.parallel import leave, max_over_ranks, on_rank0, reduce_sum, sum_over_ranks, wrap
 from nanoloop.pretraining import find_initial_checkpoint, pretraining
-from nanoloop.report import (
-    Meter,
-    describe_run,
-    differences,
-    doubtful_keys,
-    evaluation_line,
-    sample_text,
-    step_line,
-)
 from nanoloop.run_folder import Log, archive_previous_run, git_commit, open_out_dir
 
 
@@ -132,6 +123,8 @@ class TrainConfig:
         settle_fields(self)
         bounded = self.min_lr <= self.learning_rate or not self.decay_lr
         check(bounded, 'min_lr', self.min_lr, f'at most learning_rate={self.learning_rate}')
+        without = self.loop_warmup == 0 and self.loop_growth != type(self).loop_growth
+        check(not without, 'loop_growth', self.loop_growth, 'sqrt without a loop_warmup, whose shape it is')
         others = [key for key in ('matrix_lr', 'embedding_lr', 'head_lr') if getattr(self, key)]
         expected = f'above 0 with {" and ".join(others)}, whose schedule it is'
         check(self.learning_rate > 0 or not others, 'learning_rate', self.learning_rate, expected)
@@ -165,7 +158,7 @@ def train_step(training_loss, optimizers, scaler, batches, n_loop, c, m, stopped
         weights = None if batch.weights is None else m.to_device(batch.weights)
         if look and micro == 0:
             torch.manual_seed(batch.seed)
-            look.before_first(idx, targets)
+            look.before_first(idx, targets, weights)
         training_loss.require_backward_grad_sync = micro == micros - 1  # DDP reduces once per step
         torch.manual_seed(batch.seed)
         with m.autocast():
@@ -268,8 +261,8 @@ class Trainer:
             self.say(self.task.origin)
         self.git, self.state = git_commit(), None  # lets go of the checkpoint's memory
         self.training_loss = wrap(self.plain_loss, m)
-        doubts = doubtful_keys(c, self.rule, self.last_step, random_weights=not self.task.origin)
-        for line in (*describe_run(c, self.model, m.world, self.flops(c.n_loop)), *lines, *doubts):
+        doubts = report.doubtful_keys(c, self.rule, self.last_step, random_weights=not self.task.origin)
+        for line in (*report.describe_run(c, self.model, m.world, self.flops(c.n_loop)), *lines, *doubts):
             self.say(line)
 
     def restore(self):
@@ -278,7 +271,7 @@ class Trainer:
         load_optimizers(self.optimizers, state, c)
         if state['scaler'] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state['scaler'])
-        for line in differences(c, self.m.fingerprint(), state):
+        for line in report.differences(c, self.m.fingerprint(), state):
             self.say(line)
         limit = 'max_iters' if self.last_step == c.max_iters else 'max_flops'
         done = f', which is the last: a larger {limit} goes on' if self.step >= self.last_step else ''
@@ -288,14 +281,14 @@ class Trainer:
         """Trains until the last step, evaluating and saving. Returns False if a signal ended it before."""
         c, finished = self.c, False
         self.start()
-        batches, meter = self.task.batches(self.step), Meter(self.step, self.flops_done)
+        batches, meter = self.task.batches(self.step), report.Meter(self.step, self.flops_done)
         while not self.stopped():
             # evaluate the loss on both splits and write a checkpoint
             due = self.step % c.eval_interval == 0 or self.step >= self.last_step
             if due and self.step > self.evaluated:
                 with self.signals.ignore_errors_after_signal():
                     self.evaluate_and_save()
-                if self.step > self.evaluated:
+                if self.step > self.evaluated or self.signals.agreed:
                     continue  # a signal came first
                 meter.reset(self.step, self.flops_done)
             finished = self.step >= self.last_step or 0 < c.patience <= self.evals_since_best
@@ -347,7 +340,7 @@ class Trainer:
         if losses is None:
             return False
         val = losses['val']
-        text, record = evaluation_line(self.step, losses, time.time() - start)
+        text, record = report.evaluation_line(self.step, losses, time.time() - start)
         if c.eval_only:
             self.say(text)
             return True
@@ -373,7 +366,7 @@ class Trainer:
         # the first step compiles: its time says nothing of the others'
         eta = seconds * (self.last_step - self.step) if step > self.first_step else None
         known = step, loss, result.grad_norm, extra, lr, n_loop, seconds, mfu, self.step_tokens, eta
-        self.log.write(*step_line(*known, self.flops_done))
+        self.log.write(*report.step_line(*known, self.flops_done))
 
     def save(self, best=False):
         """Saves a checkpoint on rank 0, the others wait. Raises UserError if the weights are not finite."""
@@ -435,7 +428,7 @@ def main(argv):
             say(f'best val loss {trainer.best:.4f}, {spent}')
             if m.rank == 0 and c.sample_tokens:
                 say(
-                    sample_text(
+                    report.sample_text(
                         trainer.model, task.checkpoint_extra['tokenizer'], c.sample_tokens, c.seed, m, signals
                     )
                 )

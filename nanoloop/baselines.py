@@ -18,6 +18,7 @@ def unrolled_windows(c):
 
 
 ONE_LOOP = dict(n_loop=1, bptt_k=None, objective='end', loop_sampling='fixed', loop_max=None, loop_warmup=0)
+ONE_LOOP['loop_growth'] = 'sqrt'
 PLAIN = dict(
     ONE_LOOP,
     input_injection='passthrough',

@@ -39,9 +39,11 @@ class Look:
         self.training_loss, self.n_loop, self.autocast, self.scale = training_loss, n_loop, autocast, scale
         self.values = {}
 
-    def before_first(self, idx, targets):
+    def before_first(self, idx, targets, weights=None):
         """Computes the diagnostics that need a micro-batch. idx, targets: (B, T)."""
-        self.values = diagnose(self.training_loss, idx, targets, self.n_loop, self.autocast, self.scale)
+        self.values = diagnose(
+            self.training_loss, idx, targets, self.n_loop, self.autocast, self.scale, weights
+        )
 
     def after_clipping(self):
         """Computes the norms of the step's gradient."""
@@ -128,7 +130,7 @@ def compare_states(model, states, targets):
     return values
 
 
-def diagnose(training_loss, idx, targets, n_loop, autocast=contextlib.nullcontext, scale=1.0):
+def diagnose(training_loss, idx, targets, n_loop, autocast=contextlib.nullcontext, scale=1.0, weights=None):
     """Returns {name: number} of a micro-batch idx, targets (B, T).
 
     Runs its own forward and backward pass, without changing p.grad. Gradients are those of the mean loss over
@@ -139,7 +141,7 @@ def diagnose(training_loss, idx, targets, n_loop, autocast=contextlib.nullcontex
     params = [p for p in training_loss.parameters() if p.requires_grad]
     with torch.compiler.set_stance('force_eager'), Watch(model, n_loop) as watch:
         with autocast():
-            loss, _ = training_loss(idx, targets, n_loop)
+            loss, _ = training_loss(idx, targets, n_loop, weights)
         rescale = scale * targets.numel() / max(1, int((targets != -1).sum()))
         torch.autograd.grad(loss * rescale, params, allow_unused=True)
     values = {name: x / scale if name.startswith('grad') else x for name, x in watch.norms.items()}

@@ -105,7 +105,16 @@ class EarlyExit:
         """
         logits = upcast(model.logits(x)) if self.rule.needs_logits else None
         probability = model.exit_probability(s) if self.rule.needs_gate else None
-        value, memory = self.rule.statistic(ExitInputs(previous, s, logits, probability, memory))
+        inputs = ExitInputs(previous, s, logits, probability, memory)
+        try:
+            value, memory = self.rule.statistic(inputs)
+        except (AttributeError, TypeError, ValueError) as error:  # it read None, or returned one value
+            expected = 'needs_logits and needs_gate must say what it reads; it returns (statistic, memory)'
+            raise RuntimeError(f'exit rule {self.name}: {error}; {expected}') from error
+        if value.shape != s.shape[:-1]:
+            raise RuntimeError(
+                f'exit rule {self.name}: its statistic has shape {tuple(value.shape)}, not (n, T)'
+            )
         if i + 1 < self.min_loops:
             return torch.zeros_like(value, dtype=torch.bool), memory
         return self.rule.exits(value, self.threshold), memory

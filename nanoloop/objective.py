@@ -127,6 +127,10 @@ class TrainingLoss(nn.Module):
         loops = self.rule.loops(n_loop)
         ce, gates = self.model.loss_table(idx, targets, n_loop, loops)  # (R, B, T) each
         loss, extra = self.rule.loss(ce, gates, loops, self.c)  # (B, T), {name: (B, T)}
+        if loss.shape != targets.shape:
+            raise RuntimeError(
+                f'objective {self.c.objective}: its loss has shape {tuple(loss.shape)}, not (B, T)'
+            )
         if weights is not None:
             loss = loss * weights
         if len(loops) > 1:

@@ -107,7 +107,7 @@ class Optimizer(NamedTuple):
     build: Callable  # (parameter groups with lr and weight_decay, c) -> a torch.optim.Optimizer
     takes: tuple  # the groups that it takes; AdamW takes the others
     decays: tuple  # the groups that are decayed by weight_decay, in a run with this optimizer
-    scales_with_width: bool = True  # lr_width applies to its learning rates
+    scales_with_width: bool = False  # lr_width applies to its learning rates, as to AdamW's
     before_step: Callable = lambda optimizer, step: None  # changes it before a step, by the step's number
 
 
@@ -132,8 +132,9 @@ def raise_momentum(optimizer, step):
 
 # fmt: off
 OPTIMIZER = {
-    'adamw': Optimizer(adamw, takes=tuple(GROUPS), decays=('matrices', 'embedding', 'head', 'gate')),
-    'muon': Optimizer(muon, takes=('matrices', 'injection'), decays=('matrices',), scales_with_width=False,
+    'adamw': Optimizer(adamw, takes=tuple(GROUPS), decays=('matrices', 'embedding', 'head', 'gate'),
+                       scales_with_width=True),
+    'muon': Optimizer(muon, takes=('matrices', 'injection'), decays=('matrices',),
                       before_step=raise_momentum),
 }
 # fmt: on
@@ -146,6 +147,8 @@ def make_optimizers(model, c):
     Raises UserError for a key that would have no effect, RuntimeError for a parameter in no group.
     """
     chosen, names = OPTIMIZER[c.optimizer], group_names(model)
+    for wrong in {*chosen.takes, *chosen.decays} - GROUPS.keys():
+        raise RuntimeError(f'optimizer {c.optimizer}: there is no group {wrong!r}, only {", ".join(GROUPS)}')
     check(
         c.head_lr is None or not model.config.tie_weights,
         'head_lr',

@@ -96,14 +96,14 @@ MODELS = {  # to sample from, trained until tokens need different numbers of loo
 SAMPLE = '--max_new_tokens=50 --device=cpu --dtype=float32'  # past block_size
 SAMPLES = """
 --temperature=0 --num_samples=3 | --num_samples=3 | --temperature=1.2 --top_k=5 --seed=3 --start=FILE:{prompt}
---top_p=0.7 --num_samples=3 | --n_loop=5 --num_samples=2 | --n_loop=1 | --stop=srd --num_samples=3
+--top_p=0.7 --num_samples=3 | --n_loop=5 --num_samples=2 | --n_loop=1 | --stop=odh --num_samples=3
 --stream=True --num_samples=2 | --kv_budget=1 --num_samples=3 | --warm_start=True --num_samples=3
 --exit=diff --exit_threshold=0.2 --num_samples=3 | --exit=kl --exit_threshold=0.005 --num_samples=3
 --exit=diff --exit_threshold=0.2 --min_loops=2 --kv_budget=2 --start=FILE:{prompt}
 --exit=kl --exit_threshold=0.005 --temperature=0 --kv_budget=1 --num_samples=2
 --warm_start=True --exit=diff --exit_threshold=0.2 --num_samples=3 | --dtype=bfloat16 --num_samples=3
 --speculate=3 --num_samples=2 | --speculate=3 --draft_loops=2 --temperature=0
---exit=gate --exit_threshold=0.3 --num_samples=3 | --exit=gate --exit_threshold=0.7 --temperature=0 --n_loop=5
+--exit=gate --exit_threshold=0.6 --num_samples=3 | --exit=gate --exit_threshold=0.7 --temperature=0 --n_loop=5
 """
 
 
@@ -122,9 +122,8 @@ class Case(NamedTuple):
 def training(name, flags, files=()):
     """Returns a case that saves the initial weights in start/ and trains in end/."""
     argv = [*files, *flags.split()]
-    return Case(
-        name, 'train', [[*argv, '--out_dir={out}/start', '--max_iters=0'], [*argv, '--out_dir={out}/end']]
-    )
+    start = [*argv, '--out_dir={out}/start', '--max_iters=0']
+    return Case(name, 'train', [start, [*argv, '--out_dir={out}/end']])
 
 
 def lines_of(table):
@@ -136,11 +135,8 @@ def first_round(tree):
     cases = [training(f'model: {name}', f'{MODEL} {flags}') for name, flags in MODELS.items()]
     for name in sorted(path.stem for path in (tree / 'config').glob('train_*.py')) + OVERLAYS:
         files = [f'config/{part}.py' for part in name.split()]
-        width = (
-            '--size=1 --gradient_accumulation_steps=1'
-            if '\nsize = ' in (tree / files[0]).read_text()
-            else WIDTH
-        )
+        sized = '\nsize = ' in (tree / files[0]).read_text()
+        width = '--size=1 --gradient_accumulation_steps=1' if sized else WIDTH
         count = [*files, '--dataset={data}', '--count_only=True']
         cases.append(training(f'recipe: {name}', f'{RECIPE} {width}', files))
         cases.append(Case(f'count: {name}', 'bench', [count, [*count, '--baseline=same_flops']]))
@@ -237,11 +233,8 @@ def run_and_compare(cases, trees, results, places):
 
 def difference(a, b, where):
     """Returns the first place where b lacks or changes something of a, as text; '' if there is none."""
-    if (
-        isinstance(a, torch.Tensor)
-        and isinstance(b, torch.Tensor)
-        and (a.dtype, a.shape) == (b.dtype, b.shape)
-    ):
+    tensors = isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)
+    if tensors and (a.dtype, a.shape) == (b.dtype, b.shape):
         if torch.equal(*(x.reshape(-1).view(torch.uint8) for x in (a, b))):
             return ''
         return f'{where}: {(a != b).sum()} of {a.numel()} elements, by up to {(a - b).abs().max():.3g}'
@@ -252,7 +245,9 @@ def difference(a, b, where):
     elif isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
         pairs = [(i, *pair) for i, pair in enumerate(zip(a, b, strict=True))]
     else:
-        return '' if repr(a) == repr(b) else f'{where}: {a!r:.200} became {b!r:.200}'
+        a, b = repr(a), repr(b)
+        start = max(0, len(os.path.commonprefix([a, b])) - 20)  # of a long text, the place
+        return '' if a == b else f'{where}: {a[start:]:.60} became {b[start:]:.60}'
     return next(filter(None, (difference(x, y, f'{where}, {key}') for key, x, y in pairs)), '')
 
 
@@ -277,19 +272,22 @@ def difference_of_case(case, base, tree):
     a, b = case.folder(base), case.folder(tree)
     for one, other in zip(*(json.loads((x / 'said.json').read_text()) for x in (a, b)), strict=True):
         if one[0] or other[0]:  # a command that fails in both proves nothing
-            reason = (one[2] or other[2]).splitlines()[-1:]
+            reason = (other if other[0] else one)[2].splitlines()[-1:]
             return f'exit status {one[0]} in the base, {other[0]} in the tree: {reason}'
         if found := difference(told(case.script, *one[1:]), told(case.script, *other[1:]), 'output'):
             return found
     a, resumed = case.folder(base, case.same_as), bool(case.same_as)
     patterns = ['end/log.jsonl', 'end/ckpt.pt'] if resumed else ['start/*.pt', 'end/log.jsonl', 'end/*.pt']
-    for path in (path for pattern in patterns for path in sorted(a.glob(pattern))):
-        x, y = (read(folder / path.relative_to(a)) for folder in (a, b))
-        if resumed and path.suffix == '.jsonl':
+    names = [path.relative_to(a) for pattern in patterns for path in sorted(a.glob(pattern))]
+    for name in names:
+        if not (b / name).exists():
+            return f'no {name}'
+        x, y = read(a / name), read(b / name)
+        if resumed and name.suffix == '.jsonl':
             x = x[-len(y) :]
-        if found := difference(x, y, str(path.relative_to(a))):
+        if found := difference(x, y, str(name)):
             return found
-    return ''
+    return '' if names or case.script != 'train' else 'nothing was saved'
 
 
 def main():

@@ -77,6 +77,7 @@ WRONG = [  # (flags of train.py after those of a tiny run, what must be told)
     ),
     (['--input_injection=passthrough', '--bptt_k=2', '--loop_sampling=uniform'], 'None or at least n_loop=3'),
     (['--loop_sampling=normal'], "loop_sampling='normal', expected one of fixed, uniform, poisson"),
+    (['--loop_growth=late'], 'expected sqrt without a loop_warmup'),
     (['--loop_sampling=poisson'], 'loop_max=None, expected a number with loop_sampling=poisson'),
     (['--loop_max=4'], 'loop_max=4, expected None with loop_sampling=fixed'),
     (['--loop_max=1', '--loop_sampling=uniform'], 'loop_max=1, expected at least n_loop=2'),

@@ -380,6 +380,27 @@ def test_a_gate_learns_nothing_from_dropout():
     assert model.exit_gate.bias.grad.abs() < 1e-6
 
 
+def test_a_gate_that_learns_alone_sees_no_dropout_in_a_run(call, flags, tmp_path):
+    for dropout in (0.0, 0.5):
+        keys = ['--objective=gate', '--exit_gate=True', f'--dropout={dropout}']
+        assert call(main, *flags, *keys, f'--out_dir={tmp_path}/{dropout}')[0] == 0
+    a, b = (load(tmp_path / str(dropout) / 'ckpt.pt')['model'] for dropout in (0.0, 0.5))
+    assert same(a, b)
+
+
+def test_mistakes_of_an_entrys_author_are_told(monkeypatch):
+    model = GPT(GPTConfig(**SIZES))
+    monkeypatch.setitem(OPTIMIZER, 'new', OPTIMIZER['muon']._replace(takes=('matrix',)))
+    with pytest.raises(RuntimeError, match="optimizer new: there is no group 'matrix'"):
+        make_optimizers(model, TrainConfig(optimizer='new'))
+    monkeypatch.setitem(OBJECTIVE, 'new', OBJECTIVE['step']._replace(loss=lambda ce, *_: (ce, {})))
+    with pytest.raises(RuntimeError, match=r'objective new: its loss has shape \(4, 3, 12\)'):
+        TrainingLoss(model, TrainConfig(objective='new'))(*batch(), 4)
+    with pytest.raises(TypeError, match='c_projj'):
+        model_file.init_rules(torch.nn.init.zeros_, c_projj=torch.nn.init.ones_)
+    assert model_file.init_rules(1, bias=2)['bias'] == 2
+
+
 def test_a_model_gets_a_gate_for_its_second_stage(call, flags, tmp_path):
     call(main, *flags)
     gated = [f'--init_from={tmp_path}/out', '--objective=gate', '--exit_gate=True', f'--out_dir={tmp_path}/b']
