@@ -71,8 +71,12 @@ def test_the_size_dial_is_refused_beside_another_width():
 RECIPES = sorted(path.stem for path in (ROOT / 'config').glob('train_*.py'))
 
 
-@pytest.mark.parametrize('bptt_k, rows', [(None, 1), (2, 1), (9, 3), (2, 2)])
-@pytest.mark.parametrize('name', RECIPES)
+COUNTED = [(None, 1), (2, 1), (9, 3), (2, 2)]  # bptt_k, and the loops that are read
+CASES = [(name, *COUNTED[i % 4]) for i, name in enumerate(RECIPES)]
+CASES += [(name, *pair) for name in ('train_flt', 'train_looped_nanochat') for pair in COUNTED]
+
+
+@pytest.mark.parametrize('name, bptt_k, rows', sorted(set(CASES), key=str))
 def test_flops_of_every_recipe_equal_torchs_counter(name, bptt_k, rows, monkeypatch):
     monkeypatch.setattr(model_file, 'maybe_checkpoint', lambda again, f, *args: f(*args))
     small = ['--n_loop=3', '--block_size=32', '--vocab_size=70', '--window_pattern=L', '--n_block=3']

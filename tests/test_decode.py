@@ -229,10 +229,10 @@ def test_an_exit_rule_is_an_entry_of_the_table(monkeypatch):
     assert 'exit=entropy at 2' in decoding_ways(model, 1)
     # a rule that does not say what it reads fails at once: it is never given anything else in its place
     monkeypatch.setitem(EXIT, 'entropy', ExitRule(entropy, 2.0, 'nats'))
-    with pytest.raises(AttributeError, match='NoneType.*log_softmax'):
+    with pytest.raises(RuntimeError, match='NoneType.*log_softmax'):
         Decoder(model, 3, early_exit=EarlyExit('entropy', 2.0)).prefill(IDX)
     monkeypatch.setitem(EXIT, 'other_gate', EXIT['gate']._replace(needs_gate=False))
-    with pytest.raises(TypeError, match='NoneType'):
+    with pytest.raises(RuntimeError, match='NoneType'):
         Decoder(model, 3, early_exit=EarlyExit('other_gate', 0.5)).prefill(IDX)
 
 

@@ -91,7 +91,8 @@ def test_logits_equal_the_equations_written_out(injection, state, place):
 @pytest.mark.parametrize('injection, state', PAIRS)
 def test_every_accepted_combination_works(injection, state, place):
     """Every parameter is initialised, optimised and gets a gradient, and no position sees a later one."""
-    for i, (pos, mlp) in enumerate(itertools.product(POS, MLP_ACT)):
+    first = (PAIRS.index((injection, state)) + list(NORM_PLACE).index(place)) % 2
+    for i, (pos, mlp) in list(enumerate(itertools.product(POS, MLP_ACT)))[first::2]:
         keys = dict(
             input_injection=injection, state_init=state, norm_place=place, pos=pos, mlp=mlp, bias=True
         )
@@ -576,6 +577,9 @@ class Attracted(Injection):
     """The first block of a loop without parameters takes its queries from the state."""
 
     states, hooked_blocks = ('none', 'zero'), 1
+
+    def forward(self, e, s, i):
+        return e
 
     def block_hook(self, x, state):
         return x - state, x
