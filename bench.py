@@ -36,7 +36,7 @@ from nanoloop.objective import (
     TrainingLoss,
     check_loops,
     loops_at,
-    set_requires_grad,
+    set_trained_parts,
     training_flops,
 )
 from nanoloop.optimizer import make_optimizers
@@ -45,6 +45,7 @@ from train import TrainConfig, train_step
 
 @dataclass
 class BenchConfig:
+    # bench
     mode: Annotated[str, OneOf(('train', 'decode'))] = 'train'  # train measures steps, decode measures text
     count_only: bool = False  # print parameters and FLOPs, and measure nothing
     tokens: Count = 256  # mode=decode: new tokens per row
@@ -72,8 +73,7 @@ class Setting:
             for block in self.model.blocks():
                 block.compile()
         check_loops(c, self.model.config)
-        set_requires_grad(self.model, OBJECTIVE[c.objective])
-        self.model.train(OBJECTIVE[c.objective].trains_model)
+        set_trained_parts(self.model, OBJECTIVE[c.objective])
         self.training_loss = TrainingLoss(self.model, c)
         self.optimizers, _ = make_optimizers(self.model, c)
         self.scaler = m.scaler()

@@ -170,7 +170,8 @@ def command(main):
     """Decorates a script's main(argv), which then ends the process with an exit status.
 
     0: done. 1: the machine failed, for example a full disk. 2: the user got something wrong. 1 and 2 print
-    the reason in one line. Other exceptions are errors of the program and keep their traceback.
+    the reason in one line. 130: Ctrl-C. 141: the reader of stdout has ended. Other exceptions are errors of
+    the program and keep their traceback.
     """
     script = Path(inspect.getfile(main)).name
 

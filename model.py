@@ -109,17 +109,19 @@ POS = dict(learned=Pos(True, False), rope=Pos(False, True, ('rope_base',)), none
 class LoopPart(nn.Module):
     """Base class of the entries of STATE, INJECT and UPDATE, which are built as entry(config).
 
-    The constructor sets the initial values. A method init(rules), if there is one, then fills parameters by
-    the rules of INIT. AdamW trains the parameters without weight decay (optimizer group 'vectors'), unless
-    `groups` names another group of nanoloop/optimizer.py.
+    The constructor sets the initial values. A method init(rules), if there is one, then fills all parameters,
+    by the rules of INIT or otherwise. AdamW trains the parameters without weight decay (optimizer group
+    'vectors'), unless `groups` names another group of nanoloop/optimizer.py.
+
+    base_args: arguments of a further base class, such as nn.Linear.
     """
 
     vectors = {}  # {name: value}: learned vectors (C,) and the value that they start with
     groups = {}  # {name of a parameter: its optimizer group}
     options = ()  # fields of GPTConfig that mean something with this entry only
 
-    def __init__(self, config):
-        super().__init__()
+    def __init__(self, config, **base_args):
+        super().__init__(**base_args)
         self.config, self.entry = config, type(self)  # entry: for GPT.init_weights
         for name, value in self.vectors.items():
             self.register_parameter(name, nn.Parameter(torch.full((config.n_embd,), value)))
@@ -207,7 +209,7 @@ class Concat(Injection, nn.Linear):
     groups = {'weight': 'injection'}
 
     def __init__(self, config):
-        nn.Linear.__init__(self, 2 * config.n_embd, config.n_embd, bias=config.bias)
+        super().__init__(config, in_features=2 * config.n_embd, out_features=config.n_embd, bias=config.bias)
 
     def init(self, rules):
         rules['concat'](self.weight)
@@ -491,8 +493,8 @@ class CausalSelfAttention(nn.Module):
         q, k = self.qk_norm(qk).split([H, G], dim=1)  # (B, H, T, D), (B, G, T, D)
         k, v = (k, v) if cache is None else cache(k, v)  # (B, G, S, D) each, with the earlier keys and values
         y = attend(q, k, v, mask, self.dropout if self.training else 0.0)  # (B, H, T, D)
-        y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side
-        return F.dropout(self.c_proj(y), self.dropout, self.training)
+        y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C), heads side by side
+        return F.dropout(y, self.dropout) if self.training else y
 
 
 class MLP(nn.Module):
@@ -505,7 +507,8 @@ class MLP(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, x):
-        return F.dropout(self.c_proj(self.act(self.c_fc(x))), self.dropout, self.training)
+        y = self.c_proj(self.act(self.c_fc(x)))  # (B, T, C)
+        return F.dropout(y, self.dropout) if self.training else y
 
 
 class Block(nn.Module):

@@ -49,7 +49,7 @@ from nanoloop.objective import (
     OBJECTIVE,
     TrainingLoss,
     loops_at,
-    set_requires_grad,
+    set_trained_parts,
     training_flops,
 )
 from nanoloop.optimizer import OPTIMIZER, SCHEDULE, load_optimizers, lr_at, make_optimizers, prepare_step
@@ -249,9 +249,7 @@ class Trainer:
         c, m = self.c, self.m
         on_rank0(m, self.open_folder)
         parameters(self.model)  # every parameter is counted, or this ends the run
-        set_requires_grad(self.model, self.rule)
-        # when only the gate is trained, dropout is off: its noise would look like a gain between loops
-        self.model.train(self.rule.trains_model)
+        set_trained_parts(self.model, self.rule)
         self.plain_loss = TrainingLoss(self.model, c)
         self.optimizers, lines = make_optimizers(self.model, c)
         self.scaler = m.scaler()
@@ -335,12 +333,12 @@ class Trainer:
 
     def evaluate_and_save(self):
         """Evaluates. Unless eval_only, logs the result and saves. Returns False if a signal came first."""
-        c, start = self.c, time.time()
+        c, start = self.c, time.monotonic()
         losses = self.task.evaluate()
         if losses is None:
             return False
         val = losses['val']
-        text, record = report.evaluation_line(self.step, losses, time.time() - start)
+        text, record = report.evaluation_line(self.step, losses, time.monotonic() - start)
         if c.eval_only:
             self.say(text)
             return True
@@ -404,7 +402,7 @@ class Trainer:
 
 @command
 def main(argv):
-    began = time.time()
+    began = time.monotonic()
     c = configure((TrainConfig, GPTConfig), argv)
     checkpoint, resuming = find_initial_checkpoint(c, print_error if RANK == 0 else None)
     settings = c.build(TrainConfig)
@@ -423,7 +421,7 @@ def main(argv):
         say(m.line)
         finished = trainer.train() if not c.eval_only else trainer.evaluate_and_save()
         if finished and not c.eval_only:
-            memory, minutes = peak_memory(m) / 2**20, (time.time() - began) / 60
+            memory, minutes = peak_memory(m) / 2**20, (time.monotonic() - began) / 60
             spent = f'peak memory {memory:,.0f} MiB, total time {minutes:.1f} min'
             say(f'best val loss {trainer.best:.4f}, {spent}')
             if m.rank == 0 and c.sample_tokens:

@@ -105,8 +105,7 @@ class Watch:
             self.norms[f'hidden_norm/loop_{len(calls) - 1:02d}'] = norm
 
     def record_state(self, module, args, output):
-        if len(self.states) < self.n_loop:
-            self.states.append(upcast(output.detach()))  # (B, T, C)
+        self.states.append(upcast(output.detach()))  # (B, T, C)
 
 
 @torch.no_grad()

@@ -43,18 +43,17 @@ class CacheIndex(NamedTuple):
 
 def cache_update(layer, index, k, v):
     """Writes k, v (n, G, T, D) into a layer's cache. Returns keys and values in sight, (n, G, S, D) each."""
-    if isinstance(index.columns, slice):
-        for cached, new in zip(layer, (k, v), strict=True):
-            cached[:, :, index.columns] = new
-        return [cached[:, :, : index.visible] for cached in layer]
-    rows = index.rows
-    if rows is None:
-        rows = torch.arange(len(index.columns), device=index.columns.device)  # (n,)
-    for cached, new in zip(layer, (k, v), strict=True):
-        # torch puts indexed dimensions first where a slice separates them: (n, T, G, D) is written
-        cached[rows[:, None], :, index.columns] = new.transpose(1, 2).to(cached.dtype)
-    visible = [cached[:, :, : index.visible] for cached in layer]
-    return visible if index.rows is None else [cached[index.rows] for cached in visible]
+    keys, values = layer  # (n_rows, G, capacity + 1, D) each
+    rows, columns, visible = index.rows, index.columns, index.visible
+    if isinstance(columns, slice):
+        keys[:, :, columns], values[:, :, columns] = k, v
+        return keys[:, :, :visible], values[:, :, :visible]
+    at = torch.arange(len(columns), device=columns.device) if rows is None else rows  # (n,)
+    # torch puts indexed dimensions first where a slice separates them: (n, T, G, D) is written
+    keys[at[:, None], :, columns] = k.transpose(1, 2).to(keys.dtype)
+    values[at[:, None], :, columns] = v.transpose(1, 2).to(values.dtype)
+    keys, values = keys[:, :, :visible], values[:, :, :visible]  # (n_rows, G, S, D) each
+    return (keys, values) if rows is None else (keys[rows], values[rows])
 
 
 class KVCache:

@@ -4,7 +4,8 @@ The objective of a step: a loss rule over the model's loss table, and the number
     loss = sum over loops r and tokens t of  W[r, t] CE[r, t]   (+ a regulariser), per target that counts
 
 A loss rule (OBJECTIVE) sets the weights of the loops, except `gate`, which trains the exit gate alone. The
-batch sets the weights of the tokens: padding and prompts 0, answers 1, sampled tokens their advantage.
+batch sets the weights of the tokens, of sampled tokens to their advantage for example. A target of -1
+(padding, a prompt) does not count; a target with weight 0 still counts in the divisor.
 
 References: end, step, few: github.com/FuRuF-11/FullyLoopedTransformer; exit, gate: Ouro, arXiv:2510.25741;
 drawn loops: Huginn, arXiv:2502.05171; growing loops: github.com/LoopedLMs/looped_nanochat.
@@ -101,10 +102,15 @@ OBJECTIVE = {
 }
 
 
-def set_requires_grad(model, rule):
-    """Sets requires_grad to whether the loss rule trains a parameter: DDP waits for all that require it."""
-    for name, p in model.named_parameters():
+def set_trained_parts(model, rule):
+    """Prepares a model for a loss rule: the parameters that it trains require a gradient, the others do not.
+
+    A rule that trains the gate alone gets the model in eval mode, since the noise of dropout would look like
+    a gain between loops. The other rules get it in training mode.
+    """
+    for name, p in model.named_parameters():  # DDP waits for all that require a gradient
         p.requires_grad_(rule.trains_gate if name.startswith('exit_gate.') else rule.trains_model)
+    model.train(rule.trains_model)
 
 
 class TrainingLoss(nn.Module):

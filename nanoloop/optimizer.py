@@ -76,9 +76,9 @@ def group_names(model):
     group or a parameter that does not exist.
     """
     part_groups = {part: name for name, group in GROUPS.items() for part in group.parts}
-    groups = {}
+    groups, of_entries = {}, set()  # of_entries: names of the parameters in modules made by a table's entry
     for prefix, module in model.named_modules():
-        dot = '.' if prefix else ''
+        start = f'{prefix}.' if prefix else ''
         if hasattr(module, 'entry') or hasattr(module, 'init'):  # made by a table's entry
             inside, named = dict(module.named_parameters()), getattr(module, 'groups', {})
             wrong = [name for name, group in named.items() if name not in inside or group not in GROUPS]
@@ -86,14 +86,16 @@ def group_names(model):
                 raise RuntimeError(
                     f'groups of {type(module).__name__}: no parameter or group {", ".join(wrong)}'
                 )
-            for name in inside:  # what contains a module comes before it, and decides
-                groups.setdefault(f'{prefix}.{name}', named.get(name, 'vectors'))
+            of_entries |= {start + name for name in inside}
+            for name, group in named.items():  # what contains a module comes before it, and decides
+                groups.setdefault(start + name, group)
         for name, _ in module.named_parameters(recurse=False):
-            part = prefix.rpartition('.')[2]
-            group = 'vectors' if name == 'bias' else part_groups.get(part)
-            if group is None and prefix + dot + name not in groups:
-                raise RuntimeError(f'{prefix}{dot}{name} belongs to no group of nanoloop/optimizer.py')
-            groups.setdefault(prefix + dot + name, group)
+            plain = name == 'bias' or start + name in of_entries
+            group = groups.setdefault(
+                start + name, 'vectors' if plain else part_groups.get(prefix.rpartition('.')[2])
+            )
+            if group is None:
+                raise RuntimeError(f'{start}{name} belongs to no group of nanoloop/optimizer.py')
     return groups
 
 

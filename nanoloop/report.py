@@ -18,12 +18,12 @@ class Meter:
         self.reset(step, flops)
 
     def reset(self, step, flops):
-        self.time, self.step, self.flops = time.time(), step, flops
+        self.time, self.step, self.flops = time.monotonic(), step, flops
 
     def read(self, step, flops):
         """Returns (seconds per step, FLOPs per step) since the last call, and resets."""
         steps = step - self.step
-        result = (time.time() - self.time) / steps, (flops - self.flops) / steps
+        result = (time.monotonic() - self.time) / steps, (flops - self.flops) / steps
         self.reset(step, flops)
         return result
 

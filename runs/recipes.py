@@ -23,6 +23,7 @@ from nanoloop import ROOT
 from nanoloop.checkpoint import load_checkpoint
 from nanoloop.checks import check
 from nanoloop.datasets import Split, find_data, read_meta
+from nanoloop.objective import OBJECTIVE
 
 SMALL = (
     '--dataset=pystdlib --vocab_size=256 --block_size=64 --batch_size=8 --gradient_accumulation_steps=1 '
@@ -31,8 +32,9 @@ SMALL = (
     '--learning_rate=3e-3 --compile=False --wandb_log=False'
 ).split()
 WIDTH = ['--n_embd=64', '--n_head=2', '--n_hidden=176', '--n_block=3']
-OBJECTIVES = {name: [f'--objective={name}'] for name in ('end', 'step', 'few')}
-OBJECTIVES |= {name: [f'--objective={name}', '--exit_gate=True'] for name in ('exit', 'gate')}
+OBJECTIVES = {
+    name: [f'--objective={name}', f'--exit_gate={rule.trains_gate}'] for name, rule in OBJECTIVE.items()
+}
 
 
 @torch.no_grad()

@@ -2,8 +2,8 @@
 Checks that a refactoring changed nothing. Runs the same commands in a base commit and in a working tree, and
 compares weights, optimizer states, logs, samples and counts bit for bit.
 
-    python tests/same_results.py --base a1c8a68            all cases
-    python tests/same_results.py --base a1c8a68 --quick    a fourth of them
+    python tests/same_results.py --base a1c8a68            218 cases, 4 minutes on 2 CPU cores
+    python tests/same_results.py --base a1c8a68 --quick    a fourth of the trainings, 1 to 2 minutes
 
 Only train.py, sample.py and bench.py are called, with their flags, since Python names change between commits.
 One process per tree runs all commands, because importing torch takes seconds. The tree is copied first, so
@@ -18,6 +18,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -294,11 +295,12 @@ def main():
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument('--base', help='commit to compare with', required='--drive' not in sys.argv)
     parser.add_argument('--tree', type=Path, default=REPOSITORY, help='working tree; default: this one')
-    parser.add_argument('--quick', action='store_true', help='run a fourth of the cases')
+    parser.add_argument('--quick', action='store_true', help='run a fourth of the trainings')
     parser.add_argument('--drive', help=SUPPRESS)
     args = parser.parse_args()
     if args.drive:
         return drive(args.drive)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that both processes end, too
     start, step = time.time(), 4 if args.quick else 1
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)

@@ -4,6 +4,7 @@ import io
 
 import pytest
 import torch
+from helpers import load
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
@@ -143,8 +144,12 @@ def test_baselines_have_the_same_parameters_or_the_same_flops(call):
 
 @pytest.mark.parametrize('baseline, layers', [('same_params', 3), ('same_flops', 4)])
 def test_baselines_train_and_resume(call, flags, tmp_path, baseline, layers):
-    keys = [*flags, '--input_injection=inject_random', '--state_std=0.5', f'--baseline={baseline}']
+    damped = ['--state_update=damp', '--update_alpha=0.5']
+    keys = [*flags, '--input_injection=inject_random', '--state_std=0.5', *damped, f'--baseline={baseline}']
     status, out, _ = call(main, *keys, '--max_iters=2')
     assert status == 0 and f'executed layers: {layers} ' in out
+    updates = dict(same_params=('damp', 0.5), same_flops=('replace', 1.0))
+    args = load(tmp_path / 'out' / 'ckpt.pt')['model_args']
+    assert (args['state_update'], args['update_alpha']) == updates[baseline]
     status, out, _ = call(main, '--init_from=resume', f'--out_dir={tmp_path}/out', '--max_iters=3')
     assert status == 0 and f'executed layers: {layers} ' in out

@@ -11,11 +11,11 @@ from decoding import IDX, confident, dividing_threshold, expected, gated, make, 
 from helpers import pairwise
 from test_model import PAIRS, options
 
-from model import INJECT, MLP_ACT, NORM, NORM_PLACE, POS, STATE, UPDATE, Injection
+from model import MLP_ACT, NORM, NORM_PLACE, POS, STATE, UPDATE, Injection, LoopPart
 from nanoloop import early_exit, kv_cache
 from nanoloop.bench_decode import decoding_ways
 from nanoloop.decode import Decoder, Stats, cast_linears_
-from nanoloop.early_exit import EXIT, EarlyExit, ExitRule
+from nanoloop.early_exit import EXIT, EarlyExit, ExitInputs, ExitRule
 from nanoloop.generate import Generation, generate, stream
 
 
@@ -85,11 +85,25 @@ class Indexed(Injection):
         return torch.lerp(s, e, 1 / (i + 2))
 
 
+class IndexedUpdate(LoopPart):
+    """A state update that differs from loop to loop."""
+
+    def forward(self, s, y, i):
+        return torch.lerp(s, y, 1 / (i + 2))
+
+
 @torch.inference_mode()
 def test_every_loop_knows_its_index(monkeypatch):
     """With a cache, shared caches, exits, and speculation, which goes on from the draft's loops."""
-    monkeypatch.setitem(INJECT, 'indexed', Indexed)
-    keys = dict(input_injection='indexed', exit_gate=True)
+    for key, entry in (('input_injection', Indexed), ('state_update', IndexedUpdate)):
+        monkeypatch.setitem(helpers.TABLES[key], 'indexed', entry)
+        calls, model = [], make(**{key: 'indexed'})
+        (model.inject if entry is Indexed else model.update).register_forward_hook(
+            lambda part, args, out, calls=calls: calls.append(args[-1])
+        )
+        model(IDX[:1, :3], n_loop=3)
+        assert calls == [0, 1, 2], key
+    keys = dict(input_injection='indexed', state_update='indexed', exit_gate=True)
     check_decoding(make(**keys, n_loop=5), [3, 11, 5], 4)
     check_token_by_token(gated(**keys), budget=2)
     check_token_by_token(gated(**keys), rule='diff', budget=3)
@@ -336,6 +350,13 @@ def test_thresholds_are_compared_as_they_say():
         (above._replace(never=None), 1.0, [0, 0, 0, 1]),
     ):  # fmt: skip
         assert rule.exits(value, threshold).int().tolist() == exits
+
+
+def test_rounding_lets_no_token_exit_at_kls_end():
+    """KL of equal predictions rounds to less than 0."""
+    logits = torch.randn(1, 200, 50, generator=torch.Generator().manual_seed(0))
+    value, _ = EXIT['kl'].statistic(ExitInputs(None, None, logits, None, logits.log_softmax(dim=-1) - 1e-6))
+    assert (value < 0).any() and not EXIT['kl'].exits(value, 0.0).any()
 
 
 def test_every_rule_says_what_to_try():

@@ -118,6 +118,20 @@ def test_a_look_sees_the_dropout_of_its_step(call, flags, monkeypatch):
     assert seeds[0] == seeds[1] == seeds[2] != seeds[3] and seeds[4] == seeds[5] == seeds[6] != seeds[0]
 
 
+@pytest.mark.parametrize('dtype', ['float16', 'bfloat16'])
+def test_a_look_computes_in_the_precision_of_the_run_and_without_its_scale(call, flags, tmp_path, dtype):
+    looks = {}
+    for name in ('float32', dtype):
+        call(main, *flags, '--diagnose=1', '--max_iters=1', f'--dtype={name}', f'--out_dir={tmp_path}/{name}')
+        looks[name], step, _ = read_log(tmp_path / name)
+        # the loss that is read out after the last loop is the one that the step reports, rounded as it is
+        assert looks[name]['loss/loop_01'] == pytest.approx(step['train/loss'], rel=1e-6)
+    assert looks[dtype]['loss/loop_01'] != looks['float32']['loss/loop_01']
+    for key, value in looks['float32'].items():
+        if key.startswith('grad_norm'):
+            assert looks[dtype][key] == pytest.approx(value, rel=0.1), key
+
+
 def test_compiled_blocks_are_looked_into(call, flags, tmp_path):
     model = GPT(GPTConfig(**SIZES))
     for block in model.blocks():

@@ -130,7 +130,7 @@ def test_drafts_that_nobody_has_seen_are_no_part_of_the_text(pos):
     for n in range(1, 9):
         options = dict(temperature=0, draft_loops=3)
         rows = [Generation(model, IDX[:1, :4], speculate=speculate, **options) for speculate in (0, 5)]
-        for n_more in (3, 12, 1):
+        for n_more in (3, 5, 7, 1):
             texts = [[int(x) for x in itertools.islice(generation.stream(14), n)] for generation in rows]
             assert texts[0] == texts[1]
             dropped.add(len(rows[1].unyielded))

@@ -21,10 +21,18 @@ from nanoloop.objective import (
     TrainingLoss,
     exit_distribution,
     loops_at,
-    set_requires_grad,
+    set_trained_parts,
     training_flops,
 )
-from nanoloop.optimizer import OPTIMIZER, Optimizer, lr_at, make_optimizers, momentum_at, prepare_step
+from nanoloop.optimizer import (
+    OPTIMIZER,
+    Optimizer,
+    group_names,
+    lr_at,
+    make_optimizers,
+    momentum_at,
+    prepare_step,
+)
 from train import TrainConfig, main, train_step
 
 SIZES = dict(block_size=12, vocab_size=23, n_head=2, n_embd=12, n_prelude=1, n_block=2, n_coda=1, n_loop=4)
@@ -35,7 +43,7 @@ M.to_device = lambda x: x
 def make(objective, **keys):
     """(objective, its model) in double precision with random weights."""
     model = randomize(GPT(GPTConfig(**SIZES | dict(exit_gate=True)))).double()
-    set_requires_grad(model, OBJECTIVE[objective])
+    set_trained_parts(model, OBJECTIVE[objective])
     return TrainingLoss(model, TrainConfig(objective=objective, **keys)), model
 
 
@@ -258,7 +266,7 @@ GROWTH = {  # the share of n_loop by progress from 0 to 1, written out; a new en
 def test_loops_grow_as_written_over_steps_or_over_a_share_of_the_run(growth):
     c = types.SimpleNamespace(objective='end', seed=0, n_loop=6, loop_sampling='fixed', loop_max=None)
     c.loop_growth, c.max_iters = growth, 80
-    for c.loop_warmup, steps in ((40, 40), (0.5, 40), (0.25, 20), (0, 0)):
+    for c.loop_warmup, steps in ((40, 40), (0.5, 40), (0.25, 20), (0, 0), (1, 1)):
         expected = [max(1, math.ceil(6 * GROWTH[growth](step / steps))) for step in range(steps)]
         assert [loops_at(step, c) for step in range(80)] == expected + [6] * (80 - steps)
     c.loop_warmup, c.objective = 0.5, 'exit'
@@ -491,6 +499,14 @@ def test_a_parameter_in_no_group_or_no_section_ends_the_run_with_its_name(monkey
     for work in (lambda: make_optimizers(model, TrainConfig()), lambda: parameters(model)):
         with pytest.raises(RuntimeError, match='scale'):
             work()
+    part = INJECT['inject'](
+        GPTConfig(**SIZES)
+    )  # inside another part, which does not name its matrix, or does
+    model = GPT(GPTConfig(**SIZES, input_injection='gated'))
+    model.inject.inner = part
+    assert group_names(model)['inject.inner.weight'] == 'injection'
+    model.inject.groups = {'inner.weight': 'matrices'}
+    assert group_names(model)['inject.inner.weight'] == 'matrices'
     for groups in ({'wieght': 'injection'}, {'weight': 'injections'}):
         monkeypatch.setattr(INJECT['inject'], 'groups', groups)
         with pytest.raises(RuntimeError, match='groups of Concat: no parameter or group w'):

@@ -11,7 +11,7 @@ import train
 from model import GPT, GPTConfig
 from nanoloop import pretraining
 from nanoloop.batches import Batch, batch_seed, micro_batch_number, read_ahead
-from nanoloop.objective import OBJECTIVE, TrainingLoss, set_requires_grad
+from nanoloop.objective import OBJECTIVE, TrainingLoss, set_trained_parts
 from train import TrainConfig, train_step
 
 SIZES = dict(block_size=12, vocab_size=23, n_head=2, n_embd=12, n_prelude=1, n_block=2, n_coda=1, n_loop=3)
@@ -34,7 +34,7 @@ def test_a_step_weighs_every_token_by_its_weight(objective, micros):
     model = randomize(GPT(GPTConfig(**SIZES, exit_gate=True))).double()
     idx, targets, weights = weighted_batch()
     rule, c = OBJECTIVE[objective], TrainConfig(objective=objective)
-    set_requires_grad(model, rule)
+    set_trained_parts(model, rule)
     params = [p for p in model.parameters() if p.requires_grad]
     loops = rule.loops(3)
     token_losses, _ = rule.loss(*model.loss_table(idx, targets, 3, loops), loops, c)
@@ -50,6 +50,14 @@ def test_a_step_weighs_every_token_by_its_weight(objective, micros):
     assert result.loss == pytest.approx(expected.item(), abs=1e-10)
     for old, p, grad in zip(before, params, grads, strict=True):
         assert torch.allclose(old - p, grad, atol=1e-10)
+
+
+def test_what_is_logged_beside_the_loss_is_not_weighted():
+    model = randomize(GPT(GPTConfig(**SIZES, exit_gate=True))).double()
+    idx, targets, weights = weighted_batch()
+    training_loss = TrainingLoss(model, TrainConfig(objective='exit'))
+    (loss, extra), (weighted, other) = training_loss(idx, targets, 3), training_loss(idx, targets, 3, weights)
+    assert loss != weighted and extra == other and len(extra) == 6
 
 
 def test_weights_of_zero_and_one_are_targets_that_do_not_count_but_for_the_divisor():

@@ -251,13 +251,13 @@ def test_eval_only_evaluates_the_checkpoint_and_touches_nothing(call, flags, tmp
 
 
 def test_best_is_kept_and_patience_ends_the_run(call, flags, tmp_path, monkeypatch):
-    values = iter([3.0, 2.0, 2.5, 2.6, 1.0])
+    values = iter([3.0, 3.5, 2.0, 2.5, 2.6, 1.0])
     fake = lambda *_: dict.fromkeys(('train', 'val'), dict(loss=next(values), ppl=1.0, bpb=1.0))  # noqa: E731
     monkeypatch.setattr(pretraining, 'evaluate', fake)
     status, out, _ = call(main, *flags, '--eval_interval=2', '--patience=2')
     assert status == 0 and 'best val loss 2.0000' in out
     last, best = (load(tmp_path / 'out' / name) for name in ('ckpt.pt', 'best.pt'))
-    assert last['iter_num'] == 8 and best['iter_num'] == 4
+    assert last['iter_num'] == 10 and best['iter_num'] == 6
 
 
 # -----------------------------------------------------------------------------
@@ -659,6 +659,24 @@ def test_mfu_is_the_flops_of_a_step_over_its_time_and_the_peak(call, flags, tmp_
         per_step = (line['train/flops'] - before['train/flops']) / 2
         assert line['mfu'] == pytest.approx(per_step / (line['train/ms'] / 1000) / 1e9)
     assert f'mfu {lines[-1]["mfu"]:.2%}' in out
+
+
+def test_times_are_of_the_steps_since_the_last_line_without_evaluations(call, flags, tmp_path, monkeypatch):
+    now, evaluate_ = [0.0], pretraining.evaluate
+    monkeypatch.setattr(time, 'monotonic', lambda: now[0])
+
+    def pass_time(seconds, f):
+        def timed(*args):
+            now[0] += seconds
+            return f(*args)
+
+        return timed
+
+    monkeypatch.setattr(pretraining, 'evaluate', pass_time(100.0, evaluate_))
+    monkeypatch.setattr(train, 'train_step', pass_time(0.5, train.train_step))
+    _, out, _ = call(main, *flags, '--log_interval=2', '--max_iters=7', '--eval_interval=4')
+    assert [line['train/ms'] for line in read_log(tmp_path / 'out') if 'lr' in line] == [500.0] * 4
+    assert out.count('took 100.0s') == 2 and 'iter 4' in out and 'eta 0:00:00' in out
 
 
 def test_wandb_gets_what_the_log_gets_and_its_run_goes_on(call, flags, tmp_path, monkeypatch):
