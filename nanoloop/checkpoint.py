@@ -11,6 +11,7 @@ GPTConfig), tokenizer, config (the keys of the run), iter_num and more, with the
 import json
 import os
 import pickle
+import re
 import shutil
 import warnings
 from collections.abc import Callable
@@ -105,9 +106,14 @@ def read_checkpoint(path):
     Raises UserError if it is broken.
     """
     try:
-        checkpoint = torch.load(path, map_location='cpu', mmap=True, weights_only=True)
-    except pickle.UnpicklingError:
-        raise UserError(f'the checkpoint {path} is broken, or more than tensors and plain values') from None
+        with open(path, 'rb') as file:
+            mmap = file.read(2) == b'PK'  # a zip archive; files of torch before 1.6 cannot be mapped
+        checkpoint = torch.load(path, map_location='cpu', mmap=mmap, weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r'GLOBAL (\S+)', str(error))
+        more = f', such as {found[1]}' if found else ''
+        expected = f'is broken, or holds more than tensors and plain values{more}'
+        raise UserError(f'the checkpoint {path} {expected}') from None
     except (RuntimeError, OSError, EOFError) as error:  # torch raises any of these for a file that was cut
         reason = getattr(error, 'strerror', None) or 'it was cut, or is no checkpoint'
         raise UserError(f'the checkpoint {path} cannot be read: {reason}') from None
@@ -203,11 +209,26 @@ def load_checkpoint(name, device='cpu', prefer=BEST, say=warnings.warn, **change
     weights = cut_positions(weights, config.block_size)
     model = GPT(config)
     fresh = (*checkpoint.get('fresh', ()), *['exit_gate.'] * new_gate)
-    try:
-        model.load_state_dict(weights | initial_values(model, fresh, weights))
-    except RuntimeError as error:
-        raise UserError(f'the checkpoint does not fit: {str(error).splitlines()[1].strip()}') from None
+    load_weights(model, weights | initial_values(model, fresh, weights))
     return model.to(device).eval(), checkpoint
+
+
+def load_weights(model, weights):
+    """Copies {name: tensor} into a model. Raises UserError unless names and shapes are the model's."""
+    own = model.state_dict()
+    shared = own.keys() & weights.keys()
+    for fault, names in (
+        ('it lacks', own.keys() - shared),
+        ('the model has no', weights.keys() - shared),
+        (
+            'the model has another shape of',
+            {name for name in shared if own[name].shape != weights[name].shape},
+        ),
+    ):
+        more = f' and {len(names) - 1} more' if len(names) > 1 else ''
+        if names:
+            raise UserError(f'the checkpoint does not fit: {fault} {min(names)}{more}')
+    model.load_state_dict(weights)
 
 
 def translate(checkpoint):

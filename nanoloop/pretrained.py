@@ -184,15 +184,18 @@ def ouro_args(c):
 
 
 def from_nanogpt(args, weights):
-    """Translates a checkpoint of nanoGPT: its layers become the loop of a model that runs it once."""
-    args = dict(args, n_prelude=0, n_block=args['n_layer'], n_coda=0, n_loop=1, input_injection='passthrough')
-    del args['n_layer']
+    """Translates a checkpoint of nanoGPT: its layers become the loop of a model that runs it once.
+
+    Its first files have no key bias, although they have biases.
+    """
     weights = {
         name.replace('.h.', '.recur.'): w
         for name, w in without_wrappers(weights).items()
-        if not name.endswith('.attn.bias')  # the causal mask, which old files hold
+        if not name.endswith(('.attn.bias', '.attn.masked_bias'))  # the causal mask, which old files hold
     }
-    return dict(args, norm='layernorm', norm_loop=False), weights
+    args = dict(bias=any(name.endswith('.ln_1.bias') for name in weights)) | args
+    args.update(n_prelude=0, n_block=args.pop('n_layer'), n_coda=0, n_loop=1, input_injection='passthrough')
+    return dict(args, norm='layernorm', norm_loop=False, tie_weights=is_tied(weights)), weights
 
 
 def from_nanoloop(args, weights):
@@ -202,10 +205,25 @@ def from_nanoloop(args, weights):
     refuses that, so all loops record a graph.
     """
     bptt_k = None if args.get('input_injection') == 'passthrough' else args.get('bptt_k')
-    args = dict(args, norm='rmsnorm', norm_eps=torch.finfo(torch.float32).eps, bptt_k=bptt_k)
-    return args, without_wrappers(weights)
+    weights, eps = without_wrappers(weights), torch.finfo(torch.float32).eps
+    args = dict(args, norm='rmsnorm', norm_eps=eps, bptt_k=bptt_k, tie_weights=is_tied(weights))
+    return args, weights
+
+
+# the parts of a weight's name that torch.compile, DDP and FSDP add, in any order
+WRAPPERS = ('_orig_mod', 'module', '_fsdp_wrapped_module', '_checkpoint_wrapped_module')
 
 
 def without_wrappers(weights):
-    """Returns the weights without the prefixes that torch.compile and DDP give to their names."""
-    return {name.removeprefix('_orig_mod.').removeprefix('module.'): w for name, w in weights.items()}
+    """Returns the weights without WRAPPERS in their names."""
+    names = {name: '.'.join(part for part in name.split('.') if part not in WRAPPERS) for name in weights}
+    return {names[name]: w for name, w in weights.items()}
+
+
+def is_tied(weights):
+    """Returns whether the head is the embedding: forks of both programs have heads of their own.
+
+    A head that was not saved is the embedding, and is added to the weights.
+    """
+    embedding = weights.get('transformer.wte.weight')
+    return embedding is None or torch.equal(weights.setdefault('lm_head.weight', embedding), embedding)

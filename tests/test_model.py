@@ -153,17 +153,28 @@ def test_the_gpt2_recipe_is_gpt2():
     assert torch.allclose(model(idx, idx)[0], theirs(idx).logits, atol=1e-10)
 
 
-def test_a_nanogpt_checkpoint_loads(tmp_path):
-    theirs = gpt2(act='gelu')
-    weights = nanogpt_weights(theirs)
-    weights['_orig_mod.transformer.h.0.attn.bias'] = torch.ones(1, 1, 16, 16)  # the mask of old files
-    args = dict(n_layer=3, n_head=2, n_embd=12, block_size=16, bias=True, vocab_size=40, dropout=0.0)
+@pytest.mark.parametrize('prefix', ['', '_orig_mod.', 'module.', '_orig_mod.module.', 'module._orig_mod.'])
+@pytest.mark.parametrize('head', ['tied', 'own', 'not saved'])
+def test_a_nanogpt_checkpoint_loads(tmp_path, prefix, head):
+    """Also of its forks and its first versions, which had no key bias and wrote torch's old file format."""
+    theirs, early = gpt2(act='gelu'), head == 'not saved'
+    weights = {name.removeprefix('_orig_mod.'): w for name, w in nanogpt_weights(theirs).items()}
+    weights['transformer.h.0.attn.bias'] = torch.ones(1, 1, 16, 16)  # the mask of old files
+    if head == 'own':
+        weights['lm_head.weight'] = torch.randn(40, 12, generator=torch.Generator().manual_seed(0))
+        theirs.lm_head.weight = torch.nn.Parameter(weights['lm_head.weight'])
+    args = dict(n_layer=3, n_head=2, n_embd=12, block_size=16, vocab_size=40)
+    if early:
+        del weights['lm_head.weight']
+    else:
+        args.update(bias=True, dropout=0.0)
+    weights = {prefix + name: w for name, w in weights.items()}
     saved = dict(model=weights, model_args=args, iter_num=7, best_val_loss=torch.tensor(2.0))
-    torch.save(saved, tmp_path / 'ckpt.pt')
+    torch.save(saved, tmp_path / 'ckpt.pt', _use_new_zipfile_serialization=not early)
     model, checkpoint = load_checkpoint(tmp_path / 'ckpt.pt')
     idx = torch.randint(40, (2, 16))
-    assert torch.allclose(model.eval()(idx, idx)[0], theirs(idx).logits, atol=1e-5)
-    assert checkpoint['iter_num'] == 7
+    assert torch.allclose(model(idx, idx)[0], theirs(idx).logits, atol=1e-5)
+    assert checkpoint['iter_num'] == 7 and model.config.tie_weights == (head != 'own')
 
 
 @pytest.mark.parametrize('injection', ['inject', 'inject_random', 'passthrough'])
@@ -202,7 +213,7 @@ def test_a_checkpoint_refuses_what_changes_its_meaning(tmp_path):
         ValueError, match='block_size=32, expected at most 16: the checkpoint has no more pos'
     ):
         load_checkpoint(tmp_path / 'a.pt', block_size=32)
-    with pytest.raises(ValueError, match='does not fit: Missing key.*ln_f'):
+    with pytest.raises(ValueError, match='does not fit: it lacks .*ln_f'):
         weights = {name: w for name, w in model.state_dict().items() if 'ln_f' not in name}
         load_checkpoint(dict(model=weights, model_args=vars(model.config)))
 
