@@ -107,8 +107,8 @@ def read_checkpoint(path):
     """
     try:
         with open(path, 'rb') as file:
-            mmap = file.read(2) == b'PK'  # a zip archive; files of torch before 1.6 cannot be mapped
-        checkpoint = torch.load(path, map_location='cpu', mmap=mmap, weights_only=True)
+            is_pickle = file.read(1) == b'\x80'  # as torch before 1.6 wrote: it cannot be mapped
+        checkpoint = torch.load(path, map_location='cpu', mmap=not is_pickle, weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r'GLOBAL (\S+)', str(error))
         more = f', such as {found[1]}' if found else ''
