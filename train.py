@@ -55,7 +55,7 @@ from nanoloop.objective import (
 from nanoloop.optimizer import OPTIMIZER, SCHEDULE, load_optimizers, lr_at, make_optimizers, prepare_step
 from nanoloop.parallel import leave, max_over_ranks, on_rank0, reduce_sum, sum_over_ranks, wrap
 from nanoloop.pretraining import find_initial_checkpoint, pretraining
-from nanoloop.run_folder import Log, archive_previous_run, git_commit, open_out_dir
+from nanoloop.run_folder import Log, archive_previous_run, git_commit, open_out_dir, set_best_aside
 
 
 @dataclass
@@ -203,9 +203,10 @@ class Trainer:
         self.state, self.rule = state, OBJECTIVE[c.objective]
         self.stopped = signals.stopped
         self.step = self.first_step = state.get('iter_num', 0)  # steps made, skipped ones included
-        self.best = state.get('best_val_loss', math.inf)
+        self.new_data = state and report.other_data(state, c, task.checkpoint_extra)  # text, '' = the same
+        self.best = math.inf if self.new_data else state.get('best_val_loss', math.inf)
         self.evaluated = state.get('evaluated', 0)  # step of the last evaluation
-        self.evals_since_best = state.get('stale', 0)
+        self.evals_since_best = 0 if self.new_data else state.get('stale', 0)
         self.saved = self.step if state else None  # step of the last checkpoint
         same = -max_over_ranks(m, -self.step) == max_over_ranks(m, self.step)
         check(same, 'out_dir', c.out_dir, 'a folder that all machines share')
@@ -236,6 +237,8 @@ class Trainer:
         out_dir = Path(self.c.out_dir)
         self.lock = open_out_dir(out_dir, self.say)
         quarantine_broken(out_dir) if self.state else archive_previous_run(out_dir, self.say)
+        if self.new_data:
+            set_best_aside(out_dir, self.step, self.say)
         self.log = Log(self.c, self.state, self.say)
 
     def close(self):
@@ -269,7 +272,7 @@ class Trainer:
         load_optimizers(self.optimizers, state, c)
         if state['scaler'] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state['scaler'])
-        for line in report.differences(c, self.m.fingerprint(), state):
+        for line in report.differences(c, self.m.fingerprint(), state, self.new_data):
             self.say(line)
         limit = 'max_iters' if self.last_step == c.max_iters else 'max_flops'
         done = f', which is the last: a larger {limit} goes on' if self.step >= self.last_step else ''

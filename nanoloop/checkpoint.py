@@ -191,11 +191,24 @@ FORMATS = {  # the first that recognises model_args; each program has keys that 
 def load_checkpoint(name, device='cpu', prefer=BEST, say=warnings.warn, **changes):
     """Returns (the model in eval mode, its checkpoint) of a name, or of a dict from find_checkpoint.
 
-    prefer, say: see find_checkpoint. changes: values of GPTConfig that replace the checkpoint's. A smaller
-    block_size keeps the first positions, exit_gate=True adds an untrained gate. Raises UserError if the
-    checkpoint is broken or does not fit, or if a change would give its weights another meaning.
+    prefer, say: see find_checkpoint. changes: see configure_checkpoint. Raises UserError if the checkpoint is
+    broken or does not fit, or if a change would give its weights another meaning.
     """
     checkpoint = name if isinstance(name, dict) else find_checkpoint(name, changes, prefer, say)
+    config, weights, fresh = configure_checkpoint(checkpoint, **changes)
+    model = GPT(config)
+    load_weights(model, weights | initial_values(model, fresh, weights))
+    return model.to(device).eval(), checkpoint
+
+
+def configure_checkpoint(checkpoint, **changes):
+    """Returns the GPTConfig of a checkpoint, its weights with GPT's names, and which parameters start anew.
+
+    changes: values of GPTConfig that replace the checkpoint's. A smaller block_size keeps the first
+    positions, exit_gate=True adds an untrained gate. The parameters that start anew are given by the
+    beginnings of their names. Takes no memory for weights. Raises UserError if a change would give the
+    weights another meaning.
+    """
     saved, weights = translate(checkpoint)
     if 'S' in saved.window_pattern:  # half of the checkpoint's block_size, not of a smaller one given now
         window = saved.window_size or max(1, saved.block_size // 2)
@@ -206,11 +219,8 @@ def load_checkpoint(name, device='cpu', prefer=BEST, say=warnings.warn, **change
         changed = getattr(config, key)
         allowed = key in CHANGEABLE or (key == 'exit_gate' and new_gate)
         check(allowed or changed == value, key, changed, f'{value!r} as in the checkpoint')
-    weights = cut_positions(weights, config.block_size)
-    model = GPT(config)
     fresh = (*checkpoint.get('fresh', ()), *['exit_gate.'] * new_gate)
-    load_weights(model, weights | initial_values(model, fresh, weights))
-    return model.to(device).eval(), checkpoint
+    return config, cut_positions(weights, config.block_size), fresh
 
 
 def load_weights(model, weights):

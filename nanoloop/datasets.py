@@ -12,6 +12,7 @@ nanoGPT's folders, with meta.pkl or without any meta, are read, too. nanoloop/pr
 """
 
 import contextlib
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -20,6 +21,7 @@ import numpy as np
 
 from nanoloop import ROOT
 from nanoloop.checks import UserError
+from nanoloop.files import sha256
 from nanoloop.nanogpt_data import nanogpt_meta
 from nanoloop.tokenizer import make_tokenizer
 
@@ -98,6 +100,34 @@ def find_max_id(folder, meta):
     return max_id
 
 
+def identify(folder, meta):
+    """Returns {source, sha256} of a data set. Sets of the same sha256 have the same tokens and masks."""
+    content = [
+        [
+            split,
+            entry['tokens'],
+            entry.get('sha256') or hash_ends(folder / entry['name']),
+            entry.get('mask_sha256'),
+        ]
+        for split, values in meta['splits'].items()
+        for entry in values['files']
+    ]
+    return dict(source=meta.get('source'), sha256=hashlib.sha256(json.dumps(content).encode()).hexdigest())
+
+
+def hash_ends(file, size=2**20):
+    """Returns the SHA-256 of a file's first and last `size` bytes, for files of nanoGPT, which have no hash.
+
+    file: a path or a descriptor.
+    """
+    with open(file, 'rb', closefd=not isinstance(file, int)) as file:
+        file.seek(0)  # a descriptor may be anywhere
+        digest = hashlib.sha256(file.read(size))
+        file.seek(max(0, os.fstat(file.fileno()).st_size - size))
+        digest.update(file.read(size))
+    return digest.hexdigest()
+
+
 # -----------------------------------------------------------------------------
 # the windows of a split
 
@@ -112,16 +142,19 @@ class Split:
 
     vocab_size: of the model; every id must be below it. Raises UserError for files that are missing or not
     as long as meta.json says, a split too short for one window, and ids that are too large.
+
+    The files stay open, so that a data set that is prepared anew does not change a run that is reading it.
     """
 
     def __init__(self, folder, meta, name, block_size, vocab_size):
+        folder = Path(folder)
         if name not in meta['splits']:
             splits = ', '.join(meta['splits'])
-            raise UserError(f'the data set {Path(folder).name} has no {name} split, only {splits}')
+            raise UserError(f'the data set {folder.name} has no {name} split, only {splits}')
         files = meta['splits'][name]['files']
         self.block_size, self.vocab_size = block_size, vocab_size
         self.dtype = DTYPES[meta['dtype']]
-        self.files = [Path(folder) / file['name'] for file in files]
+        self.files = [folder / file['name'] for file in files]
         self.tokens = np.array([file['tokens'] for file in files])  # of each file
         self.masks = [path.with_suffix('.mask') for path in self.files]
         self.masked = any('mask_sha256' in file for file in files) or any(
@@ -141,7 +174,13 @@ class Split:
                 f'block_size={block_size} is too long for {self.files[0]}: '
                 f'it has {self.tokens.max()} tokens, a window needs block_size + 1'
             )
-        self.check_ids(meta['max_id'], Path(folder).name)
+        self.check_ids(meta['max_id'], folder.name)
+        self.open_files = {
+            path: open(path, 'rb', buffering=0) for path in self.files + self.masks * self.masked
+        }
+        self.written = {path: os.stat(path).st_mtime_ns for path in self.open_files}
+        hashes = [file.get('sha256') for file in files] + [file.get('mask_sha256') for file in files]
+        self.hashes = dict(zip(self.files + self.masks, hashes, strict=True))
         # training windows start at any token, evaluation windows end to end; rows are taken whole in both
         self.train_step, self.eval_step = row_len or 1, row_len or block_size
         self.train_windows = np.maximum(0, (self.tokens - block_size - 1) // self.train_step + 1)  # per file
@@ -204,13 +243,30 @@ class Split:
         Targets are -1 where the mask is 0, and past the end of the file.
         """
         T = self.block_size
-        ids = np.fromfile(self.files[file], self.dtype, T + 1, offset=start * self.dtype.itemsize)
-        ids = ids.astype(np.int64)  # (T + 1,), fewer at the end of the file
+        n = min(T + 1, self.tokens[file] - start)  # fewer at the end of the file
+        ids = self.read_file(self.files[file], self.dtype, start, n).astype(np.int64)  # (n,)
         self.check_ids(ids.max(), self.files[file], same_on_all_ranks=False)  # other ranks read other windows
         inputs, targets = np.zeros(T, np.int64), np.full(T, -1)
-        n = len(ids) - 1
-        inputs[:n], targets[:n] = ids[:-1], ids[1:]
+        inputs[: n - 1], targets[: n - 1] = ids[:-1], ids[1:]
         if self.masked:  # targets[i] is token start + i + 1, and so is its place in the mask
-            counts = np.fromfile(self.masks[file], np.uint8, n, offset=start + 1)
-            targets[:n][counts == 0] = -1
+            counts = self.read_file(self.masks[file], np.dtype(np.uint8), start + 1, n - 1)
+            targets[: n - 1][counts == 0] = -1
         return inputs, targets
+
+    def read_file(self, path, dtype, start, n):
+        """Returns the n values from number `start` on of an open file.
+
+        Raises UserError if its content has changed since it was opened.
+        """
+        number = self.open_files[path].fileno()
+        data = os.pread(number, n * dtype.itemsize, start * dtype.itemsize)
+        written = os.fstat(number).st_mtime_ns
+        if written != self.written[path] or len(data) < n * dtype.itemsize:
+            if self.hashes[path] is None or sha256(number) != self.hashes[path]:
+                error = UserError(
+                    f'{path} has changed while it was read: the run cannot go on with other data'
+                )
+                error.same_on_all_ranks = False
+                raise error
+            self.written[path] = written  # the same content was written over it
+        return np.frombuffer(data, dtype)

@@ -7,6 +7,7 @@ Atomic and durable writes: a file is complete or absent, even after a crash or a
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -51,6 +52,16 @@ def write_json(path, value, indent=None):
     """Replaces a file by the JSON text of a value."""
     with replace_file(path) as file:
         json.dump(value, file, indent=indent)
+
+
+def sha256(file):
+    """Returns the SHA-256 of a file, given as a path or a descriptor, as a hexadecimal string."""
+    digest = hashlib.sha256()
+    with open(file, 'rb', closefd=not isinstance(file, int)) as file:
+        file.seek(0)  # a descriptor may be anywhere
+        while block := file.read(2**24):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def lock_folder(folder):

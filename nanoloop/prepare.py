@@ -18,7 +18,7 @@ import numpy as np
 
 from nanoloop.checks import UserError, check
 from nanoloop.datasets import DTYPES, MOVING
-from nanoloop.files import lock_folder, replace_file, sync, sync_folder, write_json
+from nanoloop.files import lock_folder, replace_file, sha256, sync, sync_folder, write_json
 from nanoloop.tokenizer import read_text
 
 SHARD_TOKENS = 10**8
@@ -176,15 +176,6 @@ class Writer:
                     target = (self.folder / file['name']).with_suffix(suffix)
                     os.replace(self.shard(split, i, suffix), target)
         sync_folder(self.folder)
-
-
-def sha256(path):
-    """Returns the SHA-256 of a file as a hexadecimal string."""
-    digest = hashlib.sha256()
-    with open(path, 'rb') as file:
-        while block := file.read(2**24):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 # -----------------------------------------------------------------------------

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 from model import GPT, GPTConfig
 from nanoloop import LOCAL_RANK
 from nanoloop.batches import window_batches
-from nanoloop.checkpoint import checkpoint_paths, find_from_flags, load_checkpoint
+from nanoloop.checkpoint import checkpoint_paths, configure_checkpoint, find_from_flags, load_checkpoint
 from nanoloop.checks import check
-from nanoloop.datasets import Split, find_data, read_meta
+from nanoloop.datasets import Split, find_data, identify, read_meta
 from nanoloop.evaluate import evaluate
 from nanoloop.objective import check_loops
 from nanoloop.parallel import max_over_ranks
@@ -25,7 +25,7 @@ class Task(NamedTuple):
     model: Any  # a GPT, on its device
     batches: Any  # a source of batches, see nanoloop/batches.py
     evaluate: Any  # () -> {split: {loss, ppl, bpb}} for train and val, or None if a signal came first
-    checkpoint_extra: dict  # further entries of the checkpoint: the tokenizer
+    checkpoint_extra: dict  # further entries of the checkpoint: tokenizer and data, see datasets.identify
     origin: str = ''  # where the weights come from; '' = random
 
 
@@ -38,10 +38,12 @@ def pretraining(c, m, checkpoint, stopped, say):
     expected = f'a multiple of the {world} processes: {world}, {2 * world}, {4 * world}, ...'
     check(n % world == 0, 'gradient_accumulation_steps', n, expected)
     folder, meta = prepare_data(c, m, say)
-    model = build_model(c, meta, checkpoint).to(m.device)
-    c.update(asdict(model.config))
-    check_loops(c, model.config)
+    config = settle_config(c, meta, checkpoint)
     splits = {name: Split(folder, meta, name, c.block_size, c.vocab_size) for name in ('train', 'val')}
+    # only now is memory taken: what a user can get wrong has been refused before
+    changes = {key: c[key] for key in given_keys(c)}
+    model = GPT(config) if checkpoint is None else load_checkpoint(checkpoint, **changes)[0]
+    model.to(m.device)
     if m.compile:
         for block in model.blocks():
             block.compile()
@@ -49,7 +51,8 @@ def pretraining(c, m, checkpoint, stopped, say):
         say(f'vocab_size={c.vocab_size} is far above the {meta["vocab_size"]} of the data')
     batches = window_batches(splits['train'], c, m)
     validate = functools.partial(evaluate, model, splits, c, m, meta['token_bytes'], stopped)
-    return Task(model, batches, validate, dict(tokenizer=meta['tokenizer']), origin(c, checkpoint))
+    kept = dict(tokenizer=meta['tokenizer'], data=identify(folder, meta))
+    return Task(model, batches, validate, kept, origin(c, checkpoint))
 
 
 def find_initial_checkpoint(c, say=None):
@@ -82,18 +85,28 @@ def prepare_data(c, m, say):
     return folder, read_meta(folder)
 
 
-def build_model(c, meta, checkpoint):
-    """Returns a model of c's keys, or the checkpoint's model with the keys that were given."""
+def given_keys(c):
+    """Returns the keys of GPTConfig that a file or a flag has set."""
+    return {field.name for field in fields(GPTConfig)} & c.given
+
+
+def settle_config(c, meta, checkpoint):
+    """Returns the GPTConfig of c's keys, or of the checkpoint with the keys that were given; also updates c.
+
+    Raises UserError for one that does not go with the data, the checkpoint, or the objective.
+    """
     if checkpoint is None:
         c['vocab_size'] = c.vocab_size if 'vocab_size' in c.given else meta['vocab_size']
-        return GPT(c.build(GPTConfig))
-    given = {field.name for field in fields(GPTConfig)} & c.given
-    model, _ = load_checkpoint(checkpoint, **{key: c[key] for key in given})
-    data, weights = meta['tokenizer'], checkpoint.get('tokenizer') or meta['tokenizer']
-    expected = f'one in the tokens of the checkpoint: {model.config.vocab_size} of kind {weights["kind"]}'
-    expected += f', not {meta["vocab_size"]} of kind {data["kind"]}'
-    check(data == weights, 'dataset', c.dataset, expected)
-    return model
+        config = c.build(GPTConfig)
+    else:
+        config, *_ = configure_checkpoint(checkpoint, **{key: c[key] for key in given_keys(c)})
+        data, weights = meta['tokenizer'], checkpoint.get('tokenizer') or meta['tokenizer']
+        expected = f'one in the tokens of the checkpoint: {config.vocab_size} of kind {weights["kind"]}'
+        expected += f', not {meta["vocab_size"]} of kind {data["kind"]}'
+        check(data == weights, 'dataset', c.dataset, expected)
+    c.update(asdict(config))
+    check_loops(c, config)
+    return config
 
 
 def origin(c, checkpoint):

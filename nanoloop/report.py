@@ -50,8 +50,28 @@ def doubtful_keys(c, rule, last_step, random_weights):
         yield f'max_flops={c.max_flops:.4g} are spent after {last_step:,} steps'
 
 
-def differences(c, machine, state):
-    """Yields lines on what differs from the run that saved `state`: keys, and what bit-exactness needs."""
+def other_data(state, c, task):
+    """Returns '' if a checkpoint is of a run on the data of this one, else what differs.
+
+    state: the checkpoint; task: has the entry data, see datasets.identify. Older checkpoints know their data
+    set by its name only.
+    """
+    old, new = state.get('data'), task['data']
+    if old is None:
+        return '' if state['config']['dataset'] == c.dataset else 'was another data set'
+    if old['sha256'] == new['sha256']:
+        return ''
+    known = [f'{data["source"]} (sha256 {data["sha256"][:8]})' for data in (old, new)]
+    return f'was {known[0]}, is {known[1]}'
+
+
+def differences(c, machine, state, new_data=''):
+    """Yields lines on what differs from the run that saved `state`: keys, and what bit-exactness needs.
+
+    new_data: see other_data.
+    """
+    if new_data:
+        yield f'changed: data {new_data}; the best loss and the patience begin anew'
     pairs = (c, state['config'], 'changed'), (machine, state['machine'], 'not bit-exact')
     for new, old, what in pairs:
         for key in sorted(new.keys() & old.keys() - {'init_from', 'out_dir'}):

@@ -50,6 +50,15 @@ def archive_previous_run(out_dir, say=None):
         say(f'{out_dir} held an earlier run, it is now in {out_dir}/run-{n}')
 
 
+def set_best_aside(out_dir, step, say=None):
+    """Renames a best.pt whose loss is of other data: later losses cannot be compared with it."""
+    best, new = out_dir / 'best.pt', out_dir / f'best-before-{step}.pt'
+    if best.exists():
+        os.replace(best, new)
+        if say:
+            say(f'best.pt is of the data before: it is now {new}')
+
+
 class Log:
     """The log of a run, on rank 0: log.jsonl with a JSON object per line and, if asked for, Weights & Biases.
 

@@ -6,13 +6,14 @@ import pickle
 import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 from helpers import ROOT
 
 from nanoloop import hub, prepare
-from nanoloop.datasets import Split, read_meta
+from nanoloop.datasets import Split, identify, read_meta
 from nanoloop.files import replace_file
 from nanoloop.hub import HubDocuments, write_hub
 from nanoloop.prepare import Writer, write_text
@@ -290,13 +291,44 @@ def test_every_file_is_on_the_disk_before_the_set_counts(tmp_path, monkeypatch):
 
 
 def test_what_the_files_hold_is_checked_when_it_is_drawn(tmp_path):
-    split = numbers(tmp_path, 10, shard_tokens=100)
-    np.full(10, 77, '<u2').tofile(split.files[0])  # as long as before
+    numbers(tmp_path, 10, shard_tokens=100)
+    np.full(10, 77, '<u2').tofile(tmp_path / 'train.bin')  # as long as before
+    split = Split(tmp_path, read_meta(tmp_path), 'train', 4, 10)
     with pytest.raises(ValueError, match='expected at least 78'):
         split.draw(np.random.default_rng(0), 1)
     (tmp_path / 'train.mask').write_bytes(bytes(9))
     with pytest.raises(ValueError, match='train.mask has 9 bytes, meta.json says 10'):
         Split(tmp_path, read_meta(tmp_path), 'train', 4, 10)
+
+
+def test_data_that_is_replaced_does_not_change_a_run_that_reads_it(tmp_path):
+    split = numbers(tmp_path, 10, shard_tokens=100)
+    draw = lambda: split.draw(np.random.default_rng(0), 3)  # noqa: E731
+    before = draw()
+    numbers(tmp_path, 20, shard_tokens=100)  # prepared anew: other files of the same names
+    assert all((a == b).all() for a, b in zip(draw(), before, strict=True))
+    again = Split(tmp_path, read_meta(tmp_path), 'train', 4, 20)
+    content = again.files[0].read_bytes()
+    time.sleep(0.01)
+    again.files[0].write_bytes(content)  # the same, written over it
+    again.draw(np.random.default_rng(0), 3)
+    for other in (bytes(len(content)), content[:6]):
+        again.files[0].write_bytes(other)
+        with pytest.raises(ValueError, match='train.bin has changed while it was read'):
+            again.draw(np.random.default_rng(0), 3)
+
+
+def test_a_data_set_is_known_by_its_content(tmp_path):
+    numbers(tmp_path / 'a', 10, shard_tokens=100), numbers(tmp_path / 'b', 10, shard_tokens=100)
+    numbers(tmp_path / 'c', 11, shard_tokens=100)
+    a, b, c = (identify(tmp_path / name, read_meta(tmp_path / name))['sha256'] for name in 'abc')
+    assert a == b != c
+    for name, last in (('d', 1), ('e', 1), ('f', 2)):  # of nanoGPT
+        (tmp_path / name).mkdir()
+        for split in ('train', 'val'):
+            np.array([0] * 99 + [last], '<u2').tofile(tmp_path / name / f'{split}.bin')
+    d, e, f = (identify(tmp_path / name, read_meta(tmp_path / name))['sha256'] for name in 'def')
+    assert d == e != f
 
 
 def test_a_crash_while_files_are_moved_is_not_taken_for_a_finished_set(tmp_path, monkeypatch):
@@ -330,6 +362,7 @@ def test_hub_sets_are_tokenised_sharded_and_resumed(tmp_path, monkeypatch):
     python_path = f'{tmp_path}{os.pathsep}{os.environ.get("PYTHONPATH", "")}'
     monkeypatch.setenv('PYTHONPATH', python_path)  # for the workers
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr('tiktoken.registry.ENCODING_CONSTRUCTORS', None)  # an earlier test may have filled it
     texts = [f'document {i}' for i in range(40)]
     datasets.Dataset.from_dict(dict(text=texts)).to_parquet(tmp_path / 'a.parquet')
     options = dict(tokenizer='letters', val_share=0.2, processes=1, shard_tokens=100)

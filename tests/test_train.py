@@ -3,6 +3,8 @@ import errno
 import json
 import math
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +24,8 @@ from nanoloop import batches, checkpoint, pretraining, report, run_folder
 from nanoloop.datasets import Split, read_meta
 from nanoloop.evaluate import evaluate
 from nanoloop.optimizer import SCHEDULE, lr_at, make_optimizers
+from nanoloop.prepare import write_text
+from nanoloop.tokenizer import Characters
 from train import TrainConfig, main
 
 VARIANTS = {
@@ -258,6 +262,30 @@ def test_best_is_kept_and_patience_ends_the_run(call, flags, tmp_path, monkeypat
     assert status == 0 and 'best val loss 2.0000' in out
     last, best = (load(tmp_path / 'out' / name) for name in ('ckpt.pt', 'best.pt'))
     assert last['iter_num'] == 10 and best['iter_num'] == 6
+
+
+def test_a_run_on_other_data_is_told_and_its_best_loss_begins_anew(call, flags, tmp_path):
+    out_dir, sets = tmp_path / 'out', {}
+    for name, text in (('easy', 'a' * 2000), ('hard', ''.join(random.Random(0).choices('ab', k=2000)))):
+        sets[name] = tmp_path / name
+        sets[name].with_suffix('.txt').write_text(text)
+        write_text(sets[name], [sets[name].with_suffix('.txt')], Characters('\nab'), name)
+    easy = call(main, *flags, f'--dataset={sets["easy"]}', '--max_iters=40', '--eval_interval=20')[1]
+    assert float(easy.split('best val loss ')[1][:6]) < 0.3
+    resume = [f'--out_dir={out_dir}', '--init_from=resume']
+    _, out, _ = call(main, *resume, f'--dataset={sets["hard"]}', '--max_iters=48', '--eval_interval=4')
+    hashes = [load(out_dir / name)['data']['sha256'] for name in ('best-before-40.pt', 'best.pt')]
+    told = [f'{name} (sha256 {sha256[:8]})' for name, sha256 in zip(('easy', 'hard'), hashes, strict=True)]
+    assert f'changed: data was {told[0]}, is {told[1]}; the best loss' in out and hashes[0] != hashes[1]
+    assert float(out.split('best val loss ')[1][:6]) > 0.6 and load(out_dir / 'best.pt')['iter_num'] > 40
+    shutil.copytree(sets['hard'], tmp_path / 'moved')  # the same tokens
+    _, out, _ = call(main, *resume, f'--dataset={tmp_path}/moved', '--max_iters=50')
+    assert 'changed: dataset' in out and 'changed: data was' not in out
+    old = load(out_dir / 'ckpt.pt')
+    del old['data']  # as older versions wrote it: they know the name only
+    torch.save(old, out_dir / 'ckpt.pt')
+    _, out, _ = call(main, *resume, f'--dataset={sets["easy"]}', '--max_iters=52')
+    assert 'changed: data was another data set' in out
 
 
 # -----------------------------------------------------------------------------
