@@ -62,34 +62,35 @@ class Config(dict):
 def configure(classes, argv, out=None):
     """Returns the Config of a script: the defaults of its dataclasses, changed by argv's files and flags.
 
-    Prints the changes to `out`, a file; None = stdout. With --help it prints the keys and exits. Raises
+    Then prints the changes to `out`, a file; None = stdout. With --help it prints the keys and exits. Raises
     UserError for an unknown key, for a value of a wrong type, and for a config file that does not run.
     """
     if {'--help', '-h'} & set(argv):
         print(help_text(classes))
         sys.exit(0)
-    say = functools.partial(print, file=out) if RANK == 0 else lambda text: None
     hints = {key: hint for cls in classes for key, hint in hints_of(cls).items()}
     config = Config((key, getattr(cls, key)) for cls in classes for key in hints_of(cls))
+    lines = []
     for arg in argv:
         if arg.startswith('-'):
             changes, start = read_flag(arg, hints), 'Overriding: '
         else:
-            say(f'Overriding config with {arg}:')
+            lines.append(f'Overriding config with {arg}:')
             changes, start = read_file(arg, config, hints), '    '
-        for key, value in changes.items():
-            say(f'{start}{key} = {value!r}')
+        lines += [f'{start}{key} = {value!r}' for key, value in changes.items()]
         config.update(changes)
         config.given |= frozenset(changes)
+    if lines and RANK == 0:
+        print('\n'.join(lines), file=out)
     return config
 
 
-def check_key(key, hints, where=''):
-    """Raises UserError, with the key that is most like it, if there is no such key."""
+def check_key(key, hints, where='', otherwise='see --help'):
+    """Raises UserError if there is no such key. It names the key that is most like it, else `otherwise`."""
     if key not in hints:
-        close = RENAMED.get(key) or difflib.get_close_matches(key, hints, n=1)
-        hint = f', did you mean {" or ".join(map(repr, close))}?' if close else ', see --help'
-        raise UserError(f'{where}unknown key {key!r}{hint}')
+        close = RENAMED.get(key) or difflib.get_close_matches(key, hints, n=1, cutoff=0.7)
+        hint = f'did you mean {" or ".join(map(repr, close))}?' if close else otherwise
+        raise UserError(f'{where}unknown key {key!r}, {hint}')
 
 
 # -----------------------------------------------------------------------------
@@ -114,11 +115,11 @@ def read_flag(arg, hints):
 
 def read_file(arg, config, hints):
     """Returns {key: value} of what a config file assigns. config: the values that the file can read."""
-    path = find_file(arg)
-    values = run_file(path, config)
+    values, places = run_file(find_file(arg), config)
     for key in values:
-        check_key(key, hints, f'{path}: ')
-    return {key: typed(f'{arg}: {key}', value, hints[key]) for key, value in values.items()}
+        own = f'see --help; a name of your own begins with _, as in _{key}'
+        check_key(key, hints, f'{places[key]}: ', own)
+    return {key: typed(f'{places[key]}: {key}', value, hints[key]) for key, value in values.items()}
 
 
 def find_file(name):
@@ -126,24 +127,33 @@ def find_file(name):
     for path in (Path(name), ROOT / name):
         if path.is_file():
             return path
-    similar = [path for path in (f'{name}.py', f'config/{name}.py') if (ROOT / path).is_file()]
-    hint = f'did you mean {similar[0]}?' if similar else 'flags look like --key=value'
+    recipes = {path.stem: f'config/{path.name}' for path in (ROOT / 'config').glob('*.py')}
+    similar = difflib.get_close_matches(Path(name).stem, recipes, n=1)
+    hint = f'did you mean {recipes[similar[0]]}?' if similar else 'flags look like --key=value'
     raise UserError(f'there is no config file {name} ({hint})')
 
 
 class Assignments(dict):
-    """The names that a config file assigns, which also become global: its functions can read them."""
+    """The names that a config file assigns, which also become global: its functions can read them.
+
+    places: {name: the file and line of its last assignment}, a text.
+    """
 
     def __init__(self, global_names):
-        self.global_names = global_names
+        self.global_names, self.places = global_names, {}
 
     def __setitem__(self, name, value):
         super().__setitem__(name, value)
         self.global_names[name] = value
+        frame = sys._getframe(1)  # of the config file
+        self.places[name] = f'{frame.f_code.co_filename}, line {frame.f_lineno}'
 
 
 def run_file(path, config):
-    """Runs a config file, in which every key is a name, and returns {name: value} of what it sets."""
+    """Runs a config file, in which every key is a name.
+
+    Returns what it sets, {name: value}, and where, {name: file and line}.
+    """
     names = dict(config, __file__=str(path))
     assigned = Assignments(names)
 
@@ -159,7 +169,8 @@ def run_file(path, config):
         line = lines[-1] if lines else getattr(error, 'lineno', '?')  # a SyntaxError has a line, but no frame
         raise UserError(f'{path}, line {line}: {type(error).__name__}: {error}') from None
     own = {name for name in assigned if name.startswith('_') or isinstance(names[name], TOOLS)}
-    return {name: names[name] for name in assigned if name in config or name not in own}
+    values = {name: names[name] for name in assigned if name in config or name not in own}
+    return values, assigned.places
 
 
 # -----------------------------------------------------------------------------

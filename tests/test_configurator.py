@@ -141,6 +141,10 @@ def test_changes_are_printed_and_only_by_rank_0(tmp_path, capsys, monkeypatch):
         (['--dropout=None'], "dropout='None', expected float"),
         (['--eval_only=1'], "eval_only='1', expected True or False"),
         (['config/nowhere.py'], 'there is no config file config/nowhere.py'),
+        (
+            ['config/train_fl.py'],
+            'there is no config file config/train_fl.py (did you mean config/train_flt.py?)',
+        ),
         (['quickstart'], 'there is no config file quickstart (did you mean config/quickstart.py?)'),
     ],
 )
@@ -153,21 +157,34 @@ def test_a_wrong_command_line_is_refused(argv, message):
 @pytest.mark.parametrize(
     'text, message',
     [
-        ('leanring_rate = 1', "a.py: unknown key 'leanring_rate', did you mean 'learning_rate'?"),
+        ('leanring_rate = 1', "a.py, line 1: unknown key 'leanring_rate', did you mean 'learning_rate'?"),
         ('learning_rate = "fast"', "learning_rate='fast', expected float"),
         ('max_iters = \n', 'a.py, line 1: SyntaxError'),
         ('n_head = 2\nn_embd = 1 / 0', 'a.py, line 2: ZeroDivisionError'),
         ('def f():\n    return 1 / 0\nn_embd = f()', 'a.py, line 2: ZeroDivisionError'),
-        ('x = 1', "unknown key 'x'"),
-        ('import math as n_head', "a.py: n_head=<module 'math'"),
-        ('def n_head():\n    return 4', 'a.py: n_head=<function n_head'),
+        (
+            'n_head = 2\n\nx = 1',
+            "a.py, line 3: unknown key 'x', see --help; a name of your own begins with _, as in _x",
+        ),
+        ('n_steps = 9\nmax_iters = n_steps', "a.py, line 1: unknown key 'n_steps', see --help"),
+        ("include('b.py')", "b.py, line 2: unknown key 'n_embed', did you mean 'n_embd'?"),
+        ('import math\nn_head = math', "a.py, line 2: n_head=<module 'math'"),
+        ('import math as n_head', "a.py, line 1: n_head=<module 'math'"),
+        ('def n_head():\n    return 4', 'a.py, line 1: n_head=<function n_head'),
     ],
 )
 def test_a_wrong_file_is_refused_with_its_name(tmp_path, text, message):
     (tmp_path / 'a.py').write_text(text)
+    (tmp_path / 'b.py').write_text('n_head = 2\nn_embed = 4')
     with pytest.raises(ValueError) as error:
         read(f'{tmp_path}/a.py')
     assert message in str(error.value)
+
+
+def test_a_wrong_flag_is_told_before_a_file_is_printed(capsys):
+    with pytest.raises(ValueError, match='max_iter'):
+        configure(KEYS, ['config/quickstart.py', '--max_iter=3'])
+    assert capsys.readouterr().out == ''
 
 
 def test_config_files_are_found_from_anywhere(tmp_path, monkeypatch):
