@@ -30,7 +30,7 @@ from nanoloop.checks import Count, NotNegative, OneOf, check, settle_fields
 from nanoloop.count import flops, parameters
 from nanoloop.datasets import find_data, read_meta
 from nanoloop.decode import cast_linears_
-from nanoloop.machine import peak_memory, setup
+from nanoloop.machine import matmul_rate, peak_memory, setup
 from nanoloop.objective import (
     OBJECTIVE,
     TrainingLoss,
@@ -40,7 +40,8 @@ from nanoloop.objective import (
     training_flops,
 )
 from nanoloop.optimizer import make_optimizers
-from train import TrainConfig, train_step
+from nanoloop.training_step import train_step
+from train import TrainConfig
 
 
 @dataclass
@@ -106,17 +107,6 @@ class Setting:
             f'{spread}), {self.tokens / step:,.0f} tokens/s, {flops / step / 1e12:.3f} TFLOP/s, mfu {mfu}, '
             f'first step {self.first:.1f} s, memory {self.memory / 2**20:,.0f} MiB'
         )
-
-
-def matmul_rate(m, size=2048):
-    """Returns the FLOP/s of square matrix products on this device, the best of several."""
-    a = torch.randn(size, size, device=m.device, dtype=m.dtype)
-    seconds = []
-    for _ in range(8):
-        start = time.perf_counter()
-        a @ a
-        seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / min(seconds)
 
 
 def measure_decoding(c, m):

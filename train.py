@@ -17,7 +17,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import torch
 from torch import nn
@@ -50,22 +50,31 @@ from nanoloop.objective import (
     TrainingLoss,
     loops_at,
     set_trained_parts,
+    step_of_max_flops,
     training_flops,
 )
 from nanoloop.optimizer import OPTIMIZER, SCHEDULE, load_optimizers, lr_at, make_optimizers, prepare_step
-from nanoloop.parallel import leave, max_over_ranks, on_rank0, reduce_sum, sum_over_ranks, wrap
+from nanoloop.parallel import leave, max_over_ranks, on_rank0, reduce_sum, wrap
 from nanoloop.pretraining import find_initial_checkpoint, pretraining
-from nanoloop.run_folder import Log, archive_previous_run, git_commit, open_out_dir, set_best_aside
+from nanoloop.run_folder import (
+    Log,
+    append_record,
+    archive_previous_run,
+    git_commit,
+    open_out_dir,
+    set_best_aside,
+)
+from nanoloop.training_step import train_step
 
 
 @dataclass
 class TrainConfig:
     # output
     out_dir: str = 'out'  # folder of the run: ckpt.pt (last), prev.pt (the one before), best.pt, log.jsonl
-    eval_interval: Count = 2000  # steps between evaluations (none at step 0); each one saves a checkpoint
+    eval_interval: Count = 2000  # steps between evaluations; each one after step 0 saves a checkpoint
     log_interval: Count = 1  # steps between lines that are printed and logged
     eval_iters: Size = 200  # micro-batches per split in an evaluation, evenly spread; 0 = the whole val split
-    eval_only: bool = False  # evaluate once and exit; saves and logs nothing
+    eval_only: bool = False  # evaluate once and exit; a resumed run gets a line in eval.jsonl
     diagnose: Size = 0  # steps between diagnostics of the loop's states and gradients; 0 = none
     always_save_checkpoint: bool = True  # no effect (nanoGPT's key): every evaluation saves ckpt.pt
     init_from: str = 'scratch'  # scratch, resume, auto (resume, else scratch), gpt2..gpt2-xl, FOLDER or FILE
@@ -131,63 +140,6 @@ class TrainConfig:
 
 
 # -----------------------------------------------------------------------------
-# one training step
-
-
-class StepResult(NamedTuple):
-    """The result of one training step on this rank."""
-
-    loss: float
-    grad_norm: float  # of the gradient of all ranks, before clipping
-    extra: dict  # further values to log, from the objective: {name: float}
-
-
-def train_step(training_loss, optimizers, scaler, batches, n_loop, c, m, stopped=lambda: False, look=None):
-    """Makes one optimizer step of this rank's next micro-batches. Returns a StepResult.
-
-    Every target but -1 has the same weight in all micro-batches. A step whose gradient is not finite changes
-    no weight. Returns None if stopped() became true between micro-batches. look: see diagnose.Look.
-    """
-    micros, sums, targets_counted = c.gradient_accumulation_steps // m.world, {}, 0
-    for micro in range(micros):
-        if micro and stopped():
-            return None
-        batch = next(batches)
-        targets_counted += int((batch.targets != -1).sum())
-        idx, targets = m.to_device(batch.idx), m.to_device(batch.targets)  # (B, T) each
-        weights = None if batch.weights is None else m.to_device(batch.weights)
-        if look and micro == 0:
-            torch.manual_seed(batch.seed)
-            look.before_first(idx, targets, weights)
-        training_loss.require_backward_grad_sync = micro == micros - 1  # DDP reduces once per step
-        torch.manual_seed(batch.seed)
-        with m.autocast():
-            loss, extra = training_loss(idx, targets, n_loop, weights)
-        scaler.scale(loss / micros).backward()
-        for name, x in dict(extra, loss=loss.detach()).items():
-            sums[name] = sums.get(name, 0.0) + x / micros
-    for optimizer in optimizers:
-        scaler.unscale_(optimizer)
-    params = [p for optimizer in optimizers for group in optimizer.param_groups for p in group['params']]
-    # losses were divided by the number of all targets; this corrects it to the targets other than -1
-    rescale = batch.targets.numel() * micros * m.world / max(1, sum_over_ranks(m, targets_counted))
-    if rescale != 1:
-        torch._foreach_mul_([p.grad for p in params if p.grad is not None], rescale)
-    grad_norm = nn.utils.clip_grad_norm_(params, c.grad_clip or math.inf)
-    # here the host waits for the device
-    *values, grad_norm = torch.stack([*sums.values(), grad_norm]).tolist()
-    if look:
-        look.after_clipping()
-    for optimizer in optimizers:
-        if math.isfinite(grad_norm):
-            scaler.step(optimizer)
-        optimizer.zero_grad(set_to_none=True)
-    scaler.update()  # a disabled scaler does nothing
-    extra = {name: value * rescale for name, value in zip(sums, values, strict=True)}
-    return StepResult(extra.pop('loss'), grad_norm, extra)
-
-
-# -----------------------------------------------------------------------------
 # the run
 
 
@@ -195,42 +147,32 @@ class Trainer:
     """A run: its steps, evaluations, log and checkpoints. It knows no data set.
 
     task: the model, a source of batches and an evaluate function, see nanoloop/pretraining.py. state: the
-    checkpoint to go on from, {} for a new run.
+    checkpoint to go on from, {} for a new run. say: a report.Teller.
     """
 
-    def __init__(self, task, c, m, signals, state):
+    def __init__(self, task, c, m, signals, state, say):
         self.model, self.task, self.c, self.m, self.signals = task.model, task, c, m, signals
+        self.say = say
         self.state, self.rule = state, OBJECTIVE[c.objective]
         self.stopped = signals.stopped
         self.step = self.first_step = state.get('iter_num', 0)  # steps made, skipped ones included
         self.new_data = state and report.other_data(state, c, task.checkpoint_extra)  # text, '' = the same
         self.best = math.inf if self.new_data else state.get('best_val_loss', math.inf)
-        self.evaluated = state.get('evaluated', 0)  # step of the last evaluation
+        self.evaluated = state.get('evaluated', -1)  # step of the last evaluation
         self.evals_since_best = 0 if self.new_data else state.get('stale', 0)
         self.saved = self.step if state else None  # step of the last checkpoint
         same = -max_over_ranks(m, -self.step) == max_over_ranks(m, self.step)
         check(same, 'out_dir', c.out_dir, 'a folder that all machines share')
         self.step_tokens = c.gradient_accumulation_steps * c.batch_size * c.block_size
-        self.flops = functools.cache(lambda n_loop: training_flops(self.model, c, n_loop))  # per token
+        # n_loop -> FLOPs of a step, over all ranks
+        self.flops = functools.cache(lambda n: training_flops(self.model, c, n) * self.step_tokens)
         self.flops_done = state.get('flops', 0.0)
         self.loops_trained = set(state.get('loops_trained', ()))
-        self.last_step = c.max_iters if c.max_flops is None else self.step_of_max_flops()
+        self.last_step = c.max_iters
+        if c.max_flops is not None:
+            self.last_step = step_of_max_flops(c, self.step, self.flops_done, self.flops)
         self.bad_steps = 0  # steps in a row without an update
         self.lock = self.log = None
-
-    def say(self, text):
-        """Prints a line, on rank 0."""
-        if self.m.rank == 0:
-            print_line(text)
-
-    def step_of_max_flops(self):
-        """Returns the number of steps after which max_flops are spent, at most max_iters."""
-        c, spent = self.c, self.flops_done
-        for step in range(self.step, c.max_iters):
-            if spent >= c.max_flops:
-                return step
-            spent += self.flops(loops_at(step, c)) * self.step_tokens
-        return c.max_iters
 
     def open_folder(self):
         """Locks out_dir, moves the files of an earlier run to run-N, opens the log. Rank 0 only."""
@@ -262,9 +204,14 @@ class Trainer:
             self.say(self.task.origin)
         self.git, self.state = git_commit(), None  # lets go of the checkpoint's memory
         self.training_loss = wrap(self.plain_loss, m)
+        cost = report.describe_cost(m, self.flops(c.n_loop), self.last_step - self.step)
         doubts = report.doubtful_keys(c, self.rule, self.last_step, random_weights=not self.task.origin)
-        for line in (*report.describe_run(c, self.model, m.world, self.flops(c.n_loop)), *lines, *doubts):
+        for line in (*self.describe(), *lines, *cost, *doubts):
             self.say(line)
+
+    def describe(self):
+        """Returns lines on the sizes of the model and of a step."""
+        return report.describe_run(self.c, self.model, self.m.world, self.flops(self.c.n_loop))
 
     def restore(self):
         """Loads the states of optimizers and scaler, and says what differs from the run that saved them."""
@@ -272,11 +219,15 @@ class Trainer:
         load_optimizers(self.optimizers, state, c)
         if state['scaler'] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state['scaler'])
-        for line in report.differences(c, self.m.fingerprint(), state, self.new_data):
-            self.say(line)
+        self.say_differences()
         limit = 'max_iters' if self.last_step == c.max_iters else 'max_flops'
         done = f', which is the last: a larger {limit} goes on' if self.step >= self.last_step else ''
         self.say(f'resuming at step {self.step}{done}')
+
+    def say_differences(self):
+        """Says what differs from the run that saved the checkpoint."""
+        for line in report.differences(self.c, self.m.fingerprint(), self.state, self.new_data):
+            self.say(line)
 
     def train(self):
         """Trains until the last step, evaluating and saving. Returns False if a signal ended it before."""
@@ -296,6 +247,9 @@ class Trainer:
             if finished:
                 break
             # one step
+            first = self.step == self.first_step
+            compiling = ', which compiles the blocks first: some 10 to 60 s' * (first and self.m.compile)
+            self.say.now(f'step {self.step} of {self.last_step}{compiling}')
             lr, n_loop = lr_at(self.step, c, self.last_step), loops_at(self.step, c)
             prepare_step(self.optimizers, self.step, lr)
             look = self.look(n_loop)
@@ -307,10 +261,12 @@ class Trainer:
                 self.log.write(look.line(self.step), {'iter': self.step, **look.values})
             self.count_bad_step(result)
             self.step += 1
-            self.flops_done += self.flops(n_loop) * self.step_tokens
+            self.flops_done += self.flops(n_loop)
             self.loops_trained.add(n_loop)
             if (self.step - 1) % c.log_interval == 0:
                 self.log_step(result, lr, n_loop, *meter.read(self.step, self.flops_done))
+            if first:  # it compiles: its time says nothing of the others'
+                meter.reset(self.step, self.flops_done)
         if self.saved != self.step:
             self.save()
         return finished
@@ -334,26 +290,48 @@ class Trainer:
         expected += f'try a lower one; the last good checkpoint: {last}'
         check(self.bad_steps < self.c.max_bad_steps, 'learning_rate', self.c.learning_rate, expected)
 
-    def evaluate_and_save(self):
-        """Evaluates. Unless eval_only, logs the result and saves. Returns False if a signal came first."""
-        c, start = self.c, time.monotonic()
+    def evaluate(self):
+        """Returns the validation loss, a line and a record; None if a signal came first."""
+        start = time.monotonic()
+        self.say.now(f'evaluating at step {self.step}')
         losses = self.task.evaluate()
         if losses is None:
+            return None
+        return losses['val']['loss'], *report.evaluation_line(self.step, losses, time.monotonic() - start)
+
+    def evaluate_only(self):
+        """Evaluates once and adds the result to eval.jsonl of a resumed run. False if a signal came first."""
+        if self.state:
+            self.say_differences()
+        for line in self.describe():
+            self.say(line)
+        result = self.evaluate()
+        if result is None:
             return False
-        val = losses['val']
-        text, record = report.evaluation_line(self.step, losses, time.monotonic() - start)
-        if c.eval_only:
-            self.say(text)
-            return True
-        check(math.isfinite(val['loss']), 'learning_rate', c.learning_rate, f'a lower one: {text}')
-        # the model's loss says nothing of a gate that is trained alone: its last checkpoint is the best
-        better = val['loss'] < self.best or not self.rule.trains_model
-        self.best, self.evaluated = min(val['loss'], self.best), self.step
-        self.evals_since_best = 0 if better else self.evals_since_best + 1
+        _, text, record = result
+        self.say(text)
+        if self.state:
+            record |= dict(n_loop=self.c.n_loop, dataset=self.c.dataset)
+            on_rank0(self.m, lambda: append_record(Path(self.c.out_dir) / 'eval.jsonl', record))
+        return True
+
+    def evaluate_and_save(self):
+        """Evaluates, logs the result and saves. Does nothing if a signal came first."""
+        result = self.evaluate()
+        if result is None:
+            return
+        loss, text, record = result
+        check(math.isfinite(loss), 'learning_rate', self.c.learning_rate, f'a lower one: {text}')
+        self.evaluated = self.step
         if self.m.rank == 0:
             self.log.write(text, record)
+        if self.step == 0:  # the untrained model is no result of this run
+            return
+        # the model's loss says nothing of a gate that is trained alone: its last checkpoint is the best
+        better = loss < self.best or not self.rule.trains_model
+        self.best = min(loss, self.best)
+        self.evals_since_best = 0 if better else self.evals_since_best + 1
         self.save(best=better)
-        return True
 
     def log_step(self, result, lr, n_loop, seconds, flops):
         """Logs the last step. seconds, flops: means per step since the last line."""
@@ -364,7 +342,6 @@ class Trainer:
             return
         extra = dict(zip(result.extra, values, strict=True))
         mfu = flops / seconds / (m.peak * m.world) if m.peak else None
-        # the first step compiles: its time says nothing of the others'
         eta = seconds * (self.last_step - self.step) if step > self.first_step else None
         known = step, loss, result.grad_norm, extra, lr, n_loop, seconds, mfu, self.step_tokens, eta
         self.log.write(*report.step_line(*known, self.flops_done))
@@ -416,18 +393,20 @@ def main(argv):
     work = c.max_iters * c.gradient_accumulation_steps * c.batch_size * c.block_size * layers * c.n_embd
     m = setup(settings, work)
     with Signals(m, print_error) as signals, contextlib.ExitStack() as stack:
-        say = print_line if m.rank == 0 else lambda text: None
+        say = stack.enter_context(report.Teller(print_line if m.rank == 0 else None))
+        say.now('preparing data and model')
         task = pretraining(c, m, checkpoint, signals.stopped, say)
-        trainer = Trainer(task, c, m, signals, checkpoint if resuming else {})
+        trainer = Trainer(task, c, m, signals, checkpoint if resuming else {}, say)
         stack.callback(trainer.close)
         del checkpoint
         say(m.line)
-        finished = trainer.train() if not c.eval_only else trainer.evaluate_and_save()
+        finished = trainer.train() if not c.eval_only else trainer.evaluate_only()
         if finished and not c.eval_only:
             memory, minutes = peak_memory(m) / 2**20, (time.monotonic() - began) / 60
             spent = f'peak memory {memory:,.0f} MiB, total time {minutes:.1f} min'
             say(f'best val loss {trainer.best:.4f}, {spent}')
             if m.rank == 0 and c.sample_tokens:
+                say.now('sampling')
                 say(
                     report.sample_text(
                         trainer.model, task.checkpoint_extra['tokenizer'], c.sample_tokens, c.seed, m, signals

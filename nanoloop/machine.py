@@ -162,6 +162,17 @@ def peak_flops(m):
     return next((peak for part, peak in PEAK_FLOPS.items() if re.search(rf'\b{part}\b', name)), None)
 
 
+def matmul_rate(m, size=2048):
+    """Returns the FLOP/s of square matrix products on this device, the best of several."""
+    a = torch.randn(size, size, device=m.device, dtype=m.dtype)
+    seconds = []
+    for _ in range(8):
+        start = time.perf_counter()
+        a @ a
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds)
+
+
 def peak_memory(m):
     """Returns the most bytes used so far: on a GPU by torch's allocator, elsewhere by the process."""
     if m.kind == 'cuda':

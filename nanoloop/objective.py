@@ -215,6 +215,18 @@ def loops_at(step, c):
     return int(limit_loops(LOOP_SAMPLING[c.loop_sampling].draw(target, random), c))
 
 
+def step_of_max_flops(c, step, flops_done, flops_of_step):
+    """Returns the number of steps after which max_flops are spent, at most max_iters.
+
+    step, flops_done: steps made and FLOPs spent so far. flops_of_step: number of loops -> FLOPs of a step.
+    """
+    for later in range(step, c.max_iters):
+        if flops_done >= c.max_flops:
+            return later
+        flops_done += flops_of_step(loops_at(later, c))
+    return c.max_iters
+
+
 def check_loops(c, config):
     """Raises UserError if objective, number of loops and bptt_k do not go together.
 

@@ -2,13 +2,56 @@
 The lines that a training run prints, and the records of log.jsonl.
 """
 
+import threading
 import time
 from datetime import timedelta
 
 import torch
 
 from nanoloop.generate import stream
+from nanoloop.machine import matmul_rate
 from nanoloop.tokenizer import make_tokenizer
+
+MEASURED_FLOPS = 1e10  # of a step, from which on it is worth measuring what the machine can do
+LONG_STEP_S = 10.0
+
+
+class Teller:
+    """Prints lines, and what the run is doing whenever it has printed nothing for SILENCE_S seconds.
+
+    print_line: prints a line; None = this process prints nothing.
+    """
+
+    SILENCE_S = 15.0
+
+    def __init__(self, print_line):
+        self.print_line, self.ended = print_line, threading.Event()
+        self.last_line = time.monotonic()
+        self.now('')
+
+    def now(self, doing):
+        """Notes what the run is doing from now on."""
+        self.doing, self.since = doing, time.monotonic()
+
+    def __call__(self, text):
+        self.last_line = time.monotonic()
+        if self.print_line:
+            self.print_line(text)
+
+    def __enter__(self):
+        if self.print_line:
+            threading.Thread(target=self.watch, daemon=True).start()
+        return self
+
+    def __exit__(self, *failure):
+        self.ended.set()
+
+    def watch(self):
+        """Runs in a thread until the end."""
+        while not self.ended.wait(max(0.01, self.last_line + self.SILENCE_S - time.monotonic())):
+            silent, busy = (time.monotonic() - begin for begin in (self.last_line, self.since))
+            if silent >= self.SILENCE_S:
+                self(f'... {self.doing} ({busy:.0f} s so far)')
 
 
 class Meter:
@@ -29,13 +72,28 @@ class Meter:
 
 
 def describe_run(c, model, world, flops):
-    """Yields lines on the size of the run and its model. flops: of a training step, per token."""
+    """Yields lines on the size of the run and its model. flops: of a training step."""
     tokens = c.gradient_accumulation_steps * c.batch_size * c.block_size
     micro_batches = f'{c.gradient_accumulation_steps} x {c.batch_size} x {c.block_size}'
     layers = f'{model.config.depth} ({c.n_prelude} + {c.n_block} x {c.n_loop} + {c.n_coda})'
     yield f'tokens per iteration will be: {tokens:,} ({micro_batches}, over {world} process(es))'
     yield f'number of parameters: {model.get_num_params() / 1e6:.2f}M'
-    yield f'executed layers: {layers}, training FLOPs per token: {flops:.4g}'
+    yield f'executed layers: {layers}, training FLOPs per token: {flops / tokens:.4g}'
+
+
+def describe_cost(m, flops, steps):
+    """Yields a line on the time that a run takes at least, if it computes on a CPU. flops: of a step."""
+    if m.kind != 'cpu' or m.world > 1 or flops < MEASURED_FLOPS:
+        return
+    rate = matmul_rate(m, size=1024)
+    seconds = flops / rate
+    run = timedelta(seconds=min(10**9, round(seconds * steps)))
+    yield (
+        f'a step computes {flops / 1e12:.3g} TFLOP, at least {seconds:.2g} s at the {rate / 1e12:.2g} '
+        f'TFLOP/s of this CPU: {run} for {steps:,} steps'
+    )
+    if seconds > LONG_STEP_S:
+        yield 'for a CPU this is large: python train.py config/quickstart.py takes minutes in all'
 
 
 def doubtful_keys(c, rule, last_step, random_weights):

@@ -80,13 +80,24 @@ class Log:
             self.wandb = wandb.init(**run, config=dict(c))
 
     def write(self, text, record):
-        """Prints the text and logs the record, {key: number} with the key iter; inf and nan become null."""
+        """Prints the text and logs the record, {key: number} with the key iter, see to_json."""
         if self.say:
             self.say(text)
-        finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in record.items()}
-        self.file.write(json.dumps(finite).encode() + b'\n')
+        self.file.write(to_json(record))
         if self.wandb:
             self.wandb.log(record, step=record['iter'])
+
+
+def append_record(path, record):
+    """Appends a record to a file of JSON lines, in one write."""
+    with open(path, 'ab', buffering=0) as file:
+        file.write(to_json(record))
+
+
+def to_json(record):
+    """Returns a record {key: number} as a line of JSON; inf and nan become null."""
+    finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in record.items()}
+    return json.dumps(finite).encode() + b'\n'
 
 
 def git_commit():

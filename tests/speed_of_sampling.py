@@ -21,7 +21,8 @@ from configurator import configure
 from model import GPTConfig
 from nanoloop.machine import setup
 from nanoloop.objective import loops_at
-from train import TrainConfig, train_step
+from nanoloop.training_step import train_step
+from train import TrainConfig
 
 SIZES = '--n_loop=4 --bptt_k=None --compile=True --warmup=1 --vocab_size=256'.split()
 WAYS = {'sampled': dict(loop_sampling='poisson', loop_max=16), 'growing': dict(loop_warmup=100)}

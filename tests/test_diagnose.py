@@ -123,7 +123,7 @@ def test_a_look_computes_in_the_precision_of_the_run_and_without_its_scale(call,
     looks = {}
     for name in ('float32', dtype):
         call(main, *flags, '--diagnose=1', '--max_iters=1', f'--dtype={name}', f'--out_dir={tmp_path}/{name}')
-        looks[name], step, _ = read_log(tmp_path / name)
+        _, looks[name], step, _ = read_log(tmp_path / name)
         # the loss that is read out after the last loop is the one that the step reports, rounded as it is
         assert looks[name]['loss/loop_01'] == pytest.approx(step['train/loss'], rel=1e-6)
     assert looks[dtype]['loss/loop_01'] != looks['float32']['loss/loop_01']

@@ -16,8 +16,8 @@ from nanoloop.tokenizer import Bytes, Characters
 RESUME = ['--init_from=resume', '--out_dir={tmp}/done']
 WRONG = [  # (flags of train.py after those of a tiny run, what must be told)
     (['--leanring_rate=1'], "unknown key 'leanring_rate', did you mean 'learning_rate'?"),
-    (['{tmp}/typo.py'], "typo.py: unknown key 'n_lop', did you mean 'n_loop'?"),
-    (['{tmp}/type.py'], "type.py: n_embd='wide', expected int"),
+    (['{tmp}/typo.py'], "typo.py, line 1: unknown key 'n_lop', did you mean 'n_loop'?"),
+    (['{tmp}/type.py'], "type.py, line 1: n_embd='wide', expected int"),
     (['{tmp}/broken.py'], 'broken.py, line 2: SyntaxError'),
     (['config/nowhere.py'], 'there is no config file config/nowhere.py'),
     (['--max_iters'], '--max_iters=value'),
@@ -103,6 +103,10 @@ WRONG = [  # (flags of train.py after those of a tiny run, what must be told)
     (['--dropout=1.5'], 'dropout=1.5, expected at least 0 and below 1'),
     (['--block_size=0'], 'block_size=0, expected at least 1'),
     (['--block_size=400'], 'block_size=400 is too long for'),
+    (
+        ['--block_size=1000000000000'],
+        'block_size=1000000000000 is too long for',
+    ),  # before any memory is taken
     (['--batch_size=0'], 'batch_size=0, expected at least 1'),
     (['--gradient_accumulation_steps=0'], 'gradient_accumulation_steps=0, expected at least 1'),
     (['--eval_interval=0'], 'eval_interval=0, expected at least 1'),

@@ -33,7 +33,8 @@ from nanoloop.optimizer import (
     momentum_at,
     prepare_step,
 )
-from train import TrainConfig, main, train_step
+from nanoloop.training_step import train_step
+from train import TrainConfig, main
 
 SIZES = dict(block_size=12, vocab_size=23, n_head=2, n_embd=12, n_prelude=1, n_block=2, n_coda=1, n_loop=4)
 M = types.SimpleNamespace(rank=0, world=1, kind='cpu', cpu_group=None, autocast=nullcontext)

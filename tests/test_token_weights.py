@@ -12,7 +12,8 @@ from model import GPT, GPTConfig
 from nanoloop import pretraining
 from nanoloop.batches import Batch, batch_seed, micro_batch_number, read_ahead
 from nanoloop.objective import OBJECTIVE, TrainingLoss, set_trained_parts
-from train import TrainConfig, train_step
+from nanoloop.training_step import train_step
+from train import TrainConfig
 
 SIZES = dict(block_size=12, vocab_size=23, n_head=2, n_embd=12, n_prelude=1, n_block=2, n_coda=1, n_loop=3)
 M = types.SimpleNamespace(rank=0, world=1, cpu_group=None, autocast=nullcontext, to_device=lambda x: x)

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -230,7 +231,7 @@ def test_evaluation_takes_eval_iters_batches(call, flags, monkeypatch):
     asked, real = [], Split.eval_windows
     monkeypatch.setattr(Split, 'eval_windows', lambda split, n=None: asked.append(n) or real(split, n))
     call(main, *flags, '--eval_iters=3', '--max_iters=1')
-    assert asked == [12, 12]
+    assert asked == [12, 12] * 2  # at the first and the last step
 
 
 def test_a_huge_loss_is_reported(tiny_data):
@@ -244,18 +245,36 @@ def test_a_huge_loss_is_reported(tiny_data):
     assert result['val']['loss'] == 1000 and math.isfinite(result['val']['ppl'])
 
 
-def test_eval_only_evaluates_the_checkpoint_and_touches_nothing(call, flags, tmp_path):
+def test_the_untrained_model_is_evaluated_and_is_no_result(call, flags, tmp_path, monkeypatch):
+    values = iter([1.0, 3.0, 2.0, 2.5])
+    fake = lambda *_: dict.fromkeys(('train', 'val'), dict(loss=next(values), ppl=1.0, bpb=1.0))  # noqa: E731
+    monkeypatch.setattr(pretraining, 'evaluate', fake)
+    _, out, _ = call(main, *flags)
+    log = read_log(tmp_path / 'out')
+    assert 'step 0: train loss 1.0000, val loss 1.0000' in out and log[0]['val/loss'] == 1.0
+    assert log[0]['iter'] == log[1]['iter'] == 0 and 'train/loss' in log[1]
+    assert load(tmp_path / 'out' / 'best.pt')['best_val_loss'] == 2.0 and 'best val loss 2.0000' in out
+
+
+def test_eval_only_evaluates_the_checkpoint_and_changes_nothing(call, flags, tmp_path):
     call(main, *flags)
     files = {path: path.read_bytes() for path in (tmp_path / 'out').iterdir()}
-    status, out, _ = call(main, *flags, '--init_from=resume', '--eval_only=True')
     expected = [line for line in read_log(tmp_path / 'out') if 'val/loss' in line][-1]
-    told = f'step 12: train loss {expected["train/eval_loss"]:.4f}, val loss {expected["val/loss"]:.4f}'
-    assert status == 0 and told in out
+    for n_loop in (2, 5):
+        keys = ['--init_from=resume', '--eval_only=True', f'--n_loop={n_loop}']
+        status, out, _ = call(main, *flags, *keys)
+        told = f'step 12: train loss {expected["train/eval_loss"]:.4f}, val loss {expected["val/loss"]:.4f}'
+        assert status == 0 and (told in out) == (n_loop == 2)
+        assert f'executed layers: {2 + n_loop} (1 + 1 x {n_loop} + 1)' in out
+        assert ('changed: n_loop was 2, is 5' in out) == (n_loop == 5)
+    lines = [json.loads(line) for line in (tmp_path / 'out' / 'eval.jsonl').read_text().splitlines()]
+    assert [line['n_loop'] for line in lines] == [2, 5] and lines[0]['val/loss'] == expected['val/loss']
+    (tmp_path / 'out' / 'eval.jsonl').unlink()
     assert {path: path.read_bytes() for path in (tmp_path / 'out').iterdir()} == files
 
 
 def test_best_is_kept_and_patience_ends_the_run(call, flags, tmp_path, monkeypatch):
-    values = iter([3.0, 3.5, 2.0, 2.5, 2.6, 1.0])
+    values = iter([9.0, 3.0, 3.5, 2.0, 2.5, 2.6, 1.0])
     fake = lambda *_: dict.fromkeys(('train', 'val'), dict(loss=next(values), ppl=1.0, bpb=1.0))  # noqa: E731
     monkeypatch.setattr(pretraining, 'evaluate', fake)
     status, out, _ = call(main, *flags, '--eval_interval=2', '--patience=2')
@@ -459,7 +478,7 @@ def test_float16_reports_and_clips_the_gradient_without_its_scale(call, flags, t
     norms = []
     for dtype in ('float32', 'float16'):
         call(main, *flags, f'--dtype={dtype}', '--max_iters=1', f'--out_dir={tmp_path}/{dtype}')
-        norms.append(read_log(tmp_path / dtype)[0]['train/grad_norm'])
+        norms.append(read_log(tmp_path / dtype)[1]['train/grad_norm'])
     assert norms[0] == pytest.approx(norms[1], rel=0.02)
 
 
@@ -602,7 +621,7 @@ def test_a_signal_anywhere_ends_in_a_bit_exact_checkpoint(call, flags, tmp_path,
         return wrapped
 
     where = dict(step=(train, 'lr_at', 6), micro=(batches, 'draw_windows', 17))
-    where.update(evaluation=(pretraining, 'evaluate', 2), first=(batches, 'draw_windows', 1))
+    where.update(evaluation=(pretraining, 'evaluate', 3), first=(batches, 'draw_windows', 1))
     room, name, n = where[place]
     monkeypatch.setattr(room, name, after(getattr(room, name), n))
     status, out, _ = call(main, *options)
@@ -704,7 +723,53 @@ def test_times_are_of_the_steps_since_the_last_line_without_evaluations(call, fl
     monkeypatch.setattr(train, 'train_step', pass_time(0.5, train.train_step))
     _, out, _ = call(main, *flags, '--log_interval=2', '--max_iters=7', '--eval_interval=4')
     assert [line['train/ms'] for line in read_log(tmp_path / 'out') if 'lr' in line] == [500.0] * 4
-    assert out.count('took 100.0s') == 2 and 'iter 4' in out and 'eta 0:00:00' in out
+    assert out.count('took 100.0s') == 3 and 'iter 4' in out and 'eta 0:00:00' in out
+
+
+def test_the_first_estimate_of_the_rest_is_without_the_first_step(call, flags, tmp_path, monkeypatch):
+    """The first step compiles. Also after resuming between two lines of the log."""
+    now, real, calls = [0.0], train.train_step, []
+
+    def step(*args):
+        calls.append(1)
+        now[0] += 100.0 if len(calls) == 1 else 1.0
+        return real(*args)
+
+    monkeypatch.setattr(time, 'monotonic', lambda: now[0])
+    monkeypatch.setattr(train, 'train_step', step)
+    _, out, _ = call(main, *flags, '--log_interval=5', '--max_iters=7')
+    assert re.findall(r'iter (\d+):.* eta (\S+)', out) == [('0', '?'), ('5', '0:00:01')]
+    calls.clear()
+    resume = f'--out_dir={tmp_path}/out --init_from=resume --max_iters=12 --lr_decay_iters=7'.split()
+    _, out, _ = call(main, *resume)
+    assert re.findall(r'iter (\d+):.* eta (\S+)', out) == [('10', '0:00:01')]
+
+
+def test_a_silent_run_says_what_it_is_doing(monkeypatch):
+    monkeypatch.setattr(report.Teller, 'SILENCE_S', 0.05)
+    lines = []
+    with report.Teller(lines.append) as say:
+        say('begun')
+        say.now('compiling')
+        end = time.monotonic() + 10
+        while len(lines) < 3 and time.monotonic() < end:
+            time.sleep(0.01)
+    assert lines[:3] == ['begun', *['... compiling (0 s so far)'] * 2]
+    quiet = report.Teller(None)
+    quiet('nothing is printed by other ranks'), quiet.now('')
+
+
+@pytest.mark.parametrize('rate, told', [(1e12, False), (1e9, True)])
+def test_the_cost_of_a_step_is_told_before_the_first(monkeypatch, rate, told):
+    monkeypatch.setattr(report, 'matmul_rate', lambda m, size: rate)
+    m = types.SimpleNamespace(kind='cpu', world=1)
+    lines = [*report.describe_cost(m, 2e10, 1800)]
+    seconds = '0.02 s at the 1 TFLOP/s of this CPU: 0:00:36' if rate == 1e12 else '20 s at the 0.001 TFLOP/s'
+    assert lines[0].startswith(f'a step computes 0.02 TFLOP, at least {seconds}')
+    assert ('python train.py config/quickstart.py' in lines[-1]) == told
+    assert not [*report.describe_cost(m, 1e9, 1800)]  # not worth measuring
+    m.kind = 'cuda'
+    assert not [*report.describe_cost(m, 2e10, 1800)]
 
 
 def test_wandb_gets_what_the_log_gets_and_its_run_goes_on(call, flags, tmp_path, monkeypatch):

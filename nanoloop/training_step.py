@@ -1,0 +1,64 @@
+"""
+One training step: forward and backward passes of its micro-batches, clipping, and the optimizers' update.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from nanoloop.parallel import sum_over_ranks
+
+
+class StepResult(NamedTuple):
+    """The result of one training step on this rank."""
+
+    loss: float
+    grad_norm: float  # of the gradient of all ranks, before clipping
+    extra: dict  # further values to log, from the objective: {name: float}
+
+
+def train_step(training_loss, optimizers, scaler, batches, n_loop, c, m, stopped=lambda: False, look=None):
+    """Makes one optimizer step of this rank's next micro-batches. Returns a StepResult.
+
+    Every target but -1 has the same weight in all micro-batches. A step whose gradient is not finite changes
+    no weight. Returns None if stopped() became true between micro-batches. look: see diagnose.Look.
+    """
+    micros, sums, targets_counted = c.gradient_accumulation_steps // m.world, {}, 0
+    for micro in range(micros):
+        if micro and stopped():
+            return None
+        batch = next(batches)
+        targets_counted += int((batch.targets != -1).sum())
+        idx, targets = m.to_device(batch.idx), m.to_device(batch.targets)  # (B, T) each
+        weights = None if batch.weights is None else m.to_device(batch.weights)
+        if look and micro == 0:
+            torch.manual_seed(batch.seed)
+            look.before_first(idx, targets, weights)
+        training_loss.require_backward_grad_sync = micro == micros - 1  # DDP reduces once per step
+        torch.manual_seed(batch.seed)
+        with m.autocast():
+            loss, extra = training_loss(idx, targets, n_loop, weights)
+        scaler.scale(loss / micros).backward()
+        for name, x in dict(extra, loss=loss.detach()).items():
+            sums[name] = sums.get(name, 0.0) + x / micros
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
+    params = [p for optimizer in optimizers for group in optimizer.param_groups for p in group['params']]
+    # losses were divided by the number of all targets; this corrects it to the targets other than -1
+    rescale = batch.targets.numel() * micros * m.world / max(1, sum_over_ranks(m, targets_counted))
+    if rescale != 1:
+        torch._foreach_mul_([p.grad for p in params if p.grad is not None], rescale)
+    grad_norm = nn.utils.clip_grad_norm_(params, c.grad_clip or math.inf)
+    # here the host waits for the device
+    *values, grad_norm = torch.stack([*sums.values(), grad_norm]).tolist()
+    if look:
+        look.after_clipping()
+    for optimizer in optimizers:
+        if math.isfinite(grad_norm):
+            scaler.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
+    scaler.update()  # a disabled scaler does nothing
+    extra = {name: value * rescale for name, value in zip(sums, values, strict=True)}
+    return StepResult(extra.pop('loss'), grad_norm, extra)
