@@ -255,7 +255,9 @@ def difference(a, b, where):
 def read(path):
     """Returns the records of a log, or a checkpoint with the names of its weights."""
     if path.suffix == '.jsonl':
-        return [json.loads(line) for line in path.read_text().splitlines()]
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        # an evaluation of the untrained model, which early commits do not make
+        return [record for record in records if record['iter'] or 'val/loss' not in record]
     checkpoint = torch.load(path, weights_only=True)
     return dict(checkpoint, names=sorted(checkpoint['model']))
 
