@@ -16,7 +16,6 @@ import shlex
 import statistics
 import time
 from dataclasses import dataclass, fields
-from typing import Annotated
 
 import torch
 
@@ -26,7 +25,7 @@ from nanoloop.baselines import apply_baseline
 from nanoloop.batches import Batch
 from nanoloop.bench_decode import decoding_ways, print_timings, time_decoding
 from nanoloop.checkpoint import find_from_flags, load_checkpoint
-from nanoloop.checks import Count, NotNegative, OneOf, check, settle_fields
+from nanoloop.checks import Choice, Count, NotNegative, check, settle_fields
 from nanoloop.count import flops, parameters
 from nanoloop.datasets import find_data, read_meta
 from nanoloop.decode import cast_linears_
@@ -47,14 +46,14 @@ from train import TrainConfig
 @dataclass
 class BenchConfig:
     # bench
-    mode: Annotated[str, OneOf(('train', 'decode'))] = 'train'  # train measures steps, decode measures text
+    mode: Choice(('train', 'decode')) = 'train'  # train measures steps, decode measures text
     count_only: bool = False  # print parameters and FLOPs, and measure nothing
     tokens: Count = 256  # mode=decode: new tokens per row
     sequences: Count = 1  # mode=decode: rows of the batch
-    exit_threshold: NotNegative | None = None  # mode=decode: of early exits; None = the advised values
+    exit_threshold: NotNegative | None = None  # mode=decode: of every rule, in its own unit; None = advised
     draft_tokens: Count = 4  # mode=decode: tokens per draft of speculation, one loop each
-    vs: str = ''  # key=value flags of a second setting to compare with; '' = none
-    warmup: Count = 5  # steps between the first one, which compiles, and measuring
+    vs: str = ''  # flags of a second setting to compare with, as --vs="--n_loop=8"; '' = none
+    warmup: Count = 5  # mode=train: steps between the first one, which compiles, and measuring
     rounds: Count = 5  # number of measurements; the median is printed
     steps: Count = 10  # mode=train: steps per measurement
 

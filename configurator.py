@@ -5,7 +5,7 @@ The keys of a script: set by config files and flags, listed by --help. Also: how
 
 The fields of a script's dataclasses are its keys; a field's comment is what --help says about the key:
 
-    norm: Annotated[str, OneOf(NORM)] = 'rmsnorm'  # normalisation layer
+    norm: Choice(NORM) = 'rmsnorm'  # normalisation layer
 
 A config file is Python that assigns keys. It can read the value that every key has so far, and
 include('other.py') runs the file other.py beside it. Names that begin with _ are its own.

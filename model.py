@@ -35,9 +35,9 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from nanoloop import checks
-from nanoloop.checks import Count, Fraction, OneOf, Positive, Share, Size, Window
+from nanoloop.checks import Choice, Count, Fraction, Positive, Share, Size, Window
 
-HEAD_CHUNK = 2**25  # most logits computed at once, 128 MiB in float32; longer inputs are split into chunks
+HEAD_CHUNK = 2**25  # most logits that cross_entropy computes at once, 128 MiB in float32
 
 
 def upcast(x):
@@ -77,8 +77,8 @@ def make_norm(config, exists, absent=identity):
 # which norms a block has: each of its two halves computes x = out(x + post(f(pre(x))))
 NormPlace = namedtuple('NormPlace', 'pre post out')
 # fmt: off
-NORM_PLACE = dict(pre=NormPlace(True, False, False), branch=NormPlace(True, True, False),  # GPT-2; Ouro
-                  around=NormPlace(True, False, True), post=NormPlace(False, False, True))  # Huginn; 2017
+NORM_PLACE = dict(pre=NormPlace(True, False, False), branch=NormPlace(True, True, False),  # as GPT-2, as Ouro
+                  around=NormPlace(True, False, True), post=NormPlace(False, False, True))  # Huginn, 2017's
 # fmt: on
 
 
@@ -110,8 +110,9 @@ class LoopPart(nn.Module):
     """Base class of the entries of STATE, INJECT and UPDATE, which are built as entry(config).
 
     The constructor sets the initial values. A method init(rules), if there is one, then fills all parameters,
-    by the rules of INIT or otherwise. AdamW trains the parameters without weight decay (optimizer group
-    'vectors'), unless `groups` names another group of nanoloop/optimizer.py.
+    by the rules of INIT or otherwise: rules[part] is a function that fills a tensor. AdamW trains the
+    parameters without weight decay (optimizer group 'vectors'), unless `groups` names another group of
+    nanoloop/optimizer.py.
 
     base_args: arguments of a further base class, such as nn.Linear.
     """
@@ -153,7 +154,8 @@ class FromNoise(LoopPart):
     """s_0 ~ N(0, state_std^2).
 
     Training draws from torch's default generator. Evaluation reads a fixed table, indexed by position: it is
-    repeatable, and a row does not depend on the other rows of its batch.
+    repeatable, and a row does not depend on the other rows of its batch. The table is the same for all rows
+    and seeds, and repeats every block_size positions.
     """
 
     options = ('state_std',)
@@ -186,7 +188,7 @@ class Injection(LoopPart):
 
     states = ('prelude', 'random', 'zero')  # the values of state_init that are allowed
     hooked_blocks = None  # the number of blocks that call block_hook, if there is one; None = all
-    needs_full_bptt = False  # e enters as s_0 only: with bptt_k < n_loop the prelude would get no gradient
+    needs_full_bptt = False  # True: e enters as s_0 only, so bptt_k < n_loop gives the prelude no gradient
 
     def hook_state(self, s):
         """Returns the argument `state` of block_hook for s, (B, T, C) each. It is called once per loop."""
@@ -222,7 +224,7 @@ class Concat(Injection, nn.Linear):
 
 
 class Add(Injection):
-    """u = norm(e + s)."""
+    """u = rms_norm(e + s), whatever config.norm is."""
 
     states = ('prelude', 'random', 'zero', 'none')
 
@@ -240,7 +242,7 @@ class Gated(Injection):
 
 
 class QueryFirst(Injection):
-    """u = e; the first block takes its queries from norm(s). LT_ia."""
+    """u = e; the first block takes its queries from rms_norm(s), which passes by its ln_1. LT_ia."""
 
     states = ('none', 'prelude', 'random')
     hooked_blocks = 1
@@ -256,13 +258,13 @@ class QueryFirst(Injection):
 
 
 class QueryAll(QueryFirst):
-    """u = e; every block takes its queries from norm(s). FLT."""
+    """u = e; every block takes its queries from rms_norm(s), which passes by its ln_1. FLT."""
 
     hooked_blocks = None
 
 
 class ResidualAll(Injection):
-    """u = e; every block first computes x = norm(x + s). FLT_res."""
+    """u = e; every block first replaces its input x by rms_norm(x + s). FLT_res."""
 
     states = tuple(STATE)
 
@@ -277,14 +279,14 @@ class ResidualAll(Injection):
 INJECT = dict(passthrough=Passthrough, inject=Concat, add=Add, gated=Gated,
               query_first=QueryFirst, query_all=QueryAll, residual_all=ResidualAll)
 # fmt: on
-ALIASES = dict(inject_random=dict(input_injection='inject', state_init='random'))  # nanoLOOP's
+ALIASES = dict(inject_random=dict(input_injection='inject', state_init='random'))  # the original nanoLOOP's
 
 
 class Replace(LoopPart):
     """The new state is y."""
 
     def forward(self, s, y, i):
-        """Returns the state after loop i. s: the state before; y: the loop's output; all (B, T, C)."""
+        """Returns the state after loop i. y: the loop's output; s: the state before, y if none; (B, T, C)."""
         return y
 
 
@@ -313,14 +315,17 @@ UPDATE = {'replace': Replace, 'gate': Gate, 'damp': Damp}
 
 
 def normal(std):
+    """Returns a function that fills a tensor from N(0, std^2)."""
     return functools.partial(nn.init.normal_, std=std)
 
 
 def uniform(std):
+    """Returns a function that fills a tensor uniformly, with mean 0 and standard deviation std."""
     return functools.partial(nn.init.uniform_, a=-math.sqrt(3) * std, b=math.sqrt(3) * std)
 
 
 def truncated(std):
+    """Returns a function that fills a tensor from N(0, std^2), cut at 3 std."""
     return functools.partial(nn.init.trunc_normal_, std=std, a=-3 * std, b=3 * std)
 
 
@@ -333,7 +338,7 @@ def init_rules(rest, **parts):
 
 
 def huginn(c):
-    """Divides the std of every c_proj, and of swiglu's up, by sqrt(2 depth)."""
+    """Returns Huginn's rules: std sqrt(2 / (5 C)), divided by sqrt(2 depth) in c_proj and swiglu's up."""
     std = math.sqrt(2 / (5 * c.n_embd))
     wide, low = truncated(std), truncated(std / math.sqrt(2 * c.depth))
 
@@ -370,42 +375,42 @@ NANOCHAT_SIZE = checks.Derives(lambda n: dict(n_embd=128 * math.ceil(n / 2), n_h
 class GPTConfig:
     # model
     block_size: Count = 1024  # context length in tokens
-    vocab_size: Count = 50304  # number of token ids; if not set, that of the data set
+    vocab_size: Count = 50304  # number of token ids; if not set, train.py and bench.py take the data's
     n_head: Annotated[Count, checks.Divides('n_embd')] = 12  # number of attention heads
     n_kv_head: Annotated[Count, checks.Divides('n_head')] | None = None  # key/value heads; None = n_head
     n_embd: Count = 768  # width of the residual stream in channels
     size: Annotated[Count, NANOCHAT_SIZE] | None = None  # sets n_head = ceil(size/2), n_embd = 128 n_head
     dropout: Share = 0.0  # probability of dropout; 0 for pretraining, 0.1 or more for small data
-    bias: bool = False  # biases in Linear and LayerNorm layers, as in GPT-2
+    bias: bool = False  # biases in the blocks, the injection and LayerNorm, as in GPT-2; never in the head
     n_prelude: Size = 2  # number of layers before the loop
     n_block: Count = 2  # number of layers inside the loop
     n_coda: Size = 2  # number of layers after the loop
     n_loop: Count = 4  # number of loops: passes through the layers inside the loop
     bptt_k: Count | None = None  # number of loops, the last ones, that record a graph; None = all
-    input_injection: Annotated[str, OneOf(INJECT, ALIASES)] = 'inject'  # how the prelude's output enters
-    state_init: Annotated[str, OneOf(STATE)] = 'prelude'  # state s_0 before the first loop; none = no state
+    input_injection: Choice(INJECT, ALIASES) = 'inject'  # input of a loop: s, W [e; s], norm(e + s), ...
+    state_init: Choice(STATE) = 'prelude'  # state s_0 before the first loop; none = no state
     state_std: Positive | None = None  # standard deviation of state_init=random; None = n_embd^-0.5
-    state_update: Annotated[str, OneOf(UPDATE)] = 'replace'  # how a loop's output becomes the new state
+    state_update: Choice(UPDATE) = 'replace'  # the new state: y, g s + (1 - g) y, s + update_alpha (y - s)
     update_alpha: Positive = 1.0  # state_update=damp: s + update_alpha (output - s); 1 = replace
-    norm: Annotated[str, OneOf(NORM)] = 'rmsnorm'  # kind of norm; rmsnorm_fixed has no weight
-    norm_eps: Fraction | None = None  # epsilon of all norms; None = 1e-5 for layernorm, else 1e-6
-    norm_place: Annotated[str, OneOf(NORM_PLACE)] = 'pre'  # block: x+f(nx), x+nf(nx), n(x+f(nx)), n(x+f(x))
+    norm: Choice(NORM) = 'rmsnorm'  # kind of norm; rmsnorm_fixed has no weight, as the norm in injections
+    norm_eps: Fraction | None = None  # epsilon of all norms; None = 1e-5 of LayerNorm, 1e-6 of RMSNorm
+    norm_place: Choice(NORM_PLACE) = 'pre'  # x+f(n(x)), x+n(f(n(x))), n(x+f(n(x))), n(x+f(x))
     norm_emb: bool = False  # norm after the embedding
-    norm_loop: bool = True  # norm at the end of every loop
+    norm_loop: bool = True  # norm of the last block's output in every loop, before state_update
     norm_final: bool = True  # norm before the head
     res_scale: Positive = 1.0  # factor of what attention and MLP add to the residual stream; 1 = none
-    pos: Annotated[str, OneOf(POS)] = 'learned'  # how positions enter the model
+    pos: Choice(POS) = 'learned'  # how positions enter the model
     rope_base: Positive = 10000.0  # base of the rotation frequencies of pos=rope
     qk_norm: bool = False  # RMSNorm without weight on queries and keys, after RoPE
-    mlp: Annotated[str, OneOf(MLP_ACT)] = 'gelu'  # activation of the MLP
-    n_hidden: Count | None = None  # width inside the MLP; None = 4 n_embd, swiglu: 8/3 n_embd rounded to 64s
-    window_pattern: Annotated[str, checks.Letters('LS')] = 'L'  # letter per layer, repeated: S window, L full
-    window_size: Window | None = None  # earlier tokens that an S layer sees; None = block_size // 2
+    mlp: Choice(MLP_ACT) = 'gelu'  # activation of the MLP
+    n_hidden: Count | None = None  # MLP width; None = 4 n_embd, swiglu: 8/3 n_embd up to a multiple of 64
+    window_pattern: Annotated[str, checks.Letters('LS')] = 'L'  # a letter per layer of prelude, loop, coda
+    window_size: Window | None = None  # earlier tokens that a layer S sees; None = block_size // 2
     tie_weights: bool = True  # the head uses the embedding's weight
     softcap: Positive | None = None  # logits become softcap * tanh(logits / softcap); None = no cap
     emb_scale: Positive = 1.0  # factor of the token embedding; 1 = none
     exit_gate: bool = False  # linear layer that predicts from the state whether to exit after a loop
-    init: Annotated[str, OneOf(INIT)] = 'gpt2'  # scheme of the initial weights
+    init: Choice(INIT) = 'gpt2'  # scheme of the initial weights
     recompute: bool = False  # activation checkpointing of every loop: less memory for more time
 
     def __post_init__(self):
@@ -424,7 +429,8 @@ class GPTConfig:
 
 
 # inputs of attention that depend on positions only. rope: table (cos, sin), each (..., T, D / 2); None = no
-# RoPE. mask: (..., T, S), True where a query sees a key; None = plain causal. window_mask: the mask of layers
+# RoPE. mask: (..., T, S), True where a query sees a key; None = causal, or all keys for a single decoded
+# token. window_mask: the mask of layers
 # with a window
 AttnInputs = namedtuple('AttnInputs', 'rope mask window_mask')
 
@@ -437,7 +443,7 @@ def rope_table(pos, width, base):
 
 
 def apply_rope(x, rope):
-    """Rotates the two halves of every head by its position. Returns the shape and dtype of x (B, H, T, D)."""
+    """Rotates channels i and i + D / 2 of every head by the position. x and the result: (B, H, T, D)."""
     cos, sin = rope
     a, b = x.chunk(2, dim=-1)  # (B, H, T, D / 2) each
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
@@ -484,6 +490,7 @@ class CausalSelfAttention(nn.Module):
         return torch.cat((F.linear(query_source, w_q, b_q), F.linear(x, w_kv, b_kv)), dim=-1)
 
     def forward(self, x, rope=None, mask=None, query_source=None, cache=None):
+        """Returns (B, T, C). query_source (B, T, C): queries come from it, None = from x; rest: see Block."""
         (B, T, C), H, G = x.shape, self.n_head, self.n_kv_head
         qkv = self.project_qkv(x, query_source)  # (B, T, (H + 2 G) D)
         qkv = qkv.view(B, T, H + 2 * G, C // H).transpose(1, 2)  # (B, H + 2 G, T, D)
@@ -625,7 +632,8 @@ class GPT(nn.Module):
         return self.transformer.drop(self.transformer.norm_emb(x))
 
     def apply_blocks(self, blocks, x, attn_inputs, state=None, caches=None):
-        """Returns x (B, T, C) after blocks. state (B, T, C): passed to blocks with a hook, see Injection.
+        """Returns x (B, T, C) after blocks. state (B, T, C): what inject.hook_state(s) returned;
+        blocks with a hook get it.
 
         caches: for decoding, one function (k, v) -> (k, v) per block. It stores the new keys and values and
         returns them with the earlier ones.
@@ -696,8 +704,9 @@ class GPT(nn.Module):
     def loss_table(self, idx, targets, n_loop=None, loops=(-1,)):
         """Returns every token's cross-entropy after each of the given loops, and the exit probabilities.
 
-        idx, targets: (B, T), -1 = ignored; n_loop, loops: see loop_states. Returns ce (R, B, T), which is
-        differentiable and 0 where ignored, and the probabilities (R, B, T), or None without a gate.
+        idx, targets: (B, T), -1 = ignored; n_loop, loops: see loop_states. Returns ce (R, B, T), 0 where
+        ignored, and the probabilities (R, B, T), or None without a gate. Of a loop before the last bptt_k
+        only coda and head get a gradient.
 
         With several loops coda and head are recomputed in the backward pass: only the states and head inputs
         of the loops are stored. Under autocast use cache_enabled=False: with autocast's cache the gradients

@@ -18,7 +18,7 @@ import torch
 
 from configurator import command, configure, print_error
 from nanoloop.checkpoint import BEST, find_from_flags, find_tokenizer, load_checkpoint
-from nanoloop.checks import Above, AtMost, Count, NotNegative, OneOf, Size, check, settle_fields
+from nanoloop.checks import Above, AtMost, Choice, Count, NotNegative, Size, check, settle_fields
 from nanoloop.decode import Stats, cast_linears_
 from nanoloop.early_exit import EXIT, EarlyExit
 from nanoloop.generate import Generation
@@ -32,7 +32,7 @@ class SampleConfig:
     out_dir: str = 'out'  # folder of a run (its best.pt, else its ckpt.pt), or another name as in init_from
     init_from: str = 'resume'  # resume (the model in out_dir), a folder, a file, gpt2..gpt2-xl, ouro:FOLDER
     # text
-    start: str = ''  # prompt; FILE:PATH reads it from a file; '' = the end-of-text token
+    start: str = ''  # prompt; FILE:PATH reads it from a file; '' = the end-of-text token, or a newline
     num_samples: Count = 1  # number of samples: one batch, or one by one with stream or speculate
     max_new_tokens: Count = 500  # number of tokens per sample
     stop: str = ''  # text that ends a sample and is not printed; '' = none
@@ -45,7 +45,7 @@ class SampleConfig:
     # loops
     n_loop: Count | None = None  # number of loops; None = that of the checkpoint
     kv_budget: Count | None = None  # number of loops with a KV cache of their own; None = all, which is exact
-    exit: Annotated[str, OneOf(('', *EXIT))] = ''  # early exit: what decides that a token leaves; '' = never
+    exit: Choice(('', *EXIT)) = ''  # early exit: what decides that a token leaves; '' = never
     exit_threshold: NotNegative | None = None  # exit below it (kl in nats, diff), or at and above it (gate)
     min_loops: Count = 1  # smallest number of loops of a token; needs exit
     warm_start: bool = False  # start a token's loop from the state of the token before it, an approximation

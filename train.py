@@ -31,9 +31,9 @@ from nanoloop.checks import (
     AtLeast,
     AtMost,
     Below,
+    Choice,
     Count,
     NotNegative,
-    OneOf,
     Share,
     Size,
     StepsOrShare,
@@ -71,13 +71,15 @@ from nanoloop.training_step import train_step
 class TrainConfig:
     # output
     out_dir: str = 'out'  # folder of the run: ckpt.pt (last), prev.pt (the one before), best.pt, log.jsonl
-    eval_interval: Count = 2000  # steps between evaluations; each one after step 0 saves a checkpoint
+    eval_interval: Count = 2000  # steps between evaluations, plus the last step; each one after step 0 saves
     log_interval: Count = 1  # steps between lines that are printed and logged
-    eval_iters: Size = 200  # micro-batches per split in an evaluation, evenly spread; 0 = the whole val split
+    eval_iters: Size = (
+        200  # an evaluation reads this x batch_size windows of each split; 0 = as many as val has
+    )
     eval_only: bool = False  # evaluate once and exit; a resumed run gets a line in eval.jsonl
     diagnose: Size = 0  # steps between diagnostics of the loop's states and gradients; 0 = none
     always_save_checkpoint: bool = True  # no effect (nanoGPT's key): every evaluation saves ckpt.pt
-    init_from: str = 'scratch'  # scratch, resume, auto (resume, else scratch), gpt2..gpt2-xl, FOLDER or FILE
+    init_from: str = 'scratch'  # scratch, resume, auto (resume, else scratch); weights of gpt2..gpt2-xl, PATH
     sample_tokens: Size = 200  # tokens of the sample printed at the end; 0 = none
     wandb_log: bool = False  # also log to Weights & Biases
     wandb_project: str = 'nanoloop'  # name of the project in Weights & Biases
@@ -86,18 +88,18 @@ class TrainConfig:
     dataset: str = 'pystdlib'  # name of a folder in data/, or a path that contains a slash
     gradient_accumulation_steps: Count = 1  # micro-batches per step, summed over all processes
     batch_size: Count = 12  # rows (sequences) of a micro-batch, per process
-    baseline: Annotated[str, OneOf(BASELINE)] = ''  # compare with 1 loop, or with loops unrolled; '' = off
+    baseline: Choice(BASELINE) = ''  # train this instead: n_loop=1, or the loops unrolled; '' = off
     # objective
-    objective: Annotated[str, OneOf(OBJECTIVE)] = 'end'  # loss over: last, all, last third, exits; or gate
-    beta: NotNegative = 0.1  # objective=exit: weight of the entropy of the exit distribution; 0 = none
+    objective: Choice(OBJECTIVE) = 'end'  # loss of the last loop, all, last third, by exits; or of the gate
+    beta: NotNegative = 0.1  # objective=exit: beta times the entropy of the exits lowers the loss; 0 = none
     gate_ahead: bool = False  # objective=gate: the gate predicts if the next loop helps; False = this loop
-    loop_sampling: Annotated[str, OneOf(LOOP_SAMPLING)] = 'fixed'  # distribution of a step's number of loops
+    loop_sampling: Choice(LOOP_SAMPLING) = 'fixed'  # of a step: n_loop, 1 to 2 n_loop - 1, or mean n_loop + 1
     loop_max: Count | None = None  # most loops that are ever drawn; poisson needs a limit; None = no limit
     loop_warmup: StepsOrShare = 0  # steps over which n_loop grows; below 1: a share of max_iters; 0 = none
-    loop_growth: Annotated[str, OneOf(LOOP_GROWTH)] = 'sqrt'  # curve of loop_warmup; late = 1, then n_loop
+    loop_growth: Choice(LOOP_GROWTH) = 'sqrt'  # sqrt: 1 - sqrt(1 - t), slow at first; late: 1, then n_loop
     max_flops: Annotated[float, AtLeast(1)] | None = None  # end the run at this many FLOPs; None = no limit
     # optimizer
-    optimizer: Annotated[str, OneOf(OPTIMIZER)] = 'adamw'  # muon: block and injection matrices, AdamW: rest
+    optimizer: Choice(OPTIMIZER) = 'adamw'  # muon: block and injection matrices, AdamW: rest
     learning_rate: NotNegative = 6e-4  # peak learning rate, reached after the warm-up
     matrix_lr: NotNegative | None = None  # rate of block and injection matrices; None = learning_rate
     embedding_lr: NotNegative | None = None  # rate of token and position embeddings; None = learning_rate
@@ -110,12 +112,12 @@ class TrainConfig:
     adam_eps: NotNegative = 1e-8  # AdamW epsilon
     grad_clip: NotNegative = 1.0  # largest L2 norm of the gradient; 0 = no clipping
     max_bad_steps: Count = 3  # end the run after this many steps in a row with a non-finite gradient
-    patience: Size = 0  # end the run after this many evaluations without a better val loss; 0 = never
+    patience: Size = 0  # end the run after so many evaluations in a row without a better val loss; 0 = never
     # learning rate
     decay_lr: bool = True  # decay the learning rate; False = constant after the warm-up
-    lr_schedule: Annotated[str, OneOf(SCHEDULE)] = 'cosine'  # decay shape; linear keeps the peak first
+    lr_schedule: Choice(SCHEDULE) = 'cosine'  # decay shape; linear keeps the peak first
     warmup_iters: Size = 2000  # steps of linear learning rate warm-up; 0 = none
-    warmdown_frac: Annotated[float, AtLeast(0), AtMost(1)] = 0.2  # lr_schedule=linear: decaying share of run
+    warmdown_frac: Annotated[float, AtLeast(0), AtMost(1)] = 0.2  # linear: share of the steps that decay
     lr_decay_iters: Size | None = None  # step at which the rate reaches min_lr; None = the last step
     min_lr: NotNegative = 6e-5  # learning_rate at the end of its decay; other rates shrink in proportion
     # machine

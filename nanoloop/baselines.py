@@ -27,7 +27,7 @@ PLAIN = dict(
     state_update='replace',
     update_alpha=1.0,
 )
-BASELINE = {  # the run's keys -> the keys that change
+BASELINE = {  # the run's keys -> {key: value} that replace some of them
     '': lambda c: {},
     'same_params': lambda c: ONE_LOOP,
     'same_flops': lambda c: dict(PLAIN, n_block=c.n_block * c.n_loop, window_pattern=unrolled_windows(c)),
@@ -35,7 +35,7 @@ BASELINE = {  # the run's keys -> the keys that change
 
 
 def apply_baseline(c, say=None):
-    """Sets the keys of c.baseline in c. say: called with a line per key that changes."""
+    """Replaces in c the keys that c.baseline changes. say: called with a line per key that changes."""
     for key, value in BASELINE[c.baseline](c).items():
         if c[key] != value and say:
             say(f'baseline {c.baseline}: {key} = {value!r}')

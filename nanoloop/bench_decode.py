@@ -74,7 +74,7 @@ def time_decoding(model, prompts, n_tokens, ways, rounds):
 
 
 def print_timings(timings, n_tokens, n_rows, n_loop, say):
-    """Prints the medians of a table {name: Timing}. ratio: the median of the rounds' ratios to `cached`."""
+    """Prints the medians of a table {name: Timing}. ratio: speed / that of `cached`."""
     say(f'{"decoding":22} {"tokens/s":>9} {"ratio":>6} {"first, ms":>9} {"cache, MiB":>10} {"loops":>6}')
     for name, timing in timings.items():
         rate = n_tokens * n_rows / statistics.median(timing.seconds)

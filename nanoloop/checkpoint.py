@@ -183,7 +183,7 @@ class Format(NamedTuple):
 
 FORMATS = {  # the first that recognises model_args; each program has keys that those after it do not have
     'this program': Format(lambda args: 'norm' in args, lambda args, weights: (args, weights)),
-    'nanoLOOP': Format(lambda args: 'n_prelude' in args, from_nanoloop),
+    'the original nanoLOOP': Format(lambda args: 'n_prelude' in args, from_nanoloop),
     'nanoGPT': Format(lambda args: 'n_layer' in args, from_nanogpt),
 }
 
@@ -269,7 +269,7 @@ def initial_values(model, sections, weights):
 
     sections: beginnings of names, such as `inject.`.
     Only what a checkpoint cannot have starts anew. A parameter that is missing for another reason stays
-    missing, and load_state_dict refuses the checkpoint.
+    missing, and load_weights refuses the checkpoint.
     """
     state = model.state_dict().items()
     return {name: w for name, w in state if name not in weights and name.startswith(tuple(sections))}

@@ -5,7 +5,7 @@ The annotation of a configuration's field says which values it takes:
 
     n_loop: Annotated[int, AtLeast(1)] = 4
     n_head: Annotated[int, AtLeast(1), Divides('n_embd')] = 12
-    norm: Annotated[str, OneOf(NORM)] = 'rmsnorm'
+    norm: Choice(NORM) = 'rmsnorm'
 
 and settle_fields(self) in __post_init__ applies it. This file needs no torch: neither does preparing data.
 """
@@ -133,6 +133,11 @@ class Derives:
 
     def holds(self, value, config):
         return True
+
+
+def Choice(table, aliases=None):  # noqa: N802, it stands where a type stands
+    """Returns the annotation of a text that is a key of a table, see OneOf."""
+    return Annotated[str, OneOf(table, aliases)]
 
 
 Count = Annotated[int, AtLeast(1)]

@@ -3,7 +3,7 @@ Counts a model's parameters and FLOPs by its structure: every layer as often as 
 passes only where they happen.
 
 Matrix products and attention equal torch's FlopCounterMode, which counts a window as full attention, since a
-dense mask computes it so. Here a window counts as the keys that it sees.
+dense mask computes it so. Here a window counts as window_size keys, one fewer than it sees.
 """
 
 import torch
@@ -54,7 +54,8 @@ def parameters(model):
 def flops(model, n_loop=None, loops_read=1):
     """Returns {forward, training: {matmul, attention, norm: FLOPs per token}} at T = block_size.
 
-    A weight of a matrix costs 2 FLOPs per use, and attention 4 C w per layer with w keys in sight. A backward
+    A weight of a matrix costs 2 FLOPs per use, and attention 4 C w per layer with w keys in sight
+    (block_size, as without a causal mask, or window_size). A backward
     pass costs twice that, once where the input carries no gradient, and happens in the last bptt_k loops
     only. The weights of the blocks' norms count like those of a matrix, as looped nanochat publishes it.
 

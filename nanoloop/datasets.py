@@ -101,7 +101,10 @@ def find_max_id(folder, meta):
 
 
 def identify(folder, meta):
-    """Returns {source, sha256} of a data set. Sets of the same sha256 have the same tokens and masks."""
+    """Returns {source, sha256} of a data set. Sets of the same sha256 have the same tokens and masks.
+
+    Of files of nanoGPT, which have no hashes, only the sizes and the ends are compared.
+    """
     content = [
         [
             split,

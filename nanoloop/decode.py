@@ -1,7 +1,8 @@
 """
 Decoding with a KV cache: a looped model processes tokens chunk by chunk.
 
-The result of a token equals that of a full forward pass at its position, for any number of loops.
+Without early exit and warm start, and with kv_budget = n_loop, the result of a token equals that of a full
+forward pass over the tokens in view.
 
 With an early exit (nanoloop/early_exit.py) every token leaves the loop by itself, and the cache of the deeper
 loops gets copies of its last keys and values. Exits are causal: a token's number of loops depends on itself
@@ -24,9 +25,10 @@ from nanoloop.machine import compile_step, onednn_for
 
 
 def cast_linears_(model, dtype):
-    """Casts the weights of all Linear layers to dtype, in place, so that autocast does not cast per token.
+    """Casts weights and biases of all Linear layers to dtype, in place: autocast then casts none per token.
 
-    Embeddings, norms and the exit gate stay as they are. The model can no longer be trained.
+    The model then runs under autocast in dtype only, and can no longer be trained. A tied head becomes a copy
+    of its own. Embeddings, norms and the exit gate stay as they are. With float32 nothing happens.
     """
     if dtype != torch.float32:
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach())  # no longer the embedding's
@@ -46,7 +48,7 @@ class Stats:
 
     @property
     def tokens(self):
-        """The number of tokens that were processed."""
+        """The number of tokens that were processed: prompts and rejected drafts are among them."""
         return self.loops_taken.total()
 
     @property
@@ -94,7 +96,9 @@ def scatter_last(target, rows, x, counts):
 
 
 class Decoder:
-    """Runs a model over rows of tokens with a KV cache. It does not sample.
+    """Runs a model in eval mode over rows of tokens, with a KV cache. It does not sample.
+
+    It is built under the autocast under which it runs: its cache has that dtype.
 
     n_rows: number of rows
     max_tokens: the most tokens that a row will have; None = any number
@@ -131,7 +135,8 @@ class Decoder:
         """Reads the next tokens of rows, a whole piece at once. Returns the head's input (n, T, C).
 
         idx: (n, T); rows: a list of n rows, None = all; counts: how many tokens of each row of idx are real,
-        a list, None = all; the others are padding at the end.
+        a list, None = all; the others are padding at the end. T: at most cache.chunk if a row ends beyond
+        cache.capacity.
         """
         return self.read(idx, rows, counts, generated=False)
 

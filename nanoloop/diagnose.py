@@ -5,7 +5,7 @@ Diagnostics of a training step: how the loop's state moves, and where the gradie
 
     hidden_norm/loop_KK            L2 norm of the last block's output in loop K, before norm and update,
                                    mean over tokens
-    change/loop_KK                 |s_K - s_{K-1}| / |s_K|, and
+    change/loop_KK                 |s_K - s_{K-1}| / |s_K|, s_K the state after loop K, from loop_01 on, and
     cosine/loop_KK                 the cosine between the two states
     kl/loop_KK                     KL(last loop's prediction || loop K's), in nats
     loss/loop_KK                   cross-entropy of the prediction after loop K

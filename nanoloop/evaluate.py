@@ -14,6 +14,8 @@ from nanoloop.parallel import reduce_sum
 def evaluate(model, splits, c, m, token_bytes, stopped=lambda: False):
     """Returns {split: {loss, ppl, bpb}}, or None if stopped() became true. The model's mode is kept.
 
+    The loss is that of the last loop, whatever the objective, in nats per target.
+
     splits: {name: Split}. c: the run's keys (eval_iters, batch_size, dataset). token_bytes: the
     number of bytes of every token id. Tokens with 0 bytes (special tokens) do not count in bits per byte.
     """

@@ -76,7 +76,7 @@ def tokens_in_view(length, block_size):
 
 
 class Generation:
-    """Rows of tokens that a model continues, and that can be extended by tokens from elsewhere.
+    """Rows of tokens that a model in eval mode continues, and that can be extended by tokens from elsewhere.
 
     idx: (B, T), the prompts
     lengths: number of tokens of each row of idx before the padding at its end, a list; None = all

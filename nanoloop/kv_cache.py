@@ -95,7 +95,10 @@ class KVCache:
         return sum(x.nbytes for layer in self.layers for x in layer)
 
     def truncate(self, row, length):
-        """Drops all tokens of a row but the first `length`."""
+        """Drops all tokens of a row but the first `length`.
+
+        Of a row that is longer than block_size at most chunk - 1 tokens can be dropped, or all.
+        """
         self.lengths[row] = length
 
     def reserve(self, T, rows=None, counts=None, compiled=False):

@@ -153,7 +153,7 @@ PEAK_FLOPS = {
 
 
 def peak_flops(m):
-    """Returns the FLOP/s of matrix products in m.dtype, None if PEAK_FLOPS does not have the device."""
+    """Returns the FLOP/s of matrix products in m.dtype, None if unknown, and in float32."""
     if m.kind != 'cuda' or m.dtype == torch.float32:
         return None
     name = torch.cuda.get_device_name(m.device)

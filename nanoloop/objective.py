@@ -53,6 +53,7 @@ def expected_exit_loop(p):
 
 
 def mean_of_loops(ce, gates, loops, c):
+    """Returns the mean of ce over the loops that are read out, (B, T), and nothing to log."""
     return ce.mean(dim=0), {}
 
 

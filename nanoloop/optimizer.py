@@ -19,20 +19,22 @@ from nanoloop.checks import check
 
 
 def cosine(left, after_warmup, run, c):
+    """See SCHEDULE."""
     return 0.5 * (1 - math.cos(math.pi * left / after_warmup))
 
 
 def linear(left, after_warmup, run, c):
+    """See SCHEDULE."""
     return min(1.0, left / max(1e-9, c.warmdown_frac * run))
 
 
 # (left, after_warmup, run, c) -> s, for the learning rate min_lr + s (learning_rate - min_lr). left: steps
-# until the end of the decay; after_warmup: steps after the warm-up; run: all steps
+# until the end of the decay; after_warmup: steps from the warm-up to that end; run: steps from 0 to that end
 SCHEDULE = {'cosine': cosine, 'linear': linear}
 
 
 def lr_at(step, c, last_step=None):
-    """Returns the learning rate of a step; the first step is 0. last_step: None = max_iters."""
+    """Returns the learning rate of a step, from 0 on. last_step: the number of steps; None = max_iters."""
     if step < c.warmup_iters:
         return c.learning_rate * (step + 1) / (c.warmup_iters + 1)
     if not c.decay_lr:

@@ -85,7 +85,8 @@ class Writer:
         """Appends a document, whole, to the split's last shard.
 
         ids: a sequence of integers. mask: as many values, 1 = this token counts as a target, 0 = it does
-        not; without a mask every token counts. Raises UserError for a mask of another length or other values.
+        not; without a mask every token counts. Nothing is put between documents: the eot_token that ends one
+        is part of its ids. Raises UserError for a mask of another length or other values.
         """
         ids = np.asarray(ids, self.dtype)
         if mask is not None:

@@ -186,7 +186,7 @@ def ouro_args(c):
 def from_nanogpt(args, weights):
     """Translates a checkpoint of nanoGPT: its layers become the loop of a model that runs it once.
 
-    Its first files have no key bias, although they have biases.
+    Its first files have biases in the weights, but no entry bias in model_args.
     """
     weights = {
         name.replace('.h.', '.recur.'): w

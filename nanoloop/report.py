@@ -12,8 +12,8 @@ from nanoloop.generate import stream
 from nanoloop.machine import matmul_rate
 from nanoloop.tokenizer import make_tokenizer
 
-MEASURED_FLOPS = 1e10  # of a step, from which on it is worth measuring what the machine can do
-LONG_STEP_S = 10.0
+MEASURED_FLOPS = 1e10  # FLOPs of a step; only above this is the speed of the CPU measured
+LONG_STEP_S = 10.0  # a slower step gets a hint to try a smaller run
 
 
 class Teller:
@@ -108,13 +108,13 @@ def doubtful_keys(c, rule, last_step, random_weights):
         yield f'max_flops={c.max_flops:.4g} are spent after {last_step:,} steps'
 
 
-def other_data(state, c, task):
+def other_data(state, c, extra):
     """Returns '' if a checkpoint is of a run on the data of this one, else what differs.
 
-    state: the checkpoint; task: has the entry data, see datasets.identify. Older checkpoints know their data
-    set by its name only.
+    state: the checkpoint; extra: Task.checkpoint_extra. Older checkpoints know their data set by its name
+    only.
     """
-    old, new = state.get('data'), task['data']
+    old, new = state.get('data'), extra['data']
     if old is None:
         return '' if state['config']['dataset'] == c.dataset else 'was another data set'
     if old['sha256'] == new['sha256']:
@@ -126,7 +126,7 @@ def other_data(state, c, task):
 def differences(c, machine, state, new_data=''):
     """Yields lines on what differs from the run that saved `state`: keys, and what bit-exactness needs.
 
-    new_data: see other_data.
+    machine: Machine.fingerprint(). new_data: see other_data.
     """
     if new_data:
         yield f'changed: data {new_data}; the best loss and the patience begin anew'

@@ -30,7 +30,8 @@ class Tokenizer:
 
     spec: the plain dict from which make_tokenizer builds it again
     token_bytes: for every id, the number of bytes that the token stands for; 0 for a special token
-    eot_token: the id that ends a document (end of text); samples without a prompt start from it
+    eot_token: the id that ends a document (end of text), a newline for characters and bytes; samples without
+        a prompt start from it
     text_errors: the argument `errors` of read_text for text to encode
     """
 

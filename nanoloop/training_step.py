@@ -14,7 +14,7 @@ from nanoloop.parallel import sum_over_ranks
 class StepResult(NamedTuple):
     """The result of one training step on this rank."""
 
-    loss: float
+    loss: float  # the mean over ranks of this and of extra is that over the step's targets
     grad_norm: float  # of the gradient of all ranks, before clipping
     extra: dict  # further values to log, from the objective: {name: float}
 
