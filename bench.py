@@ -52,7 +52,7 @@ class BenchConfig:
     sequences: Count = 1  # mode=decode: rows of the batch
     exit_threshold: NotNegative | None = None  # mode=decode: of every rule, in its own unit; None = advised
     draft_tokens: Count = 4  # mode=decode: tokens per draft of speculation, one loop each
-    vs: str = ''  # flags of a second setting to compare with, as --vs="--n_loop=8"; '' = none
+    vs: str = ''  # flags of a second setting, as in the docstring's example; '' = none
     warmup: Count = 5  # mode=train: steps between the first one, which compiles, and measuring
     rounds: Count = 5  # number of measurements; the median is printed
     steps: Count = 10  # mode=train: steps per measurement

@@ -125,7 +125,7 @@ class LoopPart(nn.Module):
         super().__init__(**base_args)
         self.config, self.entry = config, type(self)  # entry: for GPT.init_weights
         for name, value in self.vectors.items():
-            self.register_parameter(name, nn.Parameter(torch.full((config.n_embd,), value)))
+            self.register_parameter(name, nn.Parameter(torch.full((config.n_embd,), float(value))))
 
 
 class FromPrelude(LoopPart):
@@ -586,6 +586,7 @@ class GPT(nn.Module):
         self.rope_width = c.n_embd // c.n_head if POS[c.pos].rotary else 0
         self.window = c.window_size or c.block_size // 2
         self.init_weights()
+        checks.check_parts(self)
 
     @torch.no_grad()
     def init_weights(self):
@@ -697,8 +698,7 @@ class GPT(nn.Module):
         """
         x = maybe_checkpoint(recompute, self.run_coda, s, attn_inputs).flatten(0, 1)  # (B T, C)
         n = max(1, HEAD_CHUNK // self.config.vocab_size)  # tokens of a chunk
-        recompute = recompute or len(x) > n
-        chunks = zip(x.split(n), targets.flatten().split(n), strict=True)
+        chunks, recompute = zip(x.split(n), targets.flatten().split(n), strict=True), recompute or len(x) > n
         return torch.cat([maybe_checkpoint(recompute, self.nll, *chunk) for chunk in chunks]).view_as(targets)
 
     def loss_table(self, idx, targets, n_loop=None, loops=(-1,)):

@@ -250,6 +250,8 @@ def check_options(config, key, bound):
     options = {option for entry in entries.values() for option in getattr(entry, 'options', ())}
     used = getattr(entries.get(getattr(config, key)), 'options', ())
     for option in sorted(options - set(used)):
+        if not hasattr(type(config), option):
+            raise RuntimeError(f'options of an entry of {key}: there is no key {option}')
         default = getattr(type(config), option)
         got = getattr(config, option)
         check(got == default, option, got, f'{default} with {key}={getattr(config, key)!r}')
@@ -301,3 +303,42 @@ def check_call(c, position, injection, length, n_loop, loops, with_graph):
     check(exist, 'loops', loops, f'indices of n_loop={n_loop} loops')
     lost = with_graph and injection.needs_full_bptt and n_loop > (c.bptt_k or n_loop)
     check(not lost, 'n_loop', n_loop, f'at most bptt_k={c.bptt_k}: the prelude would get no gradient')
+
+
+def check_parts(model):
+    """Tries the parts of a GPT's loop once. Raises RuntimeError, with the class, for a mistake of its author.
+
+    i may be any number: a user can ask for more loops than config.n_loop.
+    """
+    n_loop, e = model.config.n_loop, model.lm_head.weight.new_zeros(1, 2, model.config.n_embd)  # (1, 2, C)
+    pos = e[0, :, 0].long()  # (2,)
+    for base, part, *args in (
+        ('LoopPart', model.start, pos),
+        *(('Injection', model.inject, e, i) for i in (0, n_loop)),
+        *(('LoopPart', model.update, e, i) for i in (0, n_loop)),
+    ):
+        check_settings(part, base)
+        name, training = type(part).__name__, part.training
+        call = f'{name}.forward with loop {args[-1]}' if len(args) > 1 else f'{name}.forward'
+        try:
+            result = part.eval()(e, *args)
+        except Exception as error:  # of any kind: it is its author's code
+            raise RuntimeError(f'{call}: {type(error).__name__}: {error}') from error
+        part.train(training)
+        none = result is None and part is model.start
+        if not none and (getattr(result, 'shape', 0), getattr(result, 'dtype', 0)) != (e.shape, e.dtype):
+            got = getattr(result, 'shape', result), getattr(result, 'dtype', None)
+            raise RuntimeError(f"{call}: {got}, expected the state's shape {e.shape} and dtype {e.dtype}")
+
+
+def check_settings(part, base):
+    """Raises RuntimeError for an attribute of a part's class that its base class, given by name, lacks."""
+    classes = type(part).__mro__
+    n_own = next(n for n, cls in enumerate(classes) if cls.__name__ == base)
+    own = [(cls.__name__, name, value) for cls in classes[:n_own] for name, value in vars(cls).items()]
+    for cls, name, value in own:
+        plain = not (name.startswith('_') or callable(value) or isinstance(value, property))
+        if plain and not hasattr(classes[n_own], name):
+            raise RuntimeError(f'{cls}.{name} has no meaning, see {base} in model.py')
+        if plain and name in ('states', 'options') and isinstance(value, str):
+            raise RuntimeError(f'{cls}.{name}={value!r} is a text, expected a tuple of texts')

@@ -111,10 +111,13 @@ class EarlyExit:
         except (AttributeError, TypeError, ValueError) as error:  # it read None, or returned one value
             expected = 'needs_logits and needs_gate must say what it reads; it returns (statistic, memory)'
             raise RuntimeError(f'exit rule {self.name}: {error}; {expected}') from error
-        if value.shape != s.shape[:-1]:
-            raise RuntimeError(
-                f'exit rule {self.name}: its statistic has shape {tuple(value.shape)}, not (n, T)'
-            )
+        for what, x, fits in (
+            ('statistic', value, value.shape == s.shape[:2] and value.is_floating_point()),
+            ('memory', memory, memory is None or memory.shape[:2] == s.shape[:2]),
+        ):
+            if not fits:
+                got = f'{what} is {tuple(x.shape)}, {x.dtype}'
+                raise RuntimeError(f'exit rule {self.name}: its {got}, expected floats of shape (n, T)')
         if i + 1 < self.min_loops:
             return torch.zeros_like(value, dtype=torch.bool), memory
         return self.rule.exits(value, self.threshold), memory

@@ -84,8 +84,8 @@ class LossRule(NamedTuple):
     """How the loss table becomes a loss per token."""
 
     loops: Callable  # n_loop -> the loops that are read out, a tuple of indices from 0 on
-    # (ce (R, B, T), gates (R, B, T) or None, loops, c) -> the loss of every token (B, T), and what else to
-    # log, {name: (B, T)}; c: the run's keys
+    # (ce (R, B, T), gates (R, B, T), loops, c) -> the loss of every token (B, T), and what else to log,
+    # {name: (B, T)}; gates: None unless trains_gate; c: the run's keys
     loss: Callable
     trains_gate: bool = False  # it trains the exit gate, which must exist
     trains_model: bool = True  # it trains everything else
@@ -101,6 +101,26 @@ OBJECTIVE = {
         lambda n: tuple(range(n)), ouro_stage2, trains_gate=True, trains_model=False, min_loops=2
     ),
 }
+
+
+def try_rule(name, rule, n_loop, c):
+    """Calls a loss rule once. Raises RuntimeError, with its name, for a mistake of its author."""
+    loops = rule.loops(n_loop)
+    rising = isinstance(loops, tuple) and loops == tuple(sorted(set(loops)))
+    if not (rising and loops and 0 <= loops[0] <= loops[-1] < n_loop):
+        raise RuntimeError(f'objective {name}: loops={loops!r}, expected rising indices of {n_loop} loops')
+    ce = torch.ones(len(loops), 2, 3)  # (R, B, T)
+    try:
+        loss, extra = rule.loss(ce, 0.5 * ce if rule.trains_gate else None, loops, c)
+        results = dict(extra, loss=loss)
+    except Exception as error:  # of any kind: it is its author's code
+        hint = '' if rule.trains_gate else '; its gates are None without trains_gate'
+        raise RuntimeError(f'objective {name}: {type(error).__name__}: {error}{hint}') from error
+    for what, x in results.items():
+        if x.shape != (2, 3):
+            raise RuntimeError(f'objective {name}: its {what} has shape {tuple(x.shape)}, not (B, T)')
+    if 'loss' in extra:
+        raise RuntimeError(f"objective {name}: a logged value cannot be called 'loss'")
 
 
 def set_trained_parts(model, rule):
@@ -124,6 +144,7 @@ class TrainingLoss(nn.Module):
     def __init__(self, model, c):
         super().__init__()
         self.model, self.c, self.rule = model, c, OBJECTIVE[c.objective]
+        try_rule(c.objective, self.rule, max(model.config.n_loop, self.rule.min_loops), c)
 
     def forward(self, idx, targets, n_loop, weights=None):
         """Returns the loss and {name: a number}, detached.
@@ -133,11 +154,8 @@ class TrainingLoss(nn.Module):
         """
         loops = self.rule.loops(n_loop)
         ce, gates = self.model.loss_table(idx, targets, n_loop, loops)  # (R, B, T) each
-        loss, extra = self.rule.loss(ce, gates, loops, self.c)  # (B, T), {name: (B, T)}
-        if loss.shape != targets.shape:
-            raise RuntimeError(
-                f'objective {self.c.objective}: its loss has shape {tuple(loss.shape)}, not (B, T)'
-            )
+        # (B, T), {name: (B, T)}
+        loss, extra = self.rule.loss(ce, gates if self.rule.trains_gate else None, loops, self.c)
         if weights is not None:
             loss = loss * weights
         if len(loops) > 1:
@@ -211,7 +229,10 @@ def loops_at(step, c):
     """Returns the number of loops of a step: a function of c and step alone, so the same on all ranks."""
     target, steps = c.n_loop, growth_steps(c)
     if step < steps:
-        target = max(1, math.ceil(target * LOOP_GROWTH[c.loop_growth](step / steps)))
+        share = LOOP_GROWTH[c.loop_growth](step / steps)
+        if not 0 <= share <= 1:
+            raise RuntimeError(f'loop_growth {c.loop_growth}: {share} is no share of n_loop, from 0 to 1')
+        target = max(1, math.ceil(target * share))
     random = functools.partial(random_generator, c.seed, step, stream='loops')
     return int(limit_loops(LOOP_SAMPLING[c.loop_sampling].draw(target, random), c))
 

@@ -83,11 +83,10 @@ def group_names(model):
         start = f'{prefix}.' if prefix else ''
         if hasattr(module, 'entry') or hasattr(module, 'init'):  # made by a table's entry
             inside, named = dict(module.named_parameters()), getattr(module, 'groups', {})
-            wrong = [name for name, group in named.items() if name not in inside or group not in GROUPS]
+            wrong = [f'parameter {name}' for name in named if name not in inside]
+            wrong += [f'group {group}' for group in named.values() if group not in GROUPS]
             if wrong:
-                raise RuntimeError(
-                    f'groups of {type(module).__name__}: no parameter or group {", ".join(wrong)}'
-                )
+                raise RuntimeError(f'groups of {type(module).__name__}: there is no {", ".join(wrong)}')
             of_entries |= {start + name for name in inside}
             for name, group in named.items():  # what contains a module comes before it, and decides
                 groups.setdefault(start + name, group)
@@ -206,15 +205,15 @@ def prepare_step(optimizers, step, lr):
 def load_optimizers(optimizers, state, c):
     """Loads the optimizers' states; learning rates and the like are those of the current keys.
 
-    Raises UserError if the checkpoint has other parameter groups.
+    Raises UserError if the checkpoint is of another optimizer or has other parameter groups.
     """
     saved = state['optimizer'] if isinstance(state['optimizer'], list) else [state['optimizer']]
     sizes = [[len(group['params']) for group in part['param_groups']] for part in saved]
     same = sizes == [[len(group['params']) for group in optimizer.param_groups] for optimizer in optimizers]
-    for key in ('optimizer', 'objective'):
+    for key, fits in (('optimizer', False), ('objective', same)):
         old = state['config'].get(key)
         expected = f'{old!r} as in the checkpoint, to go on; init_from=PATH takes its weights alone'
-        check(same or c[key] == old, key, c[key], expected)
+        check(fits or c[key] == old, key, c[key], expected)
     for optimizer, part in zip(optimizers, saved, strict=True):
         for old, new in zip(part['param_groups'], optimizer.param_groups, strict=True):
             old.update(new | dict(params=old['params']))

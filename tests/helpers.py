@@ -114,13 +114,21 @@ def softmax_attention(q, k, v, window=None):
 # -----------------------------------------------------------------------------
 # the equations, written out: a new entry of a table of model.py needs its own here
 
-NORM_PLACE = dict(pre=('pre',), branch=('pre', 'post'), around=('pre', 'out'), post=('out',))
-NORM = dict(  # of x, eps, and the norm's weights {name: tensor}
+
+class Equations(dict):
+    """The equations of a table's entries, by name."""
+
+    def __missing__(self, name):
+        raise AssertionError(f'{name}: write its equation in tests/helpers.py, see EQUATIONS and EXIT there')
+
+
+NORM_PLACE = Equations(pre=('pre',), branch=('pre', 'post'), around=('pre', 'out'), post=('out',))
+NORM = Equations(  # of x, eps, and the norm's weights {name: tensor}
     layernorm=lambda x, eps, w: rms(x - x.mean(-1, keepdim=True), eps) * w['weight'] + w.get('bias', 0.0),
     rmsnorm=lambda x, eps, w: rms(x, eps) * w['weight'],
     rmsnorm_fixed=lambda x, eps, w: rms(x, eps),
 )
-INJECT = dict(  # u of e, s, the loop i, the injection's weights {name: tensor} and the weightless norm
+INJECT = Equations(  # u of e, s, the loop i, the injection's weights {name: tensor} and the weightless norm
     passthrough=lambda e, s, i, w, norm: s,
     inject=lambda e, s, i, w, norm: torch.cat((e, s), dim=-1) @ w['weight'].T + w.get('bias', 0.0),
     add=lambda e, s, i, w, norm: norm(e + s),
@@ -129,19 +137,21 @@ INJECT = dict(  # u of e, s, the loop i, the injection's weights {name: tensor} 
     query_all=lambda e, s, i, w, norm: e,
     residual_all=lambda e, s, i, w, norm: e,
 )
-UPDATE = dict(  # the new state of the old one s, the loop's output y, the update's weights and update_alpha
-    replace=lambda s, y, w, alpha: y,
-    gate=lambda s, y, w, alpha: y + (s - y) / (1 + torch.exp(-w['gate'])),
-    damp=lambda s, y, w, alpha: (1 - alpha) * s + alpha * y,
+UPDATE = (
+    Equations(  # the new state of the old one s, the output y, loop i, the update's weights, update_alpha
+        replace=lambda s, y, i, w, alpha: y,
+        gate=lambda s, y, i, w, alpha: y + (s - y) / (1 + torch.exp(-w['gate'])),
+        damp=lambda s, y, i, w, alpha: (1 - alpha) * s + alpha * y,
+    )
 )
-MLP_ACT = {
-    'gelu': F.gelu,
-    'gelu_tanh': lambda x: F.gelu(x, approximate='tanh'),
-    'relu2': lambda x: x.clamp(min=0) ** 2,
-    'swiglu': lambda x: (
+MLP_ACT = Equations(
+    gelu=F.gelu,
+    gelu_tanh=lambda x: F.gelu(x, approximate='tanh'),
+    relu2=lambda x: x.clamp(min=0) ** 2,
+    swiglu=lambda x: (
         x[..., : x.size(-1) // 2].sigmoid() * x[..., : x.size(-1) // 2] * x[..., x.size(-1) // 2 :]
     ),
-}
+)
 
 
 class ExitEquation(NamedTuple):
@@ -161,7 +171,7 @@ def kl(p, q):
     return (p * (p / q).log()).sum()
 
 
-EXIT = dict(
+EXIT = Equations(
     kl=ExitEquation(
         lambda before, s, p, g: kl(p[-2] if len(p) > 1 else torch.full_like(p[0], 1 / len(p[0])), p[-1]),
         reads_logits=True,
@@ -169,7 +179,7 @@ EXIT = dict(
     diff=ExitEquation(lambda before, s, p, g: (s - (0 if before is None else before)).norm() / s.norm()),
     gate=ExitEquation(lambda before, s, p, g: 1 - (1 - g).prod(), above=True),
 )
-STATE = dict(  # s_0 of e and standard normal noise of its shape; std: state_std
+STATE = Equations(  # s_0 of e and standard normal noise of its shape; std: state_std
     prelude=lambda e, noise, std: e,
     random=lambda e, noise, std: std * noise,
     zero=lambda e, noise, std: 0 * e,
@@ -267,7 +277,7 @@ def by_hand(weights, c, idx, n_loop=None, cut=None, until='logits'):
         for j in range(c.n_block):
             u = block(u, f'transformer.recur.{j}.', s, takes[j])
         y = norm(u, 'norm_recur', c.norm_loop)
-        s = UPDATE[c.state_update](y if s is None else s, y, part('update.'), c.update_alpha)
+        s = UPDATE[c.state_update](y if s is None else s, y, i, part('update.'), c.update_alpha)
     if until == 'state':
         return s
     for i in range(c.n_coda):

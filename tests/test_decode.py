@@ -248,6 +248,14 @@ def test_an_exit_rule_is_an_entry_of_the_table(monkeypatch):
     monkeypatch.setitem(EXIT, 'other_gate', EXIT['gate']._replace(needs_gate=False))
     with pytest.raises(RuntimeError, match='NoneType'):
         Decoder(model, 3, early_exit=EarlyExit('other_gate', 0.5)).prefill(IDX)
+    for statistic, told in (
+        (lambda x: (x.s, None), 'statistic'),
+        (lambda x: (x.s[..., 0] > 0, None), 'statistic'),
+        (lambda x: (x.s[..., 0], x.s[:1]), 'memory'),
+    ):
+        monkeypatch.setitem(EXIT, 'wrong', ExitRule(statistic, 2.0, 'nats'))
+        with pytest.raises(RuntimeError, match=f'exit rule wrong: its {told} is'):
+            Decoder(model, 3, early_exit=EarlyExit('wrong', 2.0)).prefill(IDX)
 
 
 @torch.inference_mode()

@@ -21,6 +21,8 @@ from model import (
     STATE,
     UPDATE,
     Act,
+    Gate,
+    Gated,
     GPTConfig,
     Injection,
     LoopPart,
@@ -293,7 +295,7 @@ def test_dropout_acts_everywhere_in_training_and_nowhere_else(monkeypatch):
         shares.append(dropout_p)
         return real(q, k, v, *args, dropout_p=dropout_p, **options)
 
-    def drop(x, p, training, *args):
+    def drop(x, p, training=True, *args):
         calls.append(p * training)
         return dropout(x, p, training, *args)
 
@@ -664,6 +666,56 @@ def test_a_variant_is_an_entry_of_a_table(key, entry, keys, monkeypatch):
     for token in stream(model.double().eval(), idx, 9, temperature=0):
         assert torch.equal(token, model(idx)[0][:, -1].argmax(dim=-1))
         idx = torch.cat((idx, token[:, None]), dim=1)
+
+
+@pytest.mark.parametrize(
+    'table, base, members, told',
+    [
+        (
+            'input_injection',
+            Injection,
+            dict(forward=lambda self, e, s, i: e[:, :1]),
+            r'New.forward with loop 0: .*1, 1, 12',
+        ),
+        (
+            'input_injection',
+            Injection,
+            dict(forward=lambda self, e, s, i: None),
+            'New.forward with loop 0: .*None',
+        ),
+        ('input_injection', Injection, dict(forward=lambda self, e, s, i: e.double()), 'dtype torch.float32'),
+        (
+            'state_update',
+            LoopPart,
+            dict(forward=lambda self, s, y, i: [s, s][i]),
+            'New.forward with loop 3: IndexE',
+        ),
+        ('state_update', LoopPart, {}, 'New.forward with loop 0: NotImplementedError'),
+        ('state_init', LoopPart, dict(forward=lambda self, e, pos: e[0]), 'New.forward: '),
+        ('state_update', Gate, dict(vector=dict(gate=-1.0)), 'New.vector has no meaning, see LoopPart'),
+        ('input_injection', Gated, dict(state=('zero',)), 'New.state has no meaning, see Injection'),
+        ('input_injection', Gated, dict(states='prelude'), "New.states='prelude' is a text"),
+        (
+            'state_update',
+            Gate,
+            dict(options=('alpah',)),
+            'options of an entry of state_update: there is no key alpah',
+        ),
+    ],
+)
+def test_mistakes_of_a_parts_author_end_the_construction(table, base, members, told, monkeypatch):
+    monkeypatch.setitem(TABLES[table], 'new', type('New', (base,), members))
+    monkeypatch.setattr(INJECT['inject'], 'states', ('prelude', 'new'))
+    key = 'replace' if 'options' in members else 'new'
+    with pytest.raises(RuntimeError, match=told):
+        GPT(GPTConfig(**SIZES | {table: key}))
+
+
+def test_a_vector_starts_with_a_whole_number_and_a_part_may_add_to_a_linear_layer(monkeypatch):
+    new = type('New', (INJECT['inject'],), dict(vectors=dict(gate=-1)))
+    monkeypatch.setitem(INJECT, 'new', new)
+    model = GPT(GPTConfig(**SIZES, input_injection='new'))
+    assert (model.inject.gate == -1).all() and torch.equal(model.inject.weight[:, :12], torch.eye(12))
 
 
 def test_a_parameter_that_nothing_claims_ends_the_construction(monkeypatch):

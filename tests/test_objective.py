@@ -25,6 +25,7 @@ from nanoloop.objective import (
     training_flops,
 )
 from nanoloop.optimizer import (
+    GROUPS,
     OPTIMIZER,
     Optimizer,
     group_names,
@@ -403,8 +404,28 @@ def test_mistakes_of_an_entrys_author_are_told(monkeypatch):
     with pytest.raises(RuntimeError, match="optimizer new: there is no group 'matrix'"):
         make_optimizers(model, TrainConfig(optimizer='new'))
     monkeypatch.setitem(OBJECTIVE, 'new', OBJECTIVE['step']._replace(loss=lambda ce, *_: (ce, {})))
-    with pytest.raises(RuntimeError, match=r'objective new: its loss has shape \(4, 3, 12\)'):
+    with pytest.raises(RuntimeError, match=r'objective new: its loss has shape \(4, 2, 3\)'):
         TrainingLoss(model, TrainConfig(objective='new'))(*batch(), 4)
+    for changes, told in (
+        (dict(loss=lambda ce, *_: (ce[0], dict(w=ce.mean()))), r'its w has shape \(\), not \(B, T\)'),
+        (dict(loss=lambda ce, *_: (ce[0], dict(loss=ce[0]))), "cannot be called 'loss'"),
+        (dict(loss=lambda ce, *_: ce[0]), 'TypeError: cannot convert'),
+        (dict(loss=lambda ce, gates, *_: ((ce * gates).mean(0), {})), 'TypeError.*None without trains_gate'),
+        (
+            dict(loops=lambda n: tuple(range(n))[::-1]),
+            r'loops=\(3, 2, 1, 0\), expected rising indices of 4 loops',
+        ),
+        (dict(loops=lambda n: (-2, -1)), 'expected rising indices'),
+        (dict(loops=lambda n: n - 1), 'loops=3, expected rising'),
+        (dict(loops=lambda n: (n,)), 'expected rising'),
+    ):
+        monkeypatch.setitem(OBJECTIVE, 'new', OBJECTIVE['step']._replace(**changes))
+        with pytest.raises(RuntimeError, match=f'objective new: .*{told}'):
+            TrainingLoss(model, TrainConfig(objective='new'))
+    monkeypatch.setitem(LOOP_GROWTH, 'new', lambda progress: 4 * progress)
+    c = TrainConfig(loop_growth='new', loop_warmup=10)
+    with pytest.raises(RuntimeError, match='loop_growth new: 2.0 is no share of n_loop'):
+        loops_at(5, types.SimpleNamespace(**vars(c), n_loop=4))
     with pytest.raises(TypeError, match='c_projj'):
         model_file.init_rules(torch.nn.init.zeros_, c_projj=torch.nn.init.ones_)
     assert model_file.init_rules(1, bias=2)['bias'] == 2
@@ -439,10 +460,16 @@ def test_an_untied_heads_rate_is_no_mistake_while_it_is_frozen(call, flags):
     assert status == 0 and 'leaves the model as it began, at random' in out, err
 
 
-def test_resuming_with_other_learners_is_refused(call, flags, tmp_path):
+def test_resuming_with_other_learners_is_refused(call, flags, tmp_path, monkeypatch):
     call(main, *flags, '--max_iters=2')
     status, _, err = call(main, *flags, '--init_from=resume', '--optimizer=muon', '--max_iters=4')
     assert status == 2 and "optimizer='muon', expected 'adamw' as in the checkpoint, to go on" in err
+    whole = OPTIMIZER['muon']._replace(
+        build=Lion, takes=tuple(GROUPS)
+    )  # as many parameters per group as AdamW
+    monkeypatch.setitem(OPTIMIZER, 'lion', whole)
+    status, _, err = call(main, *flags, '--init_from=resume', '--optimizer=lion', '--max_iters=4')
+    assert status == 2 and "optimizer='lion', expected 'adamw' as in the checkpoint, to go on" in err
     call(main, *flags, '--objective=exit', '--exit_gate=True', '--max_iters=2', f'--out_dir={tmp_path}/b')
     status, _, err = call(
         main, f'--out_dir={tmp_path}/b', '--init_from=resume', '--objective=gate', '--max_iters=4'
@@ -510,7 +537,9 @@ def test_a_parameter_in_no_group_or_no_section_ends_the_run_with_its_name(monkey
     assert group_names(model)['inject.inner.weight'] == 'matrices'
     for groups in ({'wieght': 'injection'}, {'weight': 'injections'}):
         monkeypatch.setattr(INJECT['inject'], 'groups', groups)
-        with pytest.raises(RuntimeError, match='groups of Concat: no parameter or group w'):
+        with pytest.raises(
+            RuntimeError, match='groups of Concat: there is no (parameter wieght|group injections)$'
+        ):
             make_optimizers(GPT(GPTConfig(**SIZES)), TrainConfig())
 
 
