@@ -53,7 +53,15 @@ from nanoloop.objective import (
     step_of_max_flops,
     training_flops,
 )
-from nanoloop.optimizer import OPTIMIZER, SCHEDULE, load_optimizers, lr_at, make_optimizers, prepare_step
+from nanoloop.optimizer import (
+    OPTIMIZER,
+    SCHEDULE,
+    decay_share_at,
+    load_optimizers,
+    lr_at,
+    make_optimizers,
+    prepare_step,
+)
 from nanoloop.parallel import leave, max_over_ranks, on_rank0, reduce_sum, wrap
 from nanoloop.pretraining import find_initial_checkpoint, pretraining
 from nanoloop.run_folder import (
@@ -107,6 +115,7 @@ class TrainConfig:
     lr_width: Count | None = None  # multiply AdamW's rates by sqrt(lr_width / n_embd); None = off
     max_iters: Size = 600000  # number of training steps
     weight_decay: NotNegative = 0.1  # of all matrices but the injection's; muon: of the blocks' only; 0 = off
+    weight_decay_end: NotNegative | None = None  # weight_decay falls or rises to it linearly; None = constant
     beta1: Share = 0.9  # AdamW beta1
     beta2: Share = 0.95  # AdamW beta2
     adam_eps: NotNegative = 1e-8  # AdamW epsilon
@@ -136,6 +145,8 @@ class TrainConfig:
         check(bounded, 'min_lr', self.min_lr, f'at most learning_rate={self.learning_rate}')
         without = self.loop_warmup == 0 and self.loop_growth != type(self).loop_growth
         check(not without, 'loop_growth', self.loop_growth, 'sqrt without a loop_warmup, whose shape it is')
+        fits = self.weight_decay > 0 or self.weight_decay_end is None
+        check(fits, 'weight_decay', self.weight_decay, 'above 0 with weight_decay_end')
         others = [key for key in ('matrix_lr', 'embedding_lr', 'head_lr') if getattr(self, key)]
         expected = f'above 0 with {" and ".join(others)}, whose schedule it is'
         check(self.learning_rate > 0 or not others, 'learning_rate', self.learning_rate, expected)
@@ -253,7 +264,7 @@ class Trainer:
             compiling = ', which compiles the blocks first: some 10 to 60 s' * (first and self.m.compile)
             self.say.now(f'step {self.step} of {self.last_step}{compiling}')
             lr, n_loop = lr_at(self.step, c, self.last_step), loops_at(self.step, c)
-            prepare_step(self.optimizers, self.step, lr)
+            prepare_step(self.optimizers, self.step, lr, decay_share_at(self.step, c, self.last_step))
             look = self.look(n_loop)
             parts = self.training_loss, self.optimizers, self.scaler
             result = train_step(*parts, batches, n_loop, c, self.m, self.stopped, look)

@@ -1,8 +1,9 @@
 # In the style of Huginn: 2 + 4x32 + 2 layers from a random state, gradient through the last 8 iterations.
-# paper: arXiv:2502.05171. differs from the released model: 768 wide instead of 5280, GPT-2's tokens, no
-# biases on q and k, a norm after every iteration and another before the head where it has one for the two
-# ends of the coda, halves instead of pairs rotated, s_0 not truncated; AdamW with decay 0.1 at 4e-4 instead
-# of its own Adam at 4e-5. Not trained yet.
+# paper: arXiv:2502.05171. differs from the released model: 768 wide instead of 5280, heads of 64 channels
+# instead of 96, an MLP of 2048 = 2.67 widths instead of 17920 = 3.39, GPT-2's tokens, no biases on q and k, a
+# norm after every iteration and another before the head where it has one for the two ends of the coda, halves
+# instead of pairs rotated, s_0 not truncated, at most 128 loops in training, W not [I 0] but Huginn's normal
+# values; AdamW with decay 0.1 at 4e-4 instead of its own Adam at 4e-5. Not trained yet.
 # cost: 5.1e19 FLOPs, calculated: 4.5 hours on 8 H100 at 40 % of their bfloat16 peak.
 #   python data/fineweb_edu/prepare.py
 #   torchrun --standalone --nproc_per_node=8 train.py config/train_huginn_style.py

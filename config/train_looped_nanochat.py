@@ -1,7 +1,8 @@
 # Looped nanochat: 2 + 4x4 + 2 layers, wide as its `size` dial says: 20 is 328M parameters, 574M effective.
 # source: github.com/LoopedLMs/looped_nanochat. differs: GPT-2's tokens instead of its own 65,536; torch's
-# Muon, without variance reduction and with plain decay, takes q, k and v of a layer together; one draw of
-# loops for a whole step. Steps, decay and cost are size 20's (size 12's: 3298 and 0.2). Not trained yet.
+# Muon, without variance reduction and with plain decay, takes q, k and v of a layer together, and leaves the
+# injection out of the decay; one draw of loops for a whole step. Steps, decay and cost are size 20's (size
+# 12's: 3298 and 0.2). Not trained yet.
 # cost: 1.4e19 FLOPs, calculated: 1.2 hours on 8 H100 at 40 % of their bfloat16 peak.
 #   python data/fineweb_edu/prepare.py
 #   torchrun --standalone --nproc_per_node=8 train.py config/train_looped_nanochat.py
@@ -31,6 +32,7 @@ learning_rate = 0.005  # of the norms
 lr_width = 768  # the width that AdamW's rates are for
 beta1, beta2, adam_eps = 0.8, 0.95, 1e-10
 weight_decay = 0.086  # 0.2 times the effective parameters of size 12 / those of size 20
+weight_decay_end = 0.0
 loop_sampling = 'poisson'
 loop_max = 16
 

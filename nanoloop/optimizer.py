@@ -49,6 +49,16 @@ def lr_at(step, c, last_step=None):
     return c.min_lr + share * (c.learning_rate - c.min_lr)
 
 
+def decay_share_at(step, c, last_step):
+    """Returns the weight decay of a step as a share of weight_decay.
+
+    It changes linearly to weight_decay_end at last_step; looped nanochat's falls to 0.
+    """
+    if c.weight_decay_end is None:
+        return 1.0
+    return 1 + min(1.0, step / max(1, last_step)) * (c.weight_decay_end / c.weight_decay - 1)
+
+
 # -----------------------------------------------------------------------------
 # parameter groups
 
@@ -173,7 +183,7 @@ def make_optimizers(model, c):
             lr *= math.sqrt(c.lr_width / model.config.n_embd)
         decay = c.weight_decay if name in chosen.decays else 0.0
         lr_ratio = lr / (c.learning_rate or 1.0)
-        groups[rule].append(dict(params=params, weight_decay=decay, lr=lr, lr_ratio=lr_ratio))
+        groups[rule].append(dict(params=params, decay=decay, weight_decay=decay, lr=lr, lr_ratio=lr_ratio))
         lines.append(describe_group(name, params, decay, rule, lr))
     optimizers = []
     for rule, param_groups in groups.items():
@@ -191,14 +201,15 @@ def describe_group(name, params, decay, rule, lr):
     return f'num {kind} parameter tensors: {count} ({name}, {optimizer}, learning rate {lr:g})'
 
 
-def prepare_step(optimizers, step, lr):
-    """Sets the learning rates of a step, and calls before_step, which sets Muon's momentum.
+def prepare_step(optimizers, step, lr, decay_share=1.0):
+    """Sets the learning rates and weight decays of a step, and calls before_step, which sets Muon's momentum.
 
-    lr: for a group with the ratio 1.
+    lr: for a group with the ratio 1. decay_share: see decay_share_at.
     """
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group['lr'] = lr * group['lr_ratio']
+            group['weight_decay'] = decay_share * group['decay']
         optimizer.before_step(optimizer, step)
 
 

@@ -150,6 +150,8 @@ def read_ouro(folder):
     unknown = [*weights, *(key for key in ('rope_scaling', 'tie_word_embeddings') if c.get(key))]
     if c.get('hidden_act', 'silu') != 'silu':
         unknown.append('hidden_act')
+    if c.get('use_sliding_window') or 'sliding_attention' in c.get('layer_types', ()):
+        unknown.append('sliding window')
     check(not unknown, 'model', f'ouro:{folder}', f'an Ouro, which has no {", ".join(sorted(unknown)[:3])}')
     return dict(model=model, model_args=args, tokenizer=None, config={}, iter_num=0, path=str(folder))
 

@@ -25,6 +25,10 @@ WRONG = [  # (flags of train.py after those of a tiny run, what must be told)
     (['--max_iters=many'], "max_iters='many', expected int"),
     (['--max_iters=-1'], 'max_iters=-1, expected at least 0'),
     (['--learning_rate=fast'], "learning_rate='fast', expected float"),
+    (
+        ['--weight_decay=0', '--weight_decay_end=0.1'],
+        'weight_decay=0.0, expected above 0 with weight_decay_end',
+    ),
     (['--learning_rate=-1'], 'learning_rate=-1.0, expected at least 0'),
     (['--learning_rate=1e999'], 'learning_rate='),
     (['--eval_only=maybe'], "eval_only='maybe', expected True or False"),

@@ -1,6 +1,8 @@
 """Objectives against their formulas written out, the memory tricks against none, and the loops of a step."""
 
 import math
+import os
+import signal
 import types
 from contextlib import nullcontext
 
@@ -11,6 +13,7 @@ from helpers import by_hand, load, randomize, read_log, same
 from test_recipes import RECIPES, build
 
 import model as model_file
+import train
 from model import GPT, INJECT, GPTConfig
 from nanoloop.batches import Batch
 from nanoloop.count import flops, parameters
@@ -28,6 +31,7 @@ from nanoloop.optimizer import (
     GROUPS,
     OPTIMIZER,
     Optimizer,
+    decay_share_at,
     group_names,
     lr_at,
     make_optimizers,
@@ -355,6 +359,33 @@ def test_what_decays():
         matrices = {name for name, p in model.named_parameters() if p.dim() == 2}
         assert decayed == {name for name in matrices if any(kind in name for kind in kinds)}
         assert optimizers[-1].defaults['eps'] == 1e-5
+
+
+def test_the_weight_decay_changes_linearly_to_its_end(call, flags, tmp_path, monkeypatch):
+    c = TrainConfig(weight_decay=0.2, weight_decay_end=0.05)
+    assert [0.2 * decay_share_at(step, c, 10) for step in (0, 5, 10, 99)] == pytest.approx(
+        [0.2, 0.125, 0.05, 0.05]
+    )
+    assert decay_share_at(5, TrainConfig(), 10) == 1
+    keys = [*flags, '--weight_decay=0.2', '--weight_decay_end=0.0', '--optimizer=muon']
+    call(main, *keys)
+    optimizers = load(tmp_path / 'out' / 'ckpt.pt')['optimizer']  # after the last step, number 11 of 12
+    decays = [group['weight_decay'] for part in optimizers for group in part['param_groups']]
+    assert max(decays) == pytest.approx(0.2 / 12) and min(decays) == 0
+    whole = load(tmp_path / 'out' / 'ckpt.pt')['model']
+    stopped, calls = [*keys, f'--out_dir={tmp_path}/stopped'], []
+
+    def lr_at_and_signal(*args):
+        calls.append(1)
+        if len(calls) == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return lr_at(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, 'lr_at', lr_at_and_signal)
+        call(main, *stopped)
+    call(main, *stopped, '--init_from=resume')
+    assert same(whole, load(tmp_path / 'stopped' / 'ckpt.pt')['model'])
 
 
 def test_the_momentum_rises_in_a_run(call, flags, tmp_path):

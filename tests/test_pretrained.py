@@ -283,6 +283,8 @@ def test_an_untied_gpt2_with_the_exact_gelu(tmp_path):
         (dict(tie_word_embeddings=True), 'which has no tie_word_embeddings'),
         (dict(hidden_act='gelu'), 'which has no hidden_act'),
         (dict(rope_theta=None), 'cannot be read'),
+        (dict(use_sliding_window=True), 'which has no sliding window'),
+        (dict(layer_types=['full_attention', 'sliding_attention']), 'which has no sliding window'),
         (dict(num_hidden_layers=2), 'which has no model.layers.2'),
         (dict(num_hidden_layers='three'), 'cannot be read'),
     ],
