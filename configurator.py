@@ -30,7 +30,8 @@ from nanoloop.checks import UserError, check, find_table, hints_of, split_hint, 
 from nanoloop.helptext import help_text
 
 TOOLS = types.ModuleType | types.FunctionType | types.BuiltinFunctionType | type  # a config file's own things
-RENAMED = {'n_layer': ('n_prelude', 'n_block', 'n_coda')}  # keys of nanoGPT that have another name here
+# keys of nanoGPT and of earlier versions that have another name here
+RENAMED = {'n_layer': ('n_prelude', 'n_block', 'n_coda'), 'png': ('image',)}
 
 
 class Config(dict):

@@ -1,75 +1,171 @@
 """
-Draws what runs have logged: losses, and per loop what --diagnose measures. Needs: pip install -e '.[plot]'
+Draws what runs have logged: losses, loss against loops, and per loop what --diagnose measures.
 
-    python plot.py --out_dir=out-flt,out-lt --png=flt-lt.png
+    python plot.py --out_dir=out-flt,out-lt --image=flt-lt.png
+    python plot.py --out_dir=a-seed1+a-seed2+a-seed3,b-seed1+b-seed2 --image=a-b.pdf
+
+Runs joined by + are drawn as one line, their mean, in a band from the lowest to the highest. Only panels for
+which something was logged are drawn. Needs: pip install -e ".[plot]"
 """
 
 import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
 
 from configurator import command, configure
 from nanoloop.checks import UserError, check
 
-PANELS = (  # title, log key as a pattern with {} for the loop, whether the axis is logarithmic
-    ('loss by loop, nats', 'loss/loop_{:02d}', False),
-    ('KL(last loop || loop), nats', 'kl/loop_{:02d}', True),
-    ("norm of the last block's output", 'hidden_norm/loop_{:02d}', True),
-    ('change of the state', 'change/loop_{:02d}', True),
-    ('gradient norm, outputs of the last block', 'grad_norm/block_{block:02d}/loop_{:02d}', True),
+FORMATS = ('.png', '.pdf', '.svg')
+
+
+class Panel(NamedTuple):
+    """A panel with a line per loop, of one run."""
+
+    title: str  # what the y axis shows, with its unit
+    key: str  # log key as a pattern: {} is the loop, {block} the last recurrent block
+    logarithmic: bool
+
+
+PANELS = (
+    Panel('loss by loop, nats', 'loss/loop_{:02d}', False),
+    Panel('KL(last loop || loop), nats', 'kl/loop_{:02d}', True),
+    Panel("norm of the last block's output", 'hidden_norm/loop_{:02d}', True),
+    Panel('relative change of the state', 'change/loop_{:02d}', True),
+    Panel('gradient norm, outputs of the last block', 'grad_norm/block_{block:02d}/loop_{:02d}', True),
 )
 
 
 @dataclass
 class PlotConfig:
-    out_dir: str = 'out'  # folders of runs, separated by commas; each gets a row of panels
-    png: str = ''  # image file to write; '' = log.png in the first folder
+    out_dir: str = 'out'  # folders of runs: , between lines to compare, + between seeds of one line
+    image: str = ''  # file to write, .png, .pdf or .svg; '' = log.png in the first folder
 
 
-def read_log(folder):
-    """Returns the records of a run's log.jsonl, dicts. Raises UserError if there are none."""
-    path = Path(folder) / 'log.jsonl'
-    check(path.exists(), 'out_dir', folder, 'the folder of a run with a log.jsonl')
+class Run(NamedTuple):
+    """What a run has logged."""
+
+    name: str
+    records: list  # of log.jsonl, dicts
+    evaluations: list  # of eval.jsonl, dicts: evaluations with other numbers of loops
+
+
+def read_run(folder):
+    """Reads the logs of a run. Raises UserError if there are none."""
+    folder = Path(folder)
+    check((folder / 'log.jsonl').exists(), 'out_dir', str(folder), 'the folder of a run with a log.jsonl')
+    records = read_records(folder / 'log.jsonl')
+    check(records, 'out_dir', str(folder), 'a run that has logged something')
+    evaluations = folder / 'eval.jsonl'
+    return Run(folder.name, records, read_records(evaluations) if evaluations.exists() else [])
+
+
+def read_records(path):
+    """Returns the records of a file of JSON lines. Raises UserError if it is broken."""
     complete_lines, _, _ = path.read_text().rpartition('\n')  # the last line of a killed run may be cut
     try:
-        records = [json.loads(line) for line in complete_lines.splitlines()]
+        return [json.loads(line) for line in complete_lines.splitlines()]
     except ValueError:
         raise UserError(f'{path} is broken') from None
-    check(records, 'out_dir', folder, 'a run that has logged something')
-    return records
 
 
-def series(records, key):
-    """Returns (steps, values) of a key, from the records that have a value for it."""
-    points = [(record['iter'], record[key]) for record in records if record.get(key) is not None]
-    return zip(*points, strict=True) if points else ((), ())
+def series(records, key, x='iter'):
+    """Returns {x: value} of a log key, from the records that have a value for it."""
+    return {record[x]: record[key] for record in records if record.get(key) is not None}
 
 
-def numbers(keys, pattern):
-    """Returns the sorted numbers that the group of a regular expression has in the keys that it matches."""
-    return sorted({int(match[1]) for key in keys if (match := re.fullmatch(pattern, key))})
+def loss_by_loops(run):
+    """Returns {number of loops: validation loss} of a run's evaluations at its last evaluated step."""
+    last = max((record['iter'] for record in run.evaluations), default=0)
+    return series([record for record in run.evaluations if record['iter'] == last], 'val/loss', 'n_loop')
 
 
-def draw_run(axes, records, name, colors):
-    """Draws one run into a row of axes: its losses, then a panel of PANELS each with a line per loop."""
-    for key, label, style in (('train/loss', 'train', '-'), ('val/loss', 'val', 'o')):
-        axes[0].plot(*series(records, key), style, label=label, markersize=4)
-    axes[0].legend()
-    axes[0].set(title=f'{name}: loss, nats')
-    keys = {key for record in records for key in record}
-    loops = numbers(keys, r'(?:hidden_norm|train/loss)/loop_(\d+)')
-    last_block = max(numbers(keys, r'grad_norm/block_(\d+)/loop_\d+'), default=0)
-    for axis, (title, pattern, logarithmic) in zip(axes[1:], PANELS, strict=True):
+def draw_group(axis, curves, color, style, label):
+    """Draws the mean of curves, {x: y} each, and their band, where at least one has a value."""
+    xs = sorted(set().union(*curves))
+    if not xs:
+        return
+    ys = [[curve[x] for curve in curves if x in curve] for x in xs]
+    axis.plot(xs, [np.mean(values) for values in ys], style, color=color, label=label, markersize=4)
+    if len(curves) > 1:
+        lowest, highest = ([limit(values) for values in ys] for limit in (min, max))
+        axis.fill_between(xs, lowest, highest, color=color, alpha=0.2, linewidth=0)
+
+
+def comparisons(groups):
+    """Returns the panels that show all groups of runs: (y label, x label, [(curves, style, label)])."""
+    names = [' + '.join(dict.fromkeys(run.name for run in runs)) for runs in groups]
+    losses = []
+    for name, runs in zip(names, groups, strict=True):
+        losses.append(([series(run.records, 'train/loss') for run in runs], '-', f'{name}, train'))
+        losses.append(([series(run.records, 'val/loss') for run in runs], 'o--', f'{name}, val'))
+    loops = [
+        ([loss_by_loops(run) for run in runs], 'o-', name) for name, runs in zip(names, groups, strict=True)
+    ]
+    panels = [('loss, nats per token', 'step', losses), ('validation loss, nats per token', 'loops', loops)]
+    return [panel for panel in panels if any(any(curves) for curves, _, _ in panel[2])]
+
+
+def loop_panels(run):
+    """Returns the panels of PANELS that a run has logged: [(panel, {loop: {step: value}})]."""
+    keys = {key for record in run.records for key in record}
+    blocks = [int(m[1]) for key in keys if (m := re.fullmatch(r'grad_norm/block_(\d+)/loop_\d+', key))]
+    loops = sorted({int(m[1]) for key in keys if (m := re.fullmatch(r'(?:\w+/)*loop_(\d+)', key))})
+    found = []
+    for panel in PANELS:
+        lines = {}
         for loop in loops:
-            key = pattern.format(loop, block=last_block)
-            steps, values = series(records, key if key in keys else f'train/{key}')
-            if steps and (not logarithmic or max(values) > 0):
-                color = colors(loop / max(1, len(loops) - 1))
-                axis.plot(steps, values, color=color, label=f'loop {loop}')
-        axis.set(title=title, xlabel='step', yscale='log' if logarithmic else 'linear')
-    if loops:
-        axes[1].legend(fontsize='small')
+            key = panel.key.format(loop, block=max(blocks, default=0))
+            line = series(run.records, key if key in keys else f'train/{key}')
+            if panel.logarithmic:
+                line = {step: value for step, value in line.items() if value > 0}
+            if line:
+                lines[loop] = line
+        if lines:
+            found.append((panel, lines))
+    return found
+
+
+def draw_comparison(axis, panel, colors):
+    """Draws a panel of comparisons(); both curves of a group have its color."""
+    title, x_label, parts = panel
+    per_group = 2 if x_label == 'step' else 1
+    for i, (curves, style, label) in enumerate(parts):
+        draw_group(axis, curves, colors(i // per_group % 10), style, label)
+    axis.set(ylabel=title, xlabel=x_label)
+    axis.legend(fontsize='small')
+
+
+def draw_loops(axis, name, panel, lines, colors):
+    """Draws a panel of loop_panels()."""
+    for loop, line in lines.items():
+        color = colors(loop / max(1, *lines))
+        axis.plot(list(line), list(line.values()), color=color, label=f'loop {loop}')
+    axis.set(title=name, xlabel='step', yscale='log' if panel.logarithmic else 'linear')
+    axis.set_ylabel(panel.title, fontsize='small')
+
+
+def draw(pyplot, groups, image):
+    """Draws all panels: a row that compares the groups, and a row for each run that logged its loops."""
+    comparing = comparisons(groups)
+    runs = [(run, panels) for group in groups for run in group if (panels := loop_panels(run))]
+    n_columns = max([len(comparing), *(len(panels) for _, panels in runs)])
+    size = (4.2 * n_columns, 3.4 * (1 + len(runs)))  # inches
+    grid = dict(figsize=size, squeeze=False, layout='constrained')
+    figure, rows = pyplot.subplots(1 + len(runs), n_columns, **grid)
+    for axis, panel in zip(rows[0], comparing, strict=False):
+        draw_comparison(axis, panel, pyplot.get_cmap('tab10'))
+    for row, (run, panels) in zip(rows[1:], runs, strict=True):
+        for axis, (panel, lines) in zip(row, panels, strict=False):
+            draw_loops(axis, run.name, panel, lines, pyplot.get_cmap('viridis'))
+        row[0].legend(fontsize='small')
+    for axis in rows.flat:
+        axis.set_visible(axis.has_data())
+    figure.savefig(image, dpi=200)
+    return bool(runs), len(comparing) > 1
 
 
 @command
@@ -78,22 +174,23 @@ def main(argv):
     try:
         import matplotlib
     except ImportError:
-        raise UserError('plotting needs matplotlib: pip install matplotlib') from None
+        raise UserError('plotting needs matplotlib: pip install -e ".[plot]"') from None
     matplotlib.use('Agg')
     from matplotlib import pyplot
 
-    folders = c.out_dir.split(',')
-    logs = [read_log(folder) for folder in folders]
-    png = Path(c.png or Path(folders[0]) / 'log.png')
-    check(png.suffix == '.png' and png.parent.is_dir(), 'png', c.png, 'a .png file in a folder that exists')
-    columns = 1 + len(PANELS)
-    size = (4 * columns, 3.4 * len(logs))  # inches
-    grid = dict(figsize=size, squeeze=False, sharey='col', layout='constrained')
-    figure, rows = pyplot.subplots(len(logs), columns, **grid)
-    for axes, records, folder in zip(rows, logs, folders, strict=True):
-        draw_run(axes, records, Path(folder).name, pyplot.get_cmap('viridis'))
-    figure.savefig(png, dpi=80)
-    print(f'drawn: {png}')
+    groups = [[read_run(folder) for folder in group.split('+')] for group in c.out_dir.split(',')]
+    first = re.split('[,+]', c.out_dir)[0]
+    image = Path(c.image or Path(first) / 'log.png')
+    fits = image.suffix in FORMATS and image.parent.is_dir()
+    check(fits, 'image', c.image, f'a file in a folder that exists, {", ".join(FORMATS)}')
+    with_loops, with_evaluations = draw(pyplot, groups, image)
+    if not with_loops:
+        print('for what happens loop by loop: train.py --diagnose=100')
+    if not with_evaluations:
+        print(
+            'for the loss against loops: train.py --init_from=resume --eval_only=True --n_loop=1, 2, 4, ...'
+        )
+    print(f'drawn: {image}')
 
 
 if __name__ == '__main__':

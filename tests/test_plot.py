@@ -1,36 +1,77 @@
 """The picture of runs: what it shows is what was logged."""
 
+import numpy as np
 import pytest
+from helpers import read_log
 
 import plot
 from train import main
 
 
-def test_runs_are_drawn_beside_each_other(call, flags, tmp_path, monkeypatch):
+@pytest.fixture
+def drawn(monkeypatch):
+    """drawn() -> {(row, title, y label): axis} of the visible panels of the last picture."""
     pytest.importorskip('matplotlib')
     from matplotlib import pyplot
 
-    call(main, *flags, '--diagnose=3')
-    call(main, *flags, f'--out_dir={tmp_path}/plain')
     figures, real = [], pyplot.subplots
     monkeypatch.setattr(pyplot, 'subplots', lambda *a, **k: figures.append(real(*a, **k)) or figures[-1])
-    status, out, err = call(
-        plot.main, f'--out_dir={tmp_path}/out,{tmp_path}/plain', f'--png={tmp_path}/a.png'
-    )
+
+    def panels():
+        rows = figures[-1][1]
+        return {
+            (i, axis.get_title(), axis.get_ylabel()): axis
+            for i, row in enumerate(rows)
+            for axis in row
+            if axis.get_visible()
+        }
+
+    return panels
+
+
+def test_runs_are_compared_in_one_panel_and_looked_into_one_by_one(call, flags, tmp_path, drawn):
+    call(main, *flags, '--diagnose=3')
+    call(main, *flags, f'--out_dir={tmp_path}/plain')
+    folders = f'--out_dir={tmp_path}/out,{tmp_path}/plain'
+    status, out, err = call(plot.main, folders, f'--image={tmp_path}/a.png')
     assert status == 0 and out.endswith(f'drawn: {tmp_path}/a.png\n'), err
+    assert 'for the loss against loops: train.py --init_from=resume' in out and '--diagnose' not in out
     assert (tmp_path / 'a.png').read_bytes()[:8] == b'\x89PNG\r\n\x1a\n'
-    seen, plain = figures[0][1]
-    records = plot.read_log(tmp_path / 'out')
-    lines = {axis.get_title(): axis.get_lines() for axis in seen}
-    train = lines['out: loss, nats'][0]
-    assert train.get_ydata().tolist() == [line['train/loss'] for line in records if 'lr' in line]
-    for k, line in enumerate(lines["norm of the last block's output"]):
-        expected = [
-            record[f'hidden_norm/loop_{k:02d}'] for record in records if 'hidden_norm/loop_00' in record
-        ]
-        assert line.get_xdata().tolist() == [0, 3, 6, 9] and line.get_ydata().tolist() == expected
-    assert all(len(found) > 0 for found in lines.values())
-    assert [len(axis.get_lines()) for axis in plain] == [2, 0, 0, 0, 0, 0]
+    losses = drawn()[0, '', 'loss, nats per token'].get_lines()
+    assert [line.get_label() for line in losses] == ['out, train', 'out, val', 'plain, train', 'plain, val']
+    for line, name, key in zip(
+        losses, ('out', 'out', 'plain', 'plain'), ('train/loss', 'val/loss') * 2, strict=True
+    ):
+        expected = [record[key] for record in read_log(tmp_path / name) if key in record]
+        assert line.get_ydata().tolist() == expected
+    records = [record for record in read_log(tmp_path / 'out') if 'hidden_norm/loop_00' in record]
+    for k, line in enumerate(drawn()[1, 'out', "norm of the last block's output"].get_lines()):
+        assert line.get_xdata().tolist() == [0, 3, 6, 9]
+        assert line.get_ydata().tolist() == [record[f'hidden_norm/loop_{k:02d}'] for record in records]
+    assert len(drawn()) == 1 + 5 and all(axis.get_xlabel() == 'step' for axis in drawn().values())
+
+
+def test_seeds_are_a_mean_and_a_band_and_evaluations_a_curve_over_loops(call, flags, tmp_path, drawn):
+    losses = []
+    for seed in (1, 2):
+        keys = [*flags, f'--seed={seed}', f'--out_dir={tmp_path}/{seed}']
+        call(main, *keys)
+        losses.append(
+            [record['val/loss'] for record in read_log(tmp_path / str(seed)) if 'val/loss' in record]
+        )
+        for n_loop in (1, 2, 4):
+            call(main, *keys, '--init_from=resume', '--eval_only=True', f'--n_loop={n_loop}')
+    for suffix in ('.svg', '.pdf'):
+        image = tmp_path / f'a{suffix}'
+        status, out, _ = call(plot.main, f'--out_dir={tmp_path}/1+{tmp_path}/2', f'--image={image}')
+        assert status == 0 and image.stat().st_size > 1000 and 'for what happens loop by loop' in out
+    _, val = drawn()[0, '', 'loss, nats per token'].get_lines()
+    assert np.allclose(val.get_ydata(), np.mean(losses, axis=0)) and val.get_label() == '1 + 2, val'
+    band = drawn()[0, '', 'loss, nats per token'].collections[1].get_paths()[0].vertices[:, 1]
+    assert band.min() == np.min(losses) and band.max() == np.max(losses)
+    (line,) = drawn()[0, '', 'validation loss, nats per token'].get_lines()
+    assert line.get_xdata().tolist() == [1, 2, 4]
+    assert line.get_ydata()[1] == pytest.approx(np.mean(losses, axis=0)[-1])  # as many loops as in training
 
 
 def test_what_cannot_be_drawn_is_told(call, tmp_path):
@@ -39,3 +80,8 @@ def test_what_cannot_be_drawn_is_told(call, tmp_path):
     (tmp_path / 'log.jsonl').write_text('{\n')
     status, _, err = call(plot.main, f'--out_dir={tmp_path}')
     assert status == 2 and 'is broken' in err
+    (tmp_path / 'log.jsonl').write_text('{"iter": 0, "train/loss": 1.0}\n')
+    status, _, err = call(plot.main, f'--out_dir={tmp_path}', f'--image={tmp_path}/a.jpg')
+    assert status == 2 and 'expected a file in a folder that exists, .png, .pdf, .svg' in err
+    status, _, err = call(plot.main, f'--png={tmp_path}/a.png')
+    assert status == 2 and "unknown key 'png', did you mean 'image'?" in err

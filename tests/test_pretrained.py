@@ -405,5 +405,5 @@ def test_training_takes_the_last_checkpoint_and_using_a_model_the_best(call, fla
 
 
 def test_a_checkpoint_of_an_unknown_program_is_refused():
-    with pytest.raises(ValueError, match='expected one of this program, nanoLOOP, nanoGPT'):
+    with pytest.raises(ValueError, match='expected one of this program, the original nanoLOOP, nanoGPT'):
         load_checkpoint(dict(model={}, model_args=dict(d_model=8)))
