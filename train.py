@@ -306,7 +306,6 @@ class Trainer:
     def evaluate(self):
         """Returns the validation loss, a line and a record; None if a signal came first."""
         start = time.monotonic()
-        self.say.now(f'evaluating at step {self.step}')
         losses = self.task.evaluate()
         if losses is None:
             return None

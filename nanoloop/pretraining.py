@@ -32,7 +32,7 @@ class Task(NamedTuple):
 def pretraining(c, m, checkpoint, stopped, say):
     """Returns the Task of training on c.dataset, and settles c's keys of the model.
 
-    checkpoint: the weights to begin with, or None. say: prints a line, on rank 0. Raises UserError.
+    checkpoint: the weights to begin with, or None. say: a report.Teller. Raises UserError.
     """
     n, world = c.gradient_accumulation_steps, m.world
     expected = f'a multiple of the {world} processes: {world}, {2 * world}, {4 * world}, ...'
@@ -50,7 +50,7 @@ def pretraining(c, m, checkpoint, stopped, say):
     if c.vocab_size > 2 * meta['vocab_size']:
         say(f'vocab_size={c.vocab_size} is far above the {meta["vocab_size"]} of the data')
     batches = window_batches(splits['train'], c, m)
-    validate = functools.partial(evaluate, model, splits, c, m, meta['token_bytes'], stopped)
+    validate = functools.partial(evaluate, model, splits, c, m, meta['token_bytes'], stopped, say.now)
     kept = dict(tokenizer=meta['tokenizer'], data=identify(folder, meta))
     return Task(model, batches, validate, kept, origin(c, checkpoint))
 

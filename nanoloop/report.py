@@ -26,12 +26,14 @@ class Teller:
 
     def __init__(self, print_line):
         self.print_line, self.ended = print_line, threading.Event()
-        self.last_line = time.monotonic()
+        self.last_line, self.doing = time.monotonic(), None
         self.now('')
 
-    def now(self, doing):
-        """Notes what the run is doing from now on."""
-        self.doing, self.since = doing, time.monotonic()
+    def now(self, doing, progress=''):
+        """Notes what the run is doing, and how far it is with the same thing."""
+        if doing != self.doing:
+            self.since = time.monotonic()
+        self.doing, self.progress = doing, progress
 
     def __call__(self, text):
         self.last_line = time.monotonic()
@@ -51,7 +53,7 @@ class Teller:
         while not self.ended.wait(max(0.01, self.last_line + self.SILENCE_S - time.monotonic())):
             silent, busy = (time.monotonic() - begin for begin in (self.last_line, self.since))
             if silent >= self.SILENCE_S:
-                self(f'... {self.doing} ({busy:.0f} s so far)')
+                self(f'... {self.doing}{self.progress} ({busy:.0f} s so far)')
 
 
 class Meter:

@@ -38,7 +38,7 @@ def die_at(monkeypatch, n):
 def falling(monkeypatch):
     """Every evaluation is the best so far, and takes no time."""
 
-    def evaluate(model, splits, c, m, token_bytes, stopped):
+    def evaluate(model, splits, *rest):
         loss = 1 / model.lm_head.weight.detach().norm().item()
         return {name: dict(loss=loss, ppl=1.0, bpb=1.0) for name in splits}
 
