@@ -31,6 +31,7 @@ from nanoloop.helptext import help_text
 
 TOOLS = types.ModuleType | types.FunctionType | types.BuiltinFunctionType | type  # a config file's own things
 # keys of nanoGPT and of earlier versions that have another name here
+PATHS = ('out_dir', 'dataset', 'init_from', 'image')  # keys in which ~ is the home folder
 RENAMED = {'n_layer': ('n_prelude', 'n_block', 'n_coda'), 'png': ('image',)}
 
 
@@ -78,11 +79,13 @@ def configure(classes, argv, out=None):
         else:
             lines.append(f'Overriding config with {arg}:')
             changes, start = read_file(arg, config, hints), '    '
+        for key in changes.keys() & set(PATHS):
+            changes[key] = os.path.expanduser(changes[key])
         lines += [f'{start}{key} = {value!r}' for key, value in changes.items()]
         config.update(changes)
         config.given |= frozenset(changes)
     if lines and RANK == 0:
-        print('\n'.join(lines), file=out)
+        (print_line if out is None else functools.partial(print, file=out))('\n'.join(lines))
     return config
 
 
@@ -125,7 +128,7 @@ def read_file(arg, config, hints):
 
 def find_file(name):
     """Returns the path of a config file, relative to the working directory or else to the repository."""
-    for path in (Path(name), ROOT / name):
+    for path in (Path(name).expanduser(), ROOT / name):
         if path.is_file():
             return path
     recipes = {path.stem: f'config/{path.name}' for path in (ROOT / 'config').glob('*.py')}
@@ -159,7 +162,8 @@ def run_file(path, config):
     assigned = Assignments(names)
 
     def run(file):
-        exec(compile(file.read_text(), str(file), 'exec'), names, assigned)
+        # bytes: Python itself knows byte order marks and declared encodings
+        exec(compile(file.read_bytes(), str(file), 'exec'), names, assigned)
 
     names['include'] = lambda name: run(path.parent / name)
     try:
@@ -186,6 +190,9 @@ def command(main):
     the program and keep their traceback.
     """
     script = Path(inspect.getfile(main)).name
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'):  # a character that the terminal lacks is no reason to end
+            stream.reconfigure(errors='replace')
 
     def fail(error, status):
         print_error(f'{script}: {" ".join(str(error).split()) or "out of memory"}')
@@ -202,7 +209,7 @@ def command(main):
         except KeyboardInterrupt:
             sys.exit(130)  # 128 + SIGINT, as a shell reports it
         except BrokenPipeError:  # the reader of stdout has ended: python sample.py | head
-            drop_stdout()
+            discard(1)
             sys.exit(141)  # 128 + SIGPIPE
         except (OSError, MemoryError) as error:
             fail(error, 1)
@@ -215,18 +222,25 @@ def command(main):
 
 
 def print_line(text):
-    """Prints a line. If the reader of stdout has ended, as tee does at a Ctrl-C, goes on without stdout."""
+    """Prints a line of a run, which goes on without stdout if that cannot be written any more.
+
+    The terminal may be gone, the reader (tee, at a Ctrl-C) may have ended, the disk behind it may be full.
+    """
     try:
         print(text, flush=True)
-    except BrokenPipeError:
-        drop_stdout()
+    except OSError:
+        discard(1)
 
 
 def print_error(text):
-    """Prints a line on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    """Prints a line on stderr, if that can be written."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        discard(2)
 
 
-def drop_stdout():
-    """Discards what is printed from now on: Python itself flushes stdout once more when it ends."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+def discard(number):
+    """Discards what is printed to stdout (1) or stderr (2) from now on; Python flushes both when it ends."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), number)

@@ -22,7 +22,8 @@ from nanoloop.checks import Above, AtMost, Choice, Count, NotNegative, Size, che
 from nanoloop.decode import Stats, cast_linears_
 from nanoloop.early_exit import EXIT, EarlyExit
 from nanoloop.generate import Generation
-from nanoloop.machine import autocast, choose_compile, choose_device, choose_dtype, exit_on_sigterm
+from nanoloop.machine import autocast, choose_compile, choose_device, choose_dtype
+from nanoloop.signals import exit_on_sigterm
 from nanoloop.tokenizer import read_text
 
 

@@ -42,7 +42,7 @@ from nanoloop.checks import (
 )
 from nanoloop.count import parameters
 from nanoloop.diagnose import Look
-from nanoloop.machine import Signals, exit_status, peak_memory, setup, signal_name
+from nanoloop.machine import peak_memory, setup
 from nanoloop.objective import (
     LOOP_GROWTH,
     LOOP_SAMPLING,
@@ -72,6 +72,7 @@ from nanoloop.run_folder import (
     open_out_dir,
     set_best_aside,
 )
+from nanoloop.signals import Signals, exit_status, signal_name
 from nanoloop.training_step import train_step
 
 
@@ -274,6 +275,7 @@ class Trainer:
                 self.log.write(look.line(self.step), {'iter': self.step, **look.values})
             self.count_bad_step(result)
             self.step += 1
+            self.signals.save_first()
             self.flops_done += self.flops(n_loop)
             self.loops_trained.add(n_loop)
             if (self.step - 1) % c.log_interval == 0:
@@ -404,8 +406,10 @@ def main(argv):
     layers = c.n_prelude + c.n_block * c.n_loop + c.n_coda
     work = c.max_iters * c.gradient_accumulation_steps * c.batch_size * c.block_size * layers * c.n_embd
     m = setup(settings, work)
-    with Signals(m, print_error) as signals, contextlib.ExitStack() as stack:
-        say = stack.enter_context(report.Teller(print_line if m.rank == 0 else None))
+    rank0 = m.rank == 0
+    with contextlib.ExitStack() as stack:
+        say = stack.enter_context(report.Teller(print_line if rank0 else None))
+        signals = stack.enter_context(Signals(m, print_error if rank0 else None, say.hurry))
         say.now('preparing data and model')
         task = pretraining(c, m, checkpoint, signals.stopped, say)
         trainer = Trainer(task, c, m, signals, checkpoint if resuming else {}, say)

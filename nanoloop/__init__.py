@@ -5,10 +5,28 @@ ROOT is the repository's folder; RANK, WORLD and LOCAL_RANK are this process's p
 """
 
 import os
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-RANK, WORLD, LOCAL_RANK = (
-    int(os.environ.get(name, default))
-    for name, default in (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0))
-)
+
+
+def read_place(environ):
+    """Returns (rank, number of processes, local rank): (0, 1, 0) unless torchrun or the like has set all.
+
+    A RANK or WORLD_SIZE that another program has left in the environment is ignored.
+    """
+    names = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')
+    if not all(environ.get(name) for name in names):
+        return 0, 1, 0
+    try:
+        return tuple(int(environ[name]) for name in names[:3])
+    except ValueError:
+        return 0, 1, 0
+
+
+RANK, WORLD, LOCAL_RANK = read_place(os.environ)
+
+_main = Path(getattr(sys.modules['__main__'], '__file__', None) or '-').resolve()
+if _main.parent == ROOT / 'nanoloop' or _main in (ROOT / 'model.py', ROOT / 'configurator.py'):
+    sys.exit(f'{_main.name} is no script: see train.py, sample.py, bench.py, export.py and plot.py')

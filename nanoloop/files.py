@@ -6,11 +6,16 @@ Atomic and durable writes: a file is complete or absent, even after a crash or a
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import os
 from pathlib import Path
+
+# how a file system says that it cannot do something at all
+NOT_SUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY, errno.EBADF}
+NOT_SUPPORTED |= {errno.EACCES, errno.EPERM, errno.EISDIR}
 
 
 def sync(file):
@@ -21,12 +26,19 @@ def sync(file):
 
 
 def sync_folder(folder):
-    """Waits until the names of a folder's files are on the disk: until then a crash can undo a rename."""
-    number = os.open(folder, os.O_RDONLY)
+    """Waits until the names of a folder's files are on the disk: until then a crash can undo a rename.
+
+    Some file systems (CIFS, sshfs, VirtualBox) cannot do that for folders: there it does nothing.
+    """
     try:
-        os.fsync(number)
-    finally:
-        os.close(number)
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
+    except OSError as error:
+        if error.errno not in NOT_SUPPORTED:
+            raise
 
 
 @contextlib.contextmanager

@@ -1,5 +1,5 @@
 """
-The machine that a script runs on: device, precision, compilation, peak FLOP/s, memory, and signals.
+The machine that a script runs on: device, precision, compilation, peak FLOP/s and memory.
 """
 
 import contextlib
@@ -7,7 +7,6 @@ import math
 import os
 import re
 import resource
-import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import torch
 
 from nanoloop import LOCAL_RANK, RANK, WORLD
 from nanoloop.checks import check
-from nanoloop.parallel import choose_backend, join, max_over_ranks
+from nanoloop.parallel import choose_backend, join
 
 KINDS = ('cuda', 'mps', 'cpu')  # of devices; device=auto takes the first one that the machine has
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
@@ -205,9 +204,14 @@ class Machine:
 
     def fingerprint(self):
         """Returns what must be the same for a resumed run to be bit-exact."""
-        version = str(torch.__version__)
+        cpu = dict(cpu=torch.backends.cpu.get_cpu_capability(), threads=torch.get_num_threads())
         return dict(
-            device=self.kind, dtype=str(self.dtype), compile=self.compile, processes=self.world, torch=version
+            device=self.kind,
+            dtype=str(self.dtype),
+            compile=self.compile,
+            processes=self.world,
+            torch=str(torch.__version__),
+            **(cpu if self.kind == 'cpu' else {}),
         )
 
     def to_device(self, tensor):
@@ -247,91 +251,15 @@ def setup(config, work=math.inf):
     torch.manual_seed(config.seed)
     name = f' {torch.cuda.get_device_name(device)}' if m.kind == 'cuda' else ''
     through = f' ({backend})' if WORLD > 1 else ''
+    if (RANK, WORLD) == (0, 1) and {os.environ.get('RANK'), os.environ.get('WORLD_SIZE')} - {
+        None,
+        '',
+        '0',
+        '1',
+    }:
+        through = ' (RANK and WORLD_SIZE in the environment are ignored: not all that torchrun sets is there)'
     m.line = (
         f'device: {device}{name} ({why_device}), dtype: {str(dtype)[6:]} ({why_dtype}), '
         f'compile: {m.compile} ({why_compile}), processes: {WORLD}{through}'
     )
     return m
-
-
-# -----------------------------------------------------------------------------
-# signals
-
-
-def signal_name(number):
-    """Returns the name of a signal number: SIGTERM for 15."""
-    return signal.Signals(number).name
-
-
-def exit_status(number):
-    """Returns the exit status of a process ended by this signal: 128 + number, as in a shell."""
-    return 128 + number
-
-
-@contextlib.contextmanager
-def exit_on_sigterm():
-    """Makes SIGTERM raise SystemExit inside the block, as Ctrl-C raises KeyboardInterrupt."""
-    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(exit_status(number)))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-class Signals:
-    """Notes SIGTERM and SIGINT while it is entered, so that a run can save before it ends: see stopped().
-
-    Further signals are ignored, because torchrun sends each several times to its workers. But a Ctrl-C more
-    than PATIENCE_S after the first signal ends the process at once.
-
-    say: called with a line when a signal ended the run without a checkpoint.
-    """
-
-    NUMBERS = (signal.SIGTERM, signal.SIGINT)
-    PATIENCE_S = 2.0
-
-    def __init__(self, m, say=None):
-        self.m, self.say = m, say or (lambda text: None)
-        self.number = 0  # the first signal that this process got
-        self.agreed = 0  # the signal that some rank had got when stopped() was last called
-        self.since = 0.0  # when the first signal came, in seconds
-
-    def __enter__(self):
-        self.handlers = {number: signal.signal(number, self.note) for number in self.NUMBERS}
-        return self
-
-    def note(self, number, frame):
-        """Handles a signal."""
-        if not self.number:
-            self.number, self.since = number, time.monotonic()
-        elif number == signal.SIGINT and time.monotonic() - self.since > self.PATIENCE_S:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-
-    def stopped(self):
-        """Returns the signal that some rank has got, 0 if none has. All ranks call it at the same places."""
-        self.agreed = max_over_ranks(self.m, self.number)
-        return self.agreed
-
-    @contextlib.contextmanager
-    def ignore_errors_after_signal(self):
-        """Ignores an error inside the block if a signal came before it: see stopped().
-
-        A Ctrl-C reaches all processes of a terminal, also a compiler that this one waits for. Compiling then
-        fails for no other reason than that the run is to stop. With several processes the error is raised,
-        because the other ranks are elsewhere in the program.
-        """
-        try:
-            yield
-        except Exception:
-            if self.m.world > 1 or not self.stopped():
-                raise
-
-    def __exit__(self, kind, error, trace):
-        silent = self.agreed and self.m.world > 1  # torchrun repeats the signal until all workers have left
-        for number, handler in self.handlers.items():
-            signal.signal(number, signal.SIG_IGN if silent else handler)
-        if self.number and isinstance(error, Exception) and not isinstance(error, ValueError | OSError):
-            # the same signal has ended a process that this one needs: a compiler or another rank
-            self.say(f'stopped by {signal_name(self.number)} ({kind.__name__})')
-            sys.exit(exit_status(self.number))

@@ -2,6 +2,7 @@
 The lines that a training run prints, and the records of log.jsonl.
 """
 
+import math
 import threading
 import time
 from datetime import timedelta
@@ -29,6 +30,11 @@ class Teller:
         self.last_line, self.doing = time.monotonic(), None
         self.now('')
 
+    def hurry(self, signal):
+        """Lets the watching thread say at once that a signal has come, and what it waits for."""
+        self.doing, self.progress, self.since = f'{signal}: saving after', f' {self.doing}', time.monotonic()
+        self.last_line = -math.inf
+
     def now(self, doing, progress=''):
         """Notes what the run is doing, and how far it is with the same thing."""
         if doing != self.doing:
@@ -50,7 +56,7 @@ class Teller:
 
     def watch(self):
         """Runs in a thread until the end."""
-        while not self.ended.wait(max(0.01, self.last_line + self.SILENCE_S - time.monotonic())):
+        while not self.ended.wait(min(1.0, self.SILENCE_S)):
             silent, busy = (time.monotonic() - begin for begin in (self.last_line, self.since))
             if silent >= self.SILENCE_S:
                 self(f'... {self.doing}{self.progress} ({busy:.0f} s so far)')

@@ -77,7 +77,11 @@ class Log:
             except ImportError:
                 raise UserError('wandb_log=True needs wandb: pip install wandb') from None
             run = dict(project=c.wandb_project, name=c.wandb_run_name, id=self.wandb_id, resume='allow')
-            self.wandb = wandb.init(**run, config=dict(c))
+            try:
+                self.wandb = wandb.init(**run, config=dict(c))
+            except Exception as error:  # of its own types: no login, no network, no such project
+                hint = 'log in with `wandb login`, or set WANDB_MODE=offline'
+                raise UserError(f'wandb_log=True, but wandb.init failed: {error}; {hint}') from None
 
     def write(self, text, record):
         """Prints the text and logs the record, {key: number} with the key iter, see to_json."""
@@ -85,7 +89,12 @@ class Log:
             self.say(text)
         self.file.write(to_json(record))
         if self.wandb:
-            self.wandb.log(record, step=record['iter'])
+            try:
+                self.wandb.log(record, step=record['iter'])
+            except Exception as error:  # log.jsonl has everything: a run does not end over its copy
+                self.wandb = None
+                if self.say:
+                    self.say(f'wandb.log failed, the run goes on without it: {error}')
 
 
 def append_record(path, record):

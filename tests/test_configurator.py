@@ -1,6 +1,8 @@
 """Keys come from config files and flags, --help lists them, and a script's end is in its exit status."""
 
+import errno
 import io
+import os
 import re
 import subprocess
 import sys
@@ -344,6 +346,53 @@ def test_an_error_of_the_program_keeps_its_traceback(error):
 
     with pytest.raises(error, match='a bug'):
         main([])
+
+
+@pytest.mark.parametrize('number', [errno.EIO, errno.ENOSPC, errno.EPIPE, errno.EBADF])
+def test_a_run_goes_on_when_nothing_can_be_printed(monkeypatch, number):
+    def fail(*args, **keys):
+        raise OSError(number, 'no')
+
+    discarded = []
+    monkeypatch.setattr(configurator, 'print', fail, raising=False)
+    monkeypatch.setattr(configurator, 'discard', discarded.append)
+    configurator.print_line('a'), configurator.print_error('b')
+    configure(KEYS, ['--n_loop=3'])
+    assert discarded == [1, 2, 1]
+
+
+def test_a_stream_without_a_character_shows_another():
+    environment = dict(os.environ, PYTHONIOENCODING='ascii')
+    code = "import configurator; configurator.command(lambda argv: print('\\u00e4'))()"
+    run = dict(env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert subprocess.run([sys.executable, '-c', code], **run).stdout == '?\n'
+
+
+def test_files_of_windows_are_read(tmp_path):
+    text = 'n_loop = 3\r\nout_dir = "\u00e4"\r\n'
+    (tmp_path / 'a.py').write_bytes(b'\xef\xbb\xbf' + text.encode())
+    assert (read(f'{tmp_path}/a.py').n_loop, read(f'{tmp_path}/a.py').out_dir) == (3, '\u00e4')
+    (tmp_path / 'b.py').write_bytes(text.encode('utf-16'))
+    with pytest.raises(ValueError, match='b.py, line .*: SyntaxError'):
+        read(f'{tmp_path}/b.py')
+
+
+def test_a_path_may_begin_with_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    (tmp_path / 'a.py').write_text("dataset = '~/data'")
+    config = read('~/a.py', '--out_dir=~/runs', '--wandb_run_name=~')
+    assert (config.out_dir, config.dataset) == (f'{tmp_path}/runs', f'{tmp_path}/data')
+    assert config.wandb_run_name == '~'
+
+
+@pytest.mark.parametrize('name', ['model.py', 'configurator.py', 'nanoloop/generate.py'])
+def test_a_file_that_is_no_script_says_so(name):
+    run = subprocess.run([sys.executable, ROOT / name], env=dict(os.environ, PYTHONPATH=str(ROOT)),
+                         capture_output=True, text=True)  # fmt: skip
+    expected = (
+        f'{name.split("/")[-1]} is no script: see train.py, sample.py, bench.py, export.py and plot.py\n'
+    )
+    assert run.returncode == 1 and run.stderr == expected
 
 
 def test_printing_goes_on_without_a_reader():

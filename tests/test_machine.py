@@ -1,7 +1,6 @@
 """The machine: what a key leaves to the program is chosen well, signals end a run in order, ranks agree."""
 
 import os
-import signal
 import socket
 import types
 
@@ -9,8 +8,9 @@ import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from nanoloop import machine, parallel
-from nanoloop.machine import Machine, Signals
+import nanoloop
+from nanoloop import machine, parallel, report
+from nanoloop.machine import Machine
 from train import TrainConfig
 
 BF16 = torch.bfloat16
@@ -198,6 +198,42 @@ def test_setting_up_seeds_torch_and_says_what_was_chosen():
     assert m.line == expected
 
 
+def test_what_bit_exactness_needs_is_in_the_fingerprint(monkeypatch):
+    m = cpu_machine()
+    before = m.fingerprint()
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: before['threads'] + 1)
+    monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: 'another')
+    config, state = dict(seed=1), dict(config=dict(seed=1), machine=before)
+    lines = [*report.differences(config, m.fingerprint(), state)]
+    n = before['threads']
+    assert f'not bit-exact: threads was {n}, is {n + 1}' in lines and len(lines) == 2
+    older = dict(state, machine={'device': 'cpu'})  # a checkpoint that says nothing of threads
+    assert not [*report.differences(config, m.fingerprint(), older)]
+
+
+@pytest.mark.parametrize(
+    'environ, place',
+    [
+        ({}, (0, 1, 0)),
+        (dict(RANK='1'), (0, 1, 0)),
+        (dict(RANK='', WORLD_SIZE=''), (0, 1, 0)),
+        (dict(RANK='1', WORLD_SIZE='2', LOCAL_RANK='1'), (0, 1, 0)),  # nobody to talk to
+        (dict(RANK='x', WORLD_SIZE='2', LOCAL_RANK='1', MASTER_ADDR='a', MASTER_PORT='1'), (0, 1, 0)),
+        (dict(RANK='3', WORLD_SIZE='4', LOCAL_RANK='1', MASTER_ADDR='a', MASTER_PORT='1'), (3, 4, 1)),
+    ],
+)
+def test_a_place_is_what_torchrun_says_or_none(environ, place):
+    assert nanoloop.read_place(environ) == place
+
+
+def test_a_place_that_is_ignored_is_told(monkeypatch):
+    assert 'are ignored' not in machine.setup(TrainConfig(device='cpu', compile=False)).line
+    monkeypatch.setenv('RANK', '1')
+    assert (
+        'RANK and WORLD_SIZE in the environment are ignored' in machine.setup(TrainConfig(device='cpu')).line
+    )
+
+
 def test_a_machine_casts_products_copies_tensors_and_scales_float16():
     m = cpu_machine(dtype=BF16)
     with m.autocast():
@@ -213,88 +249,6 @@ def test_a_gpu_gets_tensors_from_pinned_memory_without_waiting():
     )
     Machine(0, 1, 'cuda:0', 'cuda', BF16).to_device(tensor)
     assert calls == [(('cuda:0',), dict(non_blocking=True))]
-
-
-# -----------------------------------------------------------------------------
-# signals
-
-
-def test_a_signal_has_a_name_and_a_status():
-    assert machine.signal_name(signal.SIGTERM) == 'SIGTERM' and machine.exit_status(signal.SIGINT) == 130
-
-
-@pytest.mark.parametrize('seconds, killed', [(0.5, False), (2.5, True)])
-def test_a_second_interrupt_kills_only_after_two_seconds(monkeypatch, seconds, killed):
-    now, raised = [100.0], []
-    monkeypatch.setattr(machine.time, 'monotonic', lambda: now[0])
-    monkeypatch.setattr(machine.signal, 'signal', lambda *args: raised.append(args))
-    monkeypatch.setattr(machine.signal, 'raise_signal', raised.append)
-    signals = Signals(cpu_machine())
-    signals.note(signal.SIGINT, None)
-    now[0] += seconds
-    signals.note(signal.SIGTERM, None)
-    assert not raised and signals.stopped() == signal.SIGINT
-    signals.note(signal.SIGINT, None)
-    assert raised == ([(signal.SIGINT, signal.SIG_DFL), signal.SIGINT] if killed else [])
-
-
-@pytest.mark.parametrize('world', [1, 2])
-def test_after_a_signal_the_handlers_are_restored_or_silent(monkeypatch, world):
-    monkeypatch.setattr(machine, 'max_over_ranks', lambda m, value: value)
-    before = signal.getsignal(signal.SIGTERM)
-    with Signals(cpu_machine(world=world)) as signals:
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert signals.stopped() == signal.SIGTERM
-    assert signal.getsignal(signal.SIGTERM) == (before if world == 1 else signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, before)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def test_what_a_signal_broke_ends_with_its_status():
-    lines = []
-    with pytest.raises(SystemExit) as stop, Signals(cpu_machine(), lines.append):
-        os.kill(os.getpid(), signal.SIGTERM)
-        raise RuntimeError('the other rank is gone')
-    assert stop.value.code == 128 + signal.SIGTERM
-    assert lines == ['stopped by SIGTERM (RuntimeError)']
-
-
-@pytest.mark.parametrize(
-    'number, error', [(0, RuntimeError), (signal.SIGTERM, OSError), (signal.SIGTERM, ValueError)]
-)
-def test_a_users_error_a_full_disk_and_what_no_signal_broke_stay(number, error):
-    with pytest.raises(error), Signals(cpu_machine()):
-        if number:
-            os.kill(os.getpid(), number)
-        raise error('no')
-
-
-def test_an_error_after_a_signal_only_ends_the_block_that_may_break():
-    with Signals(cpu_machine()) as signals:
-        with pytest.raises(RuntimeError), signals.ignore_errors_after_signal():
-            raise RuntimeError('the compiler is missing')
-        with signals.ignore_errors_after_signal():
-            os.kill(os.getpid(), signal.SIGINT)
-            raise RuntimeError('the compiler got the signal, too')
-        assert signals.stopped() == signal.SIGINT
-
-
-def test_with_several_processes_an_error_is_raised_without_asking_the_others(monkeypatch):
-    monkeypatch.setattr(machine, 'max_over_ranks', lambda m, value: pytest.fail('it would wait for ever'))
-    signals = Signals(cpu_machine(world=2))
-    signals.number = signal.SIGTERM
-    with pytest.raises(RuntimeError), signals.ignore_errors_after_signal():
-        raise RuntimeError
-
-
-def test_sigterm_can_be_an_exception_as_an_interrupt_is():
-    before, ended = signal.getsignal(signal.SIGTERM), []
-    with pytest.raises(SystemExit) as stop, machine.exit_on_sigterm():
-        try:
-            os.kill(os.getpid(), signal.SIGTERM)
-        finally:
-            ended.append('in order')
-    assert stop.value.code == 143 and ended and signal.getsignal(signal.SIGTERM) == before
 
 
 # -----------------------------------------------------------------------------

@@ -624,12 +624,16 @@ def test_a_signal_anywhere_ends_in_a_bit_exact_checkpoint(call, flags, tmp_path,
     where.update(evaluation=(pretraining, 'evaluate', 3), first=(batches, 'draw_windows', 1))
     room, name, n = where[place]
     monkeypatch.setattr(room, name, after(getattr(room, name), n))
-    status, out, _ = call(main, *options)
-    assert status == 128 + signal.SIGTERM and 'stopped by SIGTERM at step' in out
+    status, out, err = call(main, *options)
+    first = 'stopped by SIGTERM before the first step was made' in err
+    assert status == 128 + signal.SIGTERM and (first or 'stopped by SIGTERM at step' in out)
     monkeypatch.undo()
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    assert load(tmp_path / 'stopped' / 'ckpt.pt')['iter_num'] == {'evaluation': 8, 'first': 0}.get(place, 5)
-    assert call(main, *options, '--init_from=resume')[0] == 0
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL and first == (place == 'first')
+    saved = tmp_path / 'stopped' / 'ckpt.pt'
+    assert saved.exists() != first and (
+        first or load(saved)['iter_num'] == (8 if place == 'evaluation' else 5)
+    )
+    assert call(main, *options, '--init_from=auto')[0] == 0
     assert same(whole['model'], load(tmp_path / 'stopped' / 'ckpt.pt')['model'])
     keep = ('iter', 'train/loss', 'val/loss', 'lr')
     logs = [[[row.get(k) for k in keep] for row in read_log(tmp_path / name)] for name in ('out', 'stopped')]
@@ -788,6 +792,21 @@ def test_wandb_gets_what_the_log_gets_and_its_run_goes_on(call, flags, tmp_path,
     assert runs[0]['id'] == runs[1]['id'] and runs[1]['resume'] == 'allow'
     logged = [record for run in runs for _, record in run['lines']]
     assert [r['iter'] for r in logged] == [r['iter'] for r in read_log(tmp_path / 'out')]
+
+
+def test_a_run_goes_on_without_wandb_but_does_not_begin_without(call, flags, tmp_path, monkeypatch):
+    class Run:
+        def log(self, record, step):
+            raise ConnectionError('quota')
+
+    fake = types.SimpleNamespace(init=lambda **keys: Run())
+    monkeypatch.setitem(sys.modules, 'wandb', fake)
+    status, out, _ = call(main, *flags, '--wandb_log=True')
+    assert status == 0 and out.count('wandb.log failed, the run goes on without it: quota') == 1
+    assert read_log(tmp_path / 'out')[-1]['iter'] == 12
+    fake.init = lambda **keys: 1 / 0
+    status, out, err = call(main, *flags, '--wandb_log=True', f'--out_dir={tmp_path}/b')
+    assert status == 2 and 'wandb_log=True, but wandb.init failed: division by zero; log in with' in err
 
 
 def test_wandb_is_not_imported_unless_asked_for(call, flags, monkeypatch):

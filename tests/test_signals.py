@@ -1,0 +1,134 @@
+"""Signals that end a run: it saves first, once there is something to save."""
+
+import os
+import signal
+
+import pytest
+import torch
+
+import nanoloop.signals as signals_file
+from nanoloop.machine import Machine
+from nanoloop.signals import NUMBERS, Signals
+
+
+def cpu_machine(world=1):
+    return Machine(0, world, torch.device('cpu'), 'cpu', torch.float32)
+
+
+def saving(m, *options):
+    """Signals of a run that has something to save."""
+    signals = Signals(m, *options)
+    signals.save_first()
+    return signals
+
+
+@pytest.mark.parametrize('number', NUMBERS)
+def test_a_signal_ends_a_run_that_has_nothing_to_save_at_once(number):
+    lines, before = [], signal.getsignal(number)
+    with pytest.raises(SystemExit) as stop, Signals(cpu_machine(), lines.append):
+        os.kill(os.getpid(), number)
+        pytest.fail('it goes on')
+    assert stop.value.code == 128 + number and signal.getsignal(number) == before
+    assert lines == [f'stopped by {number.name} before the first step was made']
+
+
+@pytest.mark.parametrize('number', NUMBERS)
+def test_a_signal_is_noted_when_there_is_something_to_save_and_its_name_is_told(number):
+    names = []
+    with saving(cpu_machine(), None, names.append) as signals:
+        os.kill(os.getpid(), number)
+        assert signals.stopped() == number and names == [number.name]
+
+
+def test_an_ignored_signal_stays_ignored():
+    """As nohup ignores SIGHUP."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Signals(cpu_machine()) as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not signals.stopped()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_signal_has_a_name_and_a_status():
+    assert (
+        signals_file.signal_name(signal.SIGTERM) == 'SIGTERM'
+        and signals_file.exit_status(signal.SIGINT) == 130
+    )
+
+
+@pytest.mark.parametrize('seconds, killed', [(0.5, False), (2.5, True)])
+def test_a_second_interrupt_kills_only_after_two_seconds(monkeypatch, seconds, killed):
+    now, raised = [100.0], []
+    monkeypatch.setattr(signals_file.time, 'monotonic', lambda: now[0])
+    monkeypatch.setattr(signals_file.signal, 'signal', lambda *args: raised.append(args))
+    monkeypatch.setattr(signals_file.signal, 'raise_signal', raised.append)
+    signals = saving(cpu_machine())
+    signals.note(signal.SIGINT, None)
+    now[0] += seconds
+    signals.note(signal.SIGTERM, None)
+    assert not raised and signals.stopped() == signal.SIGINT
+    signals.note(signal.SIGINT, None)
+    assert raised == ([(signal.SIGINT, signal.SIG_DFL), signal.SIGINT] if killed else [])
+
+
+@pytest.mark.parametrize('world', [1, 2])
+def test_after_a_signal_the_handlers_are_restored_or_silent(monkeypatch, world):
+    monkeypatch.setattr(signals_file, 'max_over_ranks', lambda m, value: value)
+    before = signal.getsignal(signal.SIGTERM)
+    with saving(cpu_machine(world=world)) as signals:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.stopped() == signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == (before if world == 1 else signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, before)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def test_what_a_signal_broke_ends_with_its_status():
+    lines = []
+    with pytest.raises(SystemExit) as stop, saving(cpu_machine(), lines.append):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise RuntimeError('the other rank is gone')
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert lines == ['stopped by SIGTERM (RuntimeError)']
+
+
+@pytest.mark.parametrize(
+    'number, error', [(0, RuntimeError), (signal.SIGTERM, OSError), (signal.SIGTERM, ValueError)]
+)
+def test_a_users_error_a_full_disk_and_what_no_signal_broke_stay(number, error):
+    with pytest.raises(error), saving(cpu_machine()):
+        if number:
+            os.kill(os.getpid(), number)
+        raise error('no')
+
+
+def test_an_error_after_a_signal_only_ends_the_block_that_may_break():
+    with saving(cpu_machine()) as signals:
+        with pytest.raises(RuntimeError), signals.ignore_errors_after_signal():
+            raise RuntimeError('the compiler is missing')
+        with signals.ignore_errors_after_signal():
+            os.kill(os.getpid(), signal.SIGINT)
+            raise RuntimeError('the compiler got the signal, too')
+        assert signals.stopped() == signal.SIGINT
+
+
+def test_with_several_processes_an_error_is_raised_without_asking_the_others(monkeypatch):
+    monkeypatch.setattr(
+        signals_file, 'max_over_ranks', lambda m, value: pytest.fail('it would wait for ever')
+    )
+    signals = saving(cpu_machine(world=2))
+    signals.number = signal.SIGTERM
+    with pytest.raises(RuntimeError), signals.ignore_errors_after_signal():
+        raise RuntimeError
+
+
+def test_sigterm_can_be_an_exception_as_an_interrupt_is():
+    before, ended = signal.getsignal(signal.SIGTERM), []
+    with pytest.raises(SystemExit) as stop, signals_file.exit_on_sigterm():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            ended.append('in order')
+    assert stop.value.code == 143 and ended and signal.getsignal(signal.SIGTERM) == before
