@@ -251,13 +251,8 @@ def setup(config, work=math.inf):
     torch.manual_seed(config.seed)
     name = f' {torch.cuda.get_device_name(device)}' if m.kind == 'cuda' else ''
     through = f' ({backend})' if WORLD > 1 else ''
-    if (RANK, WORLD) == (0, 1) and {os.environ.get('RANK'), os.environ.get('WORLD_SIZE')} - {
-        None,
-        '',
-        '0',
-        '1',
-    }:
-        through = ' (RANK and WORLD_SIZE in the environment are ignored: not all that torchrun sets is there)'
+    if WORLD == 1 and (os.environ.get('RANK') or '0', os.environ.get('WORLD_SIZE') or '1') != ('0', '1'):
+        through = ' (RANK and WORLD_SIZE in the environment are ignored: torchrun sets more than these)'
     m.line = (
         f'device: {device}{name} ({why_device}), dtype: {str(dtype)[6:]} ({why_dtype}), '
         f'compile: {m.compile} ({why_compile}), processes: {WORLD}{through}'
