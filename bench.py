@@ -14,11 +14,14 @@ import io
 import itertools
 import shlex
 import statistics
+import sys
 import time
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # ours come first, also with python -P
 from configurator import command, configure, print_error
 from model import GPT, GPTConfig
 from nanoloop.baselines import apply_baseline

@@ -16,9 +16,10 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # ours come first, also with python -P
 from configurator import command, configure, print_error
 from nanoloop.checkpoint import BEST, EXPORTED, find_from_flags, load_checkpoint, tokenizer_dict
-from nanoloop.checks import UserError, check
+from nanoloop.checks import check, missing_package
 from nanoloop.files import replace_file, sync, write_json
 
 
@@ -49,7 +50,7 @@ def main(argv):
     try:
         import safetensors  # noqa: F401
     except ImportError:
-        raise UserError('exporting needs safetensors: pip install safetensors') from None
+        raise missing_package('exporting', 'pretrained', 'safetensors') from None
     folder = Path(c.to)
     free = not folder.exists() or (folder.is_dir() and not (folder / 'ckpt.pt').exists())
     check(free, 'to', c.to, 'a folder for the model alone')

@@ -10,14 +10,16 @@ which something was logged are drawn. Needs: pip install -e ".[plot]"
 
 import json
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # ours come first, also with python -P
 from configurator import command, configure
-from nanoloop.checks import UserError, check
+from nanoloop.checks import UserError, check, missing_package
 
 FORMATS = ('.png', '.pdf', '.svg')
 
@@ -174,7 +176,7 @@ def main(argv):
     try:
         import matplotlib
     except ImportError:
-        raise UserError('plotting needs matplotlib: pip install -e ".[plot]"') from None
+        raise missing_package('plotting', 'plot', 'matplotlib') from None
     matplotlib.use('Agg')
     from matplotlib import pyplot
 

@@ -12,12 +12,14 @@ import codecs
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # ours come first, also with python -P
 from configurator import command, configure, print_error
-from nanoloop.checkpoint import BEST, find_from_flags, find_tokenizer, load_checkpoint
+from nanoloop.checkpoint import BEST, check_tokenizer, find_from_flags, find_tokenizer, load_checkpoint
 from nanoloop.checks import Above, AtMost, Choice, Count, NotNegative, Size, check, settle_fields
 from nanoloop.decode import Stats, cast_linears_
 from nanoloop.early_exit import EXIT, EarlyExit
@@ -33,7 +35,9 @@ class SampleConfig:
     out_dir: str = 'out'  # folder of a run (its best.pt, else its ckpt.pt), or another name as in init_from
     init_from: str = 'resume'  # resume (the model in out_dir), a folder, a file, gpt2..gpt2-xl, ouro:FOLDER
     # text
-    start: str = ''  # prompt; FILE:PATH reads it from a file; '' = the end-of-text token, or a newline
+    start: str = (
+        ''  # prompt, may have <|endoftext|> in it; FILE:PATH reads a file; '' = that token, or newline
+    )
     num_samples: Count = 1  # number of samples: one batch, or one by one with stream or speculate
     max_new_tokens: Count = 500  # number of tokens per sample
     stop: str = ''  # text that ends a sample and is not printed; '' = none
@@ -143,7 +147,7 @@ def read_prompt(start, tokenizer, vocab_size):
     """Returns the text of the key start and its token ids; an empty text becomes the end-of-text token."""
     if start.startswith('FILE:'):
         start = read_text(start.removeprefix('FILE:'))
-    ids = tokenizer.encode(start) or [tokenizer.eot_token]
+    ids = tokenizer.encode(start, special=True) or [tokenizer.eot_token]
     check(max(ids) < vocab_size, 'start', start[:40], 'text in the tokens of the checkpoint')
     return start, ids
 
@@ -167,10 +171,13 @@ def main(argv):
     device, _ = choose_device(c.device)
     dtype, _ = choose_dtype(c.dtype, device.type)
     compile, _ = choose_compile(c.compile, device.type, 0)
+    check_tokenizer(c.out_dir if c.init_from == 'resume' else c.init_from)
     checkpoint = find_from_flags(c.init_from, c.out_dir, words=('resume',), prefer=BEST, say=print_error)
+    tokenizer = find_tokenizer(checkpoint)
     model, _ = load_checkpoint(checkpoint, device)
     describe(checkpoint, model.config, c.n_loop or model.config.n_loop)
-    tokenizer = find_tokenizer(checkpoint)
+    if tokenizer.note:
+        print_error(tokenizer.note)
     start, prompt = read_prompt(c.start, tokenizer, model.config.vocab_size)
 
     keys = ('temperature', 'top_k', 'top_p', 'n_loop', 'kv_budget', 'warm_start', 'speculate', 'draft_loops')

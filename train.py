@@ -22,6 +22,7 @@ from typing import Annotated
 import torch
 from torch import nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # ours come first, also with python -P
 from configurator import command, configure, print_error, print_line
 from model import GPTConfig
 from nanoloop import RANK, ROOT, report

@@ -22,10 +22,17 @@ from typing import NamedTuple
 import torch
 
 from model import GPT, GPTConfig
-from nanoloop.checks import UserError, check
+from nanoloop.checks import UserError, check, missing_package
 from nanoloop.datasets import find_data, read_meta
 from nanoloop.files import replace_file, sync
-from nanoloop.pretrained import GPT2, find_pretrained, from_nanogpt, from_nanoloop, read_config
+from nanoloop.pretrained import (
+    GPT2,
+    find_pretrained,
+    from_nanogpt,
+    from_nanoloop,
+    ouro_tokenizer,
+    read_config,
+)
 from nanoloop.tokenizer import make_tokenizer
 
 # which file of a run's folder is read: the first of these that is not broken
@@ -129,7 +136,7 @@ def read_export(folder, args):
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError:
-        raise UserError(f'{folder} needs safetensors: pip install safetensors') from None
+        raise missing_package(folder, 'pretrained', 'safetensors') from None
     try:
         with safe_open(folder / 'model.safetensors', 'pt') as file:
             model = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
@@ -143,6 +150,15 @@ def read_export(folder, args):
         model[embedding] = model[head] = model.get(embedding, model.get(head))
     checkpoint = dict(model=model, model_args=args, tokenizer=tokenizer, config={}, iter_num=0)
     return checkpoint | training | dict(path=str(folder))
+
+
+def check_tokenizer(name):
+    """Raises UserError if the model of that name has no tokenizer: before its weights are read."""
+    folder = Path(name.removeprefix('ouro:'))
+    if name.startswith('ouro:') and (folder / 'config.json').exists():
+        spec = ouro_tokenizer(folder)
+        check(spec, 'model', name, 'a folder with tokenizer.json, without it there is no text')
+        make_tokenizer(spec)
 
 
 def find_tokenizer(checkpoint):

@@ -27,6 +27,11 @@ def check(holds, key, got, expected):
         raise UserError(f'{key}={got!r}, expected {expected}')
 
 
+def missing_package(what, extra, package):
+    """Returns the UserError for a package that `what` needs. extra: the one of pyproject.toml that has it."""
+    return UserError(f'{what} needs {package}: pip install -e ".[{extra}]"')
+
+
 # -----------------------------------------------------------------------------
 # bounds: holds(value, config) says whether a value is accepted, expected(config) which values are
 

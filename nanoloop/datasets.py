@@ -6,7 +6,8 @@ Reads data sets. A data set is a folder, data/NAME, with token files and meta.js
     meta.json             vocab_size, max_id (the largest id there is), dtype, tokenizer (its spec),
                           token_bytes (per id, 0 for special tokens), source, row_len (optional: the tokens
                           are rows of this length), splits: per split its tokens and files, per file its name,
-                          tokens, sha256 and, if it has a mask, mask_sha256
+                          tokens, sha256 and, if it has a mask, mask_sha256; made_from: a hash of the text and
+                          of the settings of its preparation
 
 nanoGPT's folders, with meta.pkl or without any meta, are read, too. nanoloop/prepare.py writes data sets.
 """
@@ -64,6 +65,8 @@ def read_meta(folder):
         meta['token_bytes'] = [0] * meta['vocab_size']  # without its tokenizer there are no bits per byte
         with contextlib.suppress(OSError, UserError):
             meta['token_bytes'] = make_tokenizer(meta['tokenizer']).token_bytes
+    missing = meta['vocab_size'] - len(meta['token_bytes'])
+    meta['token_bytes'] += [0] * missing  # a padded vocabulary of nanoGPT has more ids than symbols
     if 'max_id' not in meta:
         meta['max_id'] = find_max_id(folder, meta)
     return meta

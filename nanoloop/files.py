@@ -76,11 +76,12 @@ def sha256(file):
     return digest.hexdigest()
 
 
-def lock_folder(folder):
+def lock_folder(folder, wait=False):
     """Locks a folder against a second process that calls this. Raises BlockingIOError if it is locked.
 
-    Returns the lock: it ends when it is closed, and with the process, however that ends.
+    wait: wait until it is not. Returns the lock: it ends when it is closed, and with the process, however
+    that ends.
     """
     lock = open(Path(folder) / '.lock', 'w')
-    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     return lock

@@ -6,12 +6,31 @@ import pickle
 
 from nanoloop.checks import UserError
 
+# the functions and classes that plain values need: numbers of numpy, bytes in old protocols, ordered dicts
+HARMLESS = {('_codecs', 'encode'), ('collections', 'OrderedDict'), ('numpy', 'dtype')}
+HARMLESS |= {('numpy.core.multiarray', 'scalar'), ('numpy._core.multiarray', 'scalar')}
+
+# what reading a pickle that is broken, or has something else in it, raises
+FAULTS = (pickle.UnpicklingError, LookupError, TypeError, ValueError, AttributeError, EOFError)
+
+
+class Unread:
+    """Stands in a pickle's value for an object of a class or of a function that is not HARMLESS."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def ignore(self, *args):
+        pass
+
+    __setstate__ = __setitem__ = append = extend = add = ignore
+
 
 class PlainUnpickler(pickle.Unpickler):
-    """Reads pickles of plain values, as nanoGPT's meta.pkl; refuses one that names a class or a function."""
+    """Reads the plain values of a pickle, such as nanoGPT's meta.pkl. No code in it is run."""
 
     def find_class(self, module, name):
-        raise pickle.UnpicklingError(f'{module}.{name} is not a plain value')
+        return super().find_class(module, name) if (module, name) in HARMLESS else Unread
 
 
 def nanogpt_meta(folder):
@@ -21,16 +40,30 @@ def nanogpt_meta(folder):
     if (folder / 'meta.pkl').exists():
         try:
             with open(folder / 'meta.pkl', 'rb') as file:
-                old = PlainUnpickler(file).load()
-            chars = [old['itos'][i] for i in range(old['vocab_size'])]
-        except (pickle.UnpicklingError, KeyError, TypeError, EOFError) as error:
-            raise UserError(
-                f'{folder}/meta.pkl is not what nanoGPT writes ({error}): prepare the data again'
-            ) from None
-        meta.update(tokenizer=dict(kind='char', chars=chars), vocab_size=len(chars))
+                meta['vocab_size'], meta['tokenizer'] = read_vocabulary(PlainUnpickler(file).load())
+        except FAULTS as error:
+            reason = f'has no vocabulary as nanoGPT writes it ({error})'
+            raise UserError(f'{folder}/meta.pkl {reason}: prepare the data again') from None
     for split in ('train', 'val'):
         path = folder / f'{split}.bin'
         if path.exists():
             tokens = path.stat().st_size // 2  # bytes of a uint16
             meta['splits'][split] = dict(tokens=tokens, files=[dict(name=path.name, tokens=tokens)])
     return meta
+
+
+def read_vocabulary(old):
+    """Returns (vocab_size, the spec of the tokenizer) of a meta.pkl's dict.
+
+    nanoGPT reads nothing but vocab_size. Unless itos, {id: symbol} or a list, has texts for the ids, the
+    tokenizer is that of ids.
+    """
+    symbols = old.get('itos')
+    if isinstance(symbols, list | tuple):
+        symbols = dict(enumerate(symbols))
+    symbols = {int(i): symbol for i, symbol in symbols.items()} if isinstance(symbols, dict) else {}
+    size = int(old['vocab_size'] if 'vocab_size' in old else max(symbols) + 1)
+    if symbols and all(isinstance(symbol, str) for symbol in symbols.values()):
+        chars = [symbols.get(i, '\N{REPLACEMENT CHARACTER}') for i in range(min(size, max(symbols) + 1))]
+        return size, dict(kind='char', chars=chars)
+    return size, dict(kind='ids', size=size)

@@ -2,7 +2,7 @@
 Writes data sets, whole or not at all: the format is described in nanoloop/datasets.py. Needs no torch.
 
     Writer        for token ids and masks, given document by document
-    write_text    for text files; nanoloop/hub.py is for the Hugging Face hub
+    write_text    for text files; nanoloop/hub.py is for documents of the Hugging Face hub and in tables
 """
 
 import contextlib
@@ -19,6 +19,7 @@ import numpy as np
 from nanoloop.checks import UserError, check
 from nanoloop.datasets import DTYPES, MOVING
 from nanoloop.files import lock_folder, replace_file, sha256, sync, sync_folder, write_json
+from nanoloop.text_files import hold_out
 from nanoloop.tokenizer import read_text
 
 SHARD_TOKENS = 10**8
@@ -29,37 +30,87 @@ class Writer:
     """Writes a data set: add() appends documents to splits, finish() moves the whole set into its folder.
 
     Until then all files are in folder/unfinished. save(done) makes what was added durable; after an
-    interruption, a new Writer for the same source and tokenizer goes on from there; its `done` is the value
-    given to that save. resume=False starts from nothing.
+    interruption, a new Writer for the same source, tokenizer and made_from goes on from there; its `done` is
+    the value given to that save. resume=False starts from nothing.
 
-    source: a JSON value for meta.json that says where the text is from. A shard gets no further document
-    once it has shard_tokens tokens. Raises UserError if another process prepares the same folder.
+    source: a JSON value for meta.json that says where the text is from. made_from: a JSON value that changes
+    with the text and with every setting; meta.json has its hash. A shard gets no further document once it has
+    shard_tokens tokens.
+    say: called with a line if the preparation that was interrupted was another, or if another process
+    prepares the folder. Then this one waits; if the other has made the same set, done_by_another is True and
+    there is nothing left to do. Without say a folder in use raises UserError.
     """
 
-    def __init__(self, folder, tokenizer, source, shard_tokens=SHARD_TOKENS, resume=True):
+    def __init__(
+        self, folder, tokenizer, source, shard_tokens=SHARD_TOKENS, resume=True, made_from=None, say=None
+    ):
         self.folder, self.unfinished = Path(folder), Path(folder) / 'unfinished'
         self.tokenizer, self.shard_tokens = tokenizer, shard_tokens
         self.dtype_name = 'uint16' if len(tokenizer.token_bytes) <= 2**16 else 'uint32'
         self.dtype = DTYPES[self.dtype_name]
         self.files = {}  # (split, suffix): the open file of the split's last shard
         # splits: the tokens in each shard of a split; masked: the splits that have masks
-        self.state = dict(source=source, tokenizer=tokenizer.spec, done=0, max_id=0, splits={}, masked=[])
+        self.state = dict(source=source, tokenizer=digest(tokenizer.spec), made_from=digest(made_from))
+        self.state.update(done=0, max_id=0, splits={}, masked=[])
         self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            self.lock = lock_folder(self.folder)
-        except BlockingIOError:
-            raise UserError(f'{self.folder} is being prepared by another process') from None
+        self.done_by_another = self.take_lock(say) and self.is_prepared()
+        if self.done_by_another:
+            say(f'{self.folder} was prepared by the other process')
+            self.release_lock()
+            return
         if not resume:
             shutil.rmtree(self.unfinished, ignore_errors=True)
         self.unfinished.mkdir(parents=True, exist_ok=True)
-        self.load_state()
+        self.load_state(say)
 
-    def load_state(self):
-        """Goes on from the last save of the same source and tokenizer: reopens its last shards."""
+    def take_lock(self, say):
+        """Locks the folder. Returns whether it had to wait for another process."""
+        try:
+            self.lock = lock_folder(self.folder)
+            return False
+        except BlockingIOError:
+            text = f'{self.folder} is being prepared by another process'
+        except OSError as error:  # a file system without locks
+            self.lock = None
+            if say:
+                say(f'{self.folder} cannot be locked against a second preparation: {error.strerror}')
+            return False
+        if say is None:
+            raise UserError(text)
+        say(f'{text}, waiting for it')
+        self.lock = lock_folder(self.folder, wait=True)
+        return True
+
+    def release_lock(self):
+        """Lets another process prepare the folder."""
+        if self.lock:
+            self.lock.close()
+
+    def is_prepared(self):
+        """Returns whether the folder has the whole data set that this writer is to make."""
+        with contextlib.suppress(OSError, ValueError):
+            meta = json.loads((self.folder / 'meta.json').read_text())
+            return all(meta.get(key) == value for key, value in self.origin().items())
+        return False
+
+    def origin(self):
+        """Returns the values of meta.json that say what the set was made from."""
+        kept = {key: self.state[key] for key in ('source', 'made_from')}
+        return dict(kept, tokenizer=self.tokenizer.spec)
+
+    def load_state(self, say=None):
+        """Goes on from the last save of the same source, tokenizer and input: reopens its last shards."""
         with contextlib.suppress(OSError, ValueError, KeyError):
             state = json.loads((self.unfinished / 'state.json').read_text())
-            if all(state[key] == self.state[key] for key in ('source', 'tokenizer')):
+            keys = 'source', 'tokenizer', 'made_from'
+            others = [key for key in keys if state.get(key) != self.state[key]]
+            if not others:
                 self.state.update(state)
+            elif say:
+                what = 'text or settings' if others == ['made_from'] else ' and '.join(others)
+                say(
+                    f'the unfinished preparation in {self.folder} was of another {what}, this one begins anew'
+                )
         for split, shards in self.state['splits'].items():
             for suffix in self.suffixes(split):
                 file = open(self.shard(split, len(shards) - 1, suffix), 'r+b')
@@ -141,14 +192,13 @@ class Writer:
             vocab_size=len(self.tokenizer.token_bytes),
             max_id=self.state['max_id'],
             dtype=self.dtype_name,
-            tokenizer=self.tokenizer.spec,
             token_bytes=self.tokenizer.token_bytes,
             splits=splits,
-            source=self.state['source'],
+            **self.origin(),
         )
         write_json(self.folder / 'meta.json', dict(meta, **more))
         shutil.rmtree(self.unfinished)
-        self.lock.close()
+        self.release_lock()
         for split, values in splits.items() if say else ():
             kind = self.tokenizer.spec['kind']
             say(f'{self.folder.name}: {split} has {values["tokens"]:,} tokens ({kind})')
@@ -183,47 +233,68 @@ class Writer:
 # text files
 
 
-def write_text(folder, paths, tokenizer, source, val_share=0.1, say=None, **more):
+def write_text(
+    folder,
+    paths,
+    tokenizer,
+    source,
+    val_share=0.1,
+    say=None,
+    special=False,
+    shard_tokens=SHARD_TOKENS,
+    **more,
+):
     """Prepares a data set from text files.
 
-    A single file is cut: its last val_share is for validation. Of several files about val_share are held out
-    whole, chosen by their names, and the tokenizer's eot_token ends each. say, more: see Writer.finish.
+    About val_share of the text is held out: the end of a single file; of several files, some are held out
+    whole, see hold_out, and the tokenizer's eot_token ends each. special: special tokens may be written in
+    the text. say: called with a line about what is done. more: see Writer.finish.
     Raises UserError if there is no text, or one that the tokenizer cannot encode.
     """
-    if sum(path.stat().st_size for path in paths if path.exists()) < 2:
+    check(0 < val_share < 1, 'val_share', val_share, 'a number above 0 and below 1')
+    size = sum(path.stat().st_size for path in paths if path.exists())
+    if size < 2:
         raise UserError(f'{paths[0]}: there is no text to learn from')
-    writer = Writer(folder, tokenizer, source, resume=False)
-    held_out = choose_files(paths, val_share)
+    made_from = dict(
+        files=[[path.name, sha256(path)] for path in paths], val_share=val_share, special=special
+    )
+    writer = Writer(folder, tokenizer, source, shard_tokens, resume=False, made_from=made_from, say=say)
+    if writer.done_by_another:
+        return
+    check_space(folder, size / max(1, np.mean(tokenizer.token_bytes)) * writer.dtype.itemsize)
+    parts = hold_out(paths, val_share)
+    end = [tokenizer.eot_token] if len(paths) > 1 else []
     for path in paths:
-        text = read_text(path, tokenizer.text_errors)
-        if len(paths) == 1:
-            cut = int(len(text) * (1 - val_share))
-            add_text(writer, 'train', text[:cut])
-            add_text(writer, 'val', text[cut:])
-        else:
-            split = 'val' if path in held_out else 'train'
-            add_text(writer, split, text)
-            writer.add(split, [tokenizer.eot_token])
+        text, part = read_text(path, tokenizer.text_errors), parts.get(path, 0)
+        cut = int(len(text) * (1 - part))
+        if 0 < part < 1 and len(paths) > 1 and say:
+            say(f'val has the last {part:.0%} of {path.name}')
+        for split, piece, exists in (('train', text[:cut], part < 1), ('val', text[cut:], part > 0)):
+            if exists:
+                add_text(writer, split, piece, special, path)
+                writer.add(split, end)
     writer.finish(say, **more)
 
 
-def choose_files(paths, share):
-    """Returns about `share` of the paths, at least one: the same wherever the folder of all of them lies."""
-    top = os.path.commonpath([path.parent for path in paths])
-    numbers = {path: hash_fraction(os.path.relpath(path, top)) for path in paths}
-    return {path for path in paths if numbers[path] < share} or {min(paths, key=numbers.get)}
+def digest(value):
+    """Returns the SHA-256 of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def hash_fraction(name):
-    """Returns a number in [0, 1) that looks random and depends on the name alone."""
-    digest = hashlib.sha256(name.encode('utf-8', 'surrogateescape')).hexdigest()
-    return int(digest[:12], 16) / 16**12
+def check_space(folder, size):
+    """Raises OSError if a folder's disk has not `size` bytes left."""
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise OSError(f'{folder} needs about {size / 1e9:.1f} GB, its disk has {free / 1e9:.1f} GB left')
 
 
-def add_text(writer, split, text):
-    """Encodes a text in pieces and adds them to a split."""
+def add_text(writer, split, text, special=False, path=None):
+    """Encodes a text, that of a path, in pieces and adds them to a split."""
     for piece in split_text(text, PIECE_CHARS):
-        writer.add(split, writer.tokenizer.encode(piece))
+        try:
+            writer.add(split, writer.tokenizer.encode(piece, special))
+        except UserError as error:
+            raise UserError(f'{path}: {error}') from None
 
 
 def split_text(text, size):

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from model import GPTConfig
-from nanoloop.checks import UserError, check
+from nanoloop.checks import UserError, check, missing_package
+from nanoloop.tokenizer import tokenizer_file
 
 GPT2 = ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')
 
@@ -93,7 +94,7 @@ def load_gpt2(name):
     try:
         from transformers import GPT2LMHeadModel
     except ImportError:
-        raise UserError(f'{name} needs transformers: pip install transformers') from None
+        raise missing_package(name, 'pretrained', 'transformers') from None
     try:
         gpt2, info = GPT2LMHeadModel.from_pretrained(name, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
@@ -129,12 +130,12 @@ def split_layers(name, n_layer, given):
 
 
 def read_ouro(folder):
-    """Reads Ouro from a folder with its config.json and safetensors. The checkpoint has no tokenizer."""
+    """Reads Ouro from a folder with its config.json and safetensors; its tokenizer.json may be there, too."""
     try:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
     except ImportError:
-        raise UserError(f'ouro:{folder} needs safetensors: pip install safetensors') from None
+        raise missing_package(f'ouro:{folder}', 'pretrained', 'safetensors') from None
     files = sorted(folder.glob('*.safetensors'))
     whole = files and (folder / 'config.json').exists()
     check(whole, 'model', f'ouro:{folder}', 'a folder with config.json and *.safetensors')
@@ -153,7 +154,14 @@ def read_ouro(folder):
     if c.get('use_sliding_window') or 'sliding_attention' in c.get('layer_types', ()):
         unknown.append('sliding window')
     check(not unknown, 'model', f'ouro:{folder}', f'an Ouro, which has no {", ".join(sorted(unknown)[:3])}')
-    return dict(model=model, model_args=args, tokenizer=None, config={}, iter_num=0, path=str(folder))
+    checkpoint = dict(model=model, model_args=args, tokenizer=ouro_tokenizer(folder))
+    return checkpoint | dict(config={}, iter_num=0, path=str(folder))
+
+
+def ouro_tokenizer(folder):
+    """Returns the spec of the tokenizer in a folder with an Ouro, None if it has no tokenizer.json."""
+    path = folder / 'tokenizer.json'
+    return tokenizer_file(path) if path.exists() else None
 
 
 def rename_ouro(weights, n_layer):

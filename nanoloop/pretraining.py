@@ -3,6 +3,7 @@ Pretraining: builds model, batches and validation of a run on windows of a data 
 """
 
 import functools
+import os
 import subprocess
 import sys
 from dataclasses import asdict, fields
@@ -17,6 +18,8 @@ from nanoloop.datasets import Split, find_data, identify, read_meta
 from nanoloop.evaluate import evaluate
 from nanoloop.objective import check_loops
 from nanoloop.parallel import max_over_ranks
+
+RANK_VARIABLES = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')  # a program that is started by a rank is none itself
 
 
 class Task(NamedTuple):
@@ -74,15 +77,36 @@ def find_initial_checkpoint(c, say=None):
 
 
 def prepare_data(c, m, say):
-    """Returns the data set's folder and meta. pystdlib needs no download: it is prepared if it is missing."""
+    """Returns the data set's folder and meta. pystdlib needs no download: it is prepared if it is missing.
+
+    Rank 0 prepares it first. The first process of another machine then does so, too, unless it sees the same
+    folder.
+    """
     folder = find_data(c.dataset)
-    if c.dataset == 'pystdlib' and LOCAL_RANK == 0 and not (folder / 'meta.json').exists():
-        say('preparing data/pystdlib, the standard library of this Python')
-        status = subprocess.run([sys.executable, folder / 'prepare.py']).returncode
-        if status:
+    for prepares in (m.rank == 0, LOCAL_RANK == 0) if c.dataset == 'pystdlib' else ():
+        status = 0
+        if prepares and not (folder / 'meta.json').exists():
+            say('preparing data/pystdlib, the standard library of this Python')
+            alone = {key: value for key, value in os.environ.items() if key not in RANK_VARIABLES}
+            status = subprocess.run([sys.executable, folder / 'prepare.py'], env=alone).returncode
+        if status := max_over_ranks(m, abs(status)):
             sys.exit(status)
-    max_over_ranks(m, 0)  # wait for it
     return folder, read_meta(folder)
+
+
+def check_tokenizers(c, meta, checkpoint, config):
+    """Raises UserError, with the characters that differ, unless data and checkpoint have one tokenizer."""
+    data, weights = meta['tokenizer'], checkpoint.get('tokenizer') or meta['tokenizer']
+    if data == weights:
+        return
+    expected = f'one in the tokens of the checkpoint: {config.vocab_size} of kind {weights["kind"]}'
+    expected += f', not {meta["vocab_size"]} of kind {data["kind"]}'
+    if data['kind'] == weights['kind'] == 'char':
+        sets = [('data', set(data['chars'])), ('checkpoint', set(weights['chars']))]
+        for (name, own), (_, others) in (sets, sets[::-1]):
+            if more := sorted(own - others):
+                expected += f'; only the {name} has {" ".join(map(repr, more[:20]))}'
+    check(False, 'dataset', c.dataset, expected)
 
 
 def given_keys(c):
@@ -100,10 +124,7 @@ def settle_config(c, meta, checkpoint):
         config = c.build(GPTConfig)
     else:
         config, *_ = configure_checkpoint(checkpoint, **{key: c[key] for key in given_keys(c)})
-        data, weights = meta['tokenizer'], checkpoint.get('tokenizer') or meta['tokenizer']
-        expected = f'one in the tokens of the checkpoint: {config.vocab_size} of kind {weights["kind"]}'
-        expected += f', not {meta["vocab_size"]} of kind {data["kind"]}'
-        check(data == weights, 'dataset', c.dataset, expected)
+        check_tokenizers(c, meta, checkpoint, config)
     c.update(asdict(config))
     check_loops(c, config)
     return config

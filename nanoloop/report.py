@@ -188,4 +188,5 @@ def sample_text(model, spec, n_tokens, seed, m, signals):
             if signals.number:
                 break
     text = tokenizer.decode_bytes(ids).decode('utf-8', 'replace')
-    return f'a sample of {len(ids)} tokens:\n---------------\n{text}\n---------------'
+    note = f' ({tokenizer.note})' if tokenizer.note else ''
+    return f'a sample of {len(ids)} tokens{note}:\n---------------\n{text}\n---------------'

@@ -11,7 +11,7 @@ import uuid
 from pathlib import Path
 
 from nanoloop import ROOT
-from nanoloop.checks import UserError
+from nanoloop.checks import UserError, missing_package
 from nanoloop.files import lock_folder
 
 
@@ -75,7 +75,7 @@ class Log:
             try:
                 import wandb
             except ImportError:
-                raise UserError('wandb_log=True needs wandb: pip install wandb') from None
+                raise missing_package('wandb_log=True', 'wandb', 'wandb') from None
             run = dict(project=c.wandb_project, name=c.wandb_run_name, id=self.wandb_id, resume='allow')
             try:
                 self.wandb = wandb.init(**run, config=dict(c))

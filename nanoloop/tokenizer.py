@@ -2,40 +2,68 @@
 Tokenizers: text to token ids and back.
 
 meta.json and checkpoints hold a tokenizer as a plain dict, its `spec`; make_tokenizer builds it again.
+A string such as <|endoftext|> in a text is ordinary text. encode(text, special=True) makes the special token
+of it, which sample.py does for a prompt, as nanoGPT, and prepare.py if --special_tokens is given.
 """
 
+import codecs
+import json
+import re
 from pathlib import Path
 
-from nanoloop.checks import UserError, check
+from nanoloop.checks import UserError, check, missing_package
+
+# byte order marks: the encoding of a file that begins with one; UTF-32's begins with UTF-16's
+ENCODINGS = {
+    codecs.BOM_UTF8: 'utf-8-sig',
+    codecs.BOM_UTF32_LE: 'utf-32',
+    codecs.BOM_UTF32_BE: 'utf-32',
+    codecs.BOM_UTF16_LE: 'utf-16',
+    codecs.BOM_UTF16_BE: 'utf-16',
+}
+
+
+def text_encoding(start):
+    """Returns the encoding of a file from its first bytes: UTF-8 unless a byte order mark tells another."""
+    return next((name for mark, name in ENCODINGS.items() if start.startswith(mark)), 'utf-8')
 
 
 def read_text(path, errors='strict'):
-    """Returns the text of a UTF-8 file, line ends unchanged. Raises UserError if there is none.
+    """Returns the text of a file without its byte order mark, line ends unchanged.
 
-    errors: what to do with bytes that are not UTF-8, as in bytes.decode.
+    errors: what to do with bytes that are not in the file's encoding (see text_encoding), as in bytes.decode.
+    Raises UserError if the file cannot be read.
     """
     try:
-        return Path(path).read_bytes().decode('utf-8', errors)
+        content = Path(path).expanduser().read_bytes()
     except OSError as error:
         raise UserError(f'{str(path)!r} cannot be read: {error.strerror}') from None
+    encoding = text_encoding(content)
+    try:
+        return content.decode(encoding, errors)
     except UnicodeDecodeError as error:
+        name = encoding.removesuffix('-sig').upper()
         raise UserError(
-            f'{path} is not UTF-8 ({error.reason} at byte {error.start}): '
-            'data/text/prepare.py --tokenizer=byte reads any file'
+            f'{path} is not {name} ({error.reason} at byte {error.start}): '
+            'save it as UTF-8; data/text/prepare.py --tokenizer=byte reads any file without a byte order mark'
         ) from None
 
 
 class Tokenizer:
-    """Base class. Subclasses have encode(text) -> ids and decode_bytes(ids) -> bytes, and these attributes.
+    """Base class. Subclasses have these methods and attributes:
 
+    encode(text, special=False): the ids of a text; special: special tokens may be written in it
+    decode_bytes(ids): the bytes of ids
     spec: the plain dict from which make_tokenizer builds it again
     token_bytes: for every id, the number of bytes that the token stands for; 0 for a special token
     eot_token: the id that ends a document (end of text), a newline for characters and bytes; samples without
         a prompt start from it
     text_errors: the argument `errors` of read_text for text to encode
+    note: a line to tell whoever sees a text of this tokenizer; '' = none
     """
 
     text_errors = 'strict'
+    note = ''
 
 
 class Characters(Tokenizer):
@@ -48,7 +76,7 @@ class Characters(Tokenizer):
         self.token_bytes = [len(char.encode()) for char in self.chars]
         self.eot_token = self.ids.get('\n', 0)
 
-    def encode(self, text):
+    def encode(self, text, special=False):
         """Returns the ids of a text. Raises UserError for characters that are not in the vocabulary."""
         unknown = sorted(set(text) - set(self.ids))
         if unknown:
@@ -70,13 +98,66 @@ class Bytes(Tokenizer):
     eot_token = ord('\n')
     text_errors = 'surrogateescape'
 
-    def encode(self, text):
+    def encode(self, text, special=False):
         """Returns the bytes of a text as ids."""
         return list(text.encode('utf-8', 'surrogateescape'))
 
     def decode_bytes(self, ids):
         """Returns ids as bytes; an id past the vocabulary becomes a question mark."""
         return b''.join(bytes([i]) if i < 256 else b'?' for i in ids)
+
+
+class Numbers(Tokenizer):
+    """Tokens of which no text is known: a text is the list of their ids. spec: {'kind': 'ids', 'size': n}."""
+
+    eot_token = 0
+    note = 'no text is known for the tokens of this data: they are written as their ids'
+
+    def __init__(self, size):
+        self.spec = dict(kind='ids', size=size)
+        self.token_bytes = [0] * size
+
+    def encode(self, text, special=False):
+        """Returns the ids that a text lists. Raises UserError if there is something else in it."""
+        words = text.split()
+        ids = [int(word) for word in words if word.isdecimal()]
+        fits = len(ids) == len(words) and max(ids, default=0) < len(self.token_bytes)
+        check(fits, 'text', text[:40], f'ids below {len(self.token_bytes)}: {self.note}')
+        return ids
+
+    def decode_bytes(self, ids):
+        """Returns the ids, a blank before each."""
+        return b''.join(b' %d' % i for i in ids)
+
+
+# -----------------------------------------------------------------------------
+# byte-pair encodings of the libraries tiktoken and tokenizers
+
+LONG_RUN = 10**5  # blanks in a row; tiktoken gives up at a million with something else behind them
+BLANK = r' \t-\r\x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000'  # \s in Rust; Python's has more
+
+# Encodings of tiktoken: whether a line end in a run of blanks ends a token. All leave the last blank of a run
+# to the word behind it.
+LINE_ENDS = dict.fromkeys(('gpt2', 'r50k_base', 'p50k_base', 'p50k_edit'), False)
+LINE_ENDS |= dict.fromkeys(('cl100k_base', 'o200k_base', 'o200k_harmony'), True)
+
+
+def split_at_blanks(text, line_ends, long_run=LONG_RUN):
+    """Yields the parts of a text whose tokens, one after the other, are those of the text.
+
+    A part ends in a run of at least long_run blanks, where the encoding ends a token anyway. line_ends: see
+    LINE_ENDS; with None the text stays whole.
+    """
+    start = 0
+    if line_ends is not None and len(text) > long_run:
+        for run in re.finditer(rf'(?<![{BLANK}])[{BLANK}]{{{long_run},}}(?=[^{BLANK}/])', text):
+            cuts = [run.end() - 1]
+            if line_ends and (line := max(text.rfind(end, *run.span()) for end in '\r\n')) >= 0:
+                cuts = sorted({line + 1, max(line + 1, run.end() - 1)})
+            for cut in cuts:
+                yield text[start:cut]
+                start = cut
+    yield text[start:]
 
 
 class Tiktoken(Tokenizer):
@@ -86,7 +167,7 @@ class Tiktoken(Tokenizer):
         try:
             import tiktoken
         except ImportError:
-            raise UserError(f'the {name} tokenizer needs tiktoken: pip install tiktoken') from None
+            raise missing_package(f'the {name} tokenizer', 'data', 'tiktoken') from None
         known = tiktoken.list_encoding_names()
         check(name in known, 'tokenizer', name, f'an encoding of tiktoken: {", ".join(known)}')
         try:
@@ -113,19 +194,137 @@ class Tiktoken(Tokenizer):
         except KeyError:
             return None
 
-    def encode(self, text):
-        """Returns the ids of a text. Special tokens may be written in it, as <|endoftext|>."""
-        return self.bpe.encode(text, allowed_special='all')
+    def encode(self, text, special=False):
+        """Returns the ids of a text. Raises UserError if tiktoken cannot encode it.
+
+        special: special tokens may be written in it, as <|endoftext|>.
+        """
+        ids = []
+        for part in split_at_blanks(text, LINE_ENDS.get(self.bpe.name)):
+            try:
+                if special:
+                    ids += self.bpe.encode(part, allowed_special='all')
+                else:
+                    ids += self.bpe.encode_ordinary(part)
+            except BaseException as error:  # an error in Rust is a PanicException, which is no Exception
+                if not isinstance(error, ValueError) and type(error).__name__ != 'PanicException':
+                    raise
+                raise UserError(
+                    f'tiktoken cannot encode a text of {len(text):,} characters that begins with '
+                    f'{text[:20]!r}, a long run of blanks or line ends in it is more than it can take'
+                ) from None
+        return ids
 
     def decode_bytes(self, ids):
         """Returns the bytes of ids; an id without a token becomes a question mark."""
         return b''.join(self.bytes_of(i) or b'?' for i in ids)
 
 
-TOKENIZERS = {'char': Characters, 'byte': Bytes, 'tiktoken': Tiktoken}
+# names of the special token that ends a document, in the tokenizer.json of others
+EOT = ('<|endoftext|>', '<|end_of_text|>', '</s>', '<eos>', '<|eos|>', '<|im_end|>', '[EOS]', '[SEP]')
+
+
+def byte_level_alphabet():
+    """Returns {character: its byte, as bytes} of byte-level BPE: GPT-2's printable stand-in for every byte.
+
+    A printable byte stands for itself, the others have the characters from 256 on, in their order.
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    stand_ins = [*map(chr, printable), *(chr(256 + i) for i in range(len(others)))]
+    return {char: bytes([byte]) for char, byte in zip(stand_ins, printable + others, strict=True)}
+
+
+class HuggingFace(Tokenizer):
+    """A tokenizer.json of the tokenizers library: byte-level BPE, or SentencePiece with its sign for a blank.
+
+    spec: {'kind': 'tokenizers', 'json': the text of the file}. A checkpoint so holds all of it; the library
+    reads it without running code in it.
+    """
+
+    ALPHABET = byte_level_alphabet()
+    BYTE = re.compile('<0x([0-9A-F]{2})>')  # SentencePiece's token of a single byte
+
+    def __init__(self, json):
+        try:
+            import tokenizers
+        except ImportError:
+            raise missing_package('a tokenizer.json', 'data', 'tokenizers') from None
+        try:
+            self.bpe = tokenizers.Tokenizer.from_str(json)
+        except Exception as error:  # the library raises no other class
+            raise UserError(f'tokenizer.json cannot be read: {error}') from None
+        self.spec = dict(kind='tokenizers', json=json)
+        self.bpe.no_truncation()
+        self.bpe.no_padding()
+        added = self.bpe.get_added_tokens_decoder()  # {id: AddedToken}, in none of the alphabets
+        self.byte_level = '"ByteLevel"' in json
+        known = self.byte_level or '\u2581' in json or '\\u2581' in json
+        check(known, 'tokenizer', 'tokenizer.json', 'a byte-level or SentencePiece tokenizer')
+        vocabulary = self.bpe.get_vocab()
+        self.tokens = {i: self.bytes_of(token) for token, i in vocabulary.items() if i not in added}
+        self.tokens |= {i: token.content.encode() for i, token in added.items()}
+        special = {i for i, token in added.items() if token.special}
+        self.token_bytes = [
+            0 if i in special else len(self.tokens.get(i, b'')) for i in range(max(self.tokens) + 1)
+        ]
+        ends = [vocabulary[name] for name in EOT if name in vocabulary]
+        self.eot_token = next(iter(ends + sorted(special) + self.encode('\n')[-1:]), 0)
+
+    def bytes_of(self, token):
+        """Returns the bytes of a token of the vocabulary, given by its name there."""
+        if self.byte_level:
+            return b''.join(self.ALPHABET.get(char, char.encode()) for char in token)
+        if byte := self.BYTE.fullmatch(token):
+            return bytes([int(byte[1], 16)])
+        return token.replace('\u2581', ' ').encode()
+
+    def encode(self, text, special=False):
+        """Returns the ids of a text. special: special tokens may be written in it, as <|endoftext|>."""
+        self.bpe.encode_special_tokens = not special
+        return self.bpe.encode(text, add_special_tokens=False).ids
+
+    def decode_bytes(self, ids):
+        """Returns the bytes of ids; an id without a token becomes a question mark."""
+        return b''.join(self.tokens.get(i, b'?') for i in ids)
+
+
+# -----------------------------------------------------------------------------
+# from a spec, a file or a name to a tokenizer
+
+TOKENIZERS = {'char': Characters, 'byte': Bytes, 'ids': Numbers}
+TOKENIZERS |= {'tiktoken': Tiktoken, 'tokenizers': HuggingFace}
 
 
 def make_tokenizer(spec):
     """Builds the tokenizer that a plain dict describes, as meta.json and checkpoints hold it."""
     options = {key: value for key, value in spec.items() if key != 'kind'}
-    return TOKENIZERS[spec['kind']](**options)
+    kind = spec['kind']
+    check(kind in TOKENIZERS, 'tokenizer', kind, f'one of the kinds {", ".join(TOKENIZERS)}')
+    return TOKENIZERS[kind](**options)
+
+
+def tokenizer_file(path):
+    """Returns the spec of a tokenizer.json. Raises UserError if it is none."""
+    text = read_text(path)
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise UserError(f'{path} is no tokenizer.json: {error}') from None
+    known = isinstance(content, dict) and 'model' in content
+    check(known, 'tokenizer', str(path), 'a tokenizer.json of the tokenizers library, it has no model')
+    return dict(kind='tokenizers', json=json.dumps(content, ensure_ascii=False, separators=(',', ':')))
+
+
+def choose_tokenizer(name, texts):
+    """Returns the tokenizer that a flag names: byte, char, an encoding of tiktoken or a FILE.json.
+
+    texts: a function that yields the texts, for the characters of char.
+    """
+    if name == 'byte':
+        return Bytes()
+    if name == 'char':
+        return Characters(sorted(set('\n').union(*texts())))
+    if name.endswith('.json'):
+        return make_tokenizer(tokenizer_file(name))
+    return Tiktoken(name)

@@ -1,24 +1,32 @@
+import ast
+import errno
+import gzip
 import hashlib
 import io
+import itertools
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from helpers import ROOT
 
-from nanoloop import hub, prepare
+import sample
+import train
+from nanoloop import hub, prepare, pretraining
 from nanoloop.datasets import Split, identify, read_meta
 from nanoloop.files import replace_file
-from nanoloop.hub import HubDocuments, write_hub
+from nanoloop.hub import HubDocuments, local_documents, write_hub
 from nanoloop.nanogpt_data import nanogpt_meta
 from nanoloop.prepare import Writer, write_text
-from nanoloop.tokenizer import Bytes, Characters, make_tokenizer
+from nanoloop.tokenizer import Bytes, Characters, Tiktoken, make_tokenizer
 
 
 def numbers(folder, *sizes, split='train', tokenizer=None, shard_tokens=1, **more):
@@ -356,16 +364,20 @@ def test_hub_sets_are_tokenised_sharded_and_resumed(tmp_path, monkeypatch):
     datasets = pytest.importorskip('datasets')
     (tmp_path / 'tiktoken_ext').mkdir()
     (tmp_path / 'tiktoken_ext' / 'letters.py').write_text(
-        "def letters():\n    ranks = {bytes([i]): i for i in range(256)}\n    return dict(name='letters', "
+        "import os\ndef letters():\n    if 'ENDS_AT_ONCE' in os.environ:\n        os._exit(9)\n"
+        "    ranks = {bytes([i]): i for i in range(256)}\n    return dict(name='letters', "
         "pat_str=r'\\s?\\w+|\\s+', mergeable_ranks=ranks, special_tokens={'<|endoftext|>': 256})\n"
         "ENCODING_CONSTRUCTORS = {'letters': letters}\n"
     )
     python_path = f'{tmp_path}{os.pathsep}{os.environ.get("PYTHONPATH", "")}'
     monkeypatch.setenv('PYTHONPATH', python_path)  # for the workers
     monkeypatch.syspath_prepend(tmp_path)
+    registry = pytest.importorskip('tiktoken').registry
+    registry._available_plugin_modules.cache_clear()  # another test may have filled it
+    monkeypatch.setattr(registry, 'ENCODING_CONSTRUCTORS', None)
     texts = [f'document {i}' for i in range(40)]
     datasets.Dataset.from_dict(dict(text=texts)).to_parquet(tmp_path / 'a.parquet')
-    options = dict(tokenizer='letters', val_share=0.2, processes=1, shard_tokens=100)
+    options = dict(tokenizer=Tiktoken('letters'), val_share=0.2, processes=1, shard_tokens=100)
     source, splits = HubDocuments('parquet', data_files=[str(tmp_path / 'a.parquet')]), {'train': 'train'}
     write_hub(tmp_path / 'whole', source, splits, **options)
     meta = read_meta(tmp_path / 'whole')
@@ -396,11 +408,261 @@ def test_hub_sets_are_tokenised_sharded_and_resumed(tmp_path, monkeypatch):
     monkeypatch.setattr(Writer, 'save', real)
     write_hub(tmp_path / 'broken', source, splits, **options)
     assert read_meta(tmp_path / 'broken') == meta
+    monkeypatch.setenv('ENDS_AT_ONCE', '1')
+    with pytest.raises(
+        OSError, match='a process that encodes has ended.*goes on from document 0, .*--processes'
+    ):
+        write_hub(tmp_path / 'dead', source, splits, **options)
     (tmp_path / 'text.parquet').write_text('text')
     with pytest.raises(ValueError, match='text.parquet.* cannot be read'):
         HubDocuments('parquet', data_files=[str(tmp_path / 'text.parquet')]).read('train', 0)
     with pytest.raises(ValueError, match="column='words', expected one of text"):
         HubDocuments('parquet', 'words', data_files=[str(tmp_path / 'a.parquet')]).read('train', 0)
+
+
+def tables(folder, **columns):
+    """Writes a table as parquet, jsonl, compressed jsonl, json and csv. Returns {suffix: path}."""
+    datasets = pytest.importorskip('datasets')
+    table = datasets.Dataset.from_dict(columns)
+    names = ['a.parquet', 'a[1].jsonl', 'a.jsonl.gz', 'a.json', 'a.csv']
+    paths = {name.partition('.')[2]: folder / name for name in names}
+    table.to_parquet(paths['parquet'])
+    table.to_json(paths['jsonl'])
+    table.to_csv(paths['csv'])
+    paths['jsonl.gz'].write_bytes(gzip.compress(paths['jsonl'].read_bytes()))
+    rows = [json.loads(line) for line in paths['jsonl'].read_text().splitlines()]
+    paths['json'].write_text(json.dumps(rows))
+    return paths
+
+
+@pytest.mark.parametrize('suffix', ['parquet', 'jsonl', 'jsonl.gz', 'json', 'csv'])
+def test_tables_of_all_formats_are_read_by_a_column_of_any_name(tmp_path, monkeypatch, suffix):
+    monkeypatch.setenv('HF_HOME', str(tmp_path / 'hf'))
+    path = tables(tmp_path, id=[1, 2, 3], body=['a b', None, 'c'])[suffix]
+    documents = local_documents([path], 'body')
+    texts, total = documents.read('train', 0)
+    assert list(texts) == ['a b', None, 'c'] and total == 3
+    assert list(documents.read('train', 2)[0]) == ['c'] and list(documents.texts(['train'])) == ['a b', 'c']
+    assert list(local_documents([path], 'body', max_documents=1).read('train', 0)[0]) == ['a b']
+    with pytest.raises(ValueError, match="column='text', expected one of id, body"):
+        local_documents([path]).open('train')
+    with pytest.raises(ValueError, match="column='id', expected a column of text, it has int64"):
+        local_documents([path], 'id').open('train')
+
+
+def test_what_is_no_table_is_told_before_the_work(tmp_path):
+    paths = tables(tmp_path, body=['a', 'b'])
+    for name in ('b.txt', 'b.csv.gz', '.hidden.jsonl', 'broken.parquet'):
+        (tmp_path / name).write_text('x')
+    for given, told in [
+        ([tmp_path / 'none.parquet'], 'none.parquet: there is no such file, or no table'),
+        ([tmp_path / 'b.txt'], r'b.txt., expected a file .parquet, .*text files: data/text/prepare.py'),
+        ([tmp_path / 'b.csv.gz'], 'expected a file .parquet'),
+        ([paths['csv'], paths['parquet']], r"input=\['csv', 'parquet'\], expected files of one format"),
+        ([tmp_path / 'broken.parquet'], 'broken.parquet cannot be read'),
+    ]:
+        with pytest.raises(ValueError, match=told):
+            local_documents(given, 'body')
+    (tmp_path / 'b.txt').rename(tmp_path / 'b.jsonl')
+    with pytest.raises(ValueError, match='b.jsonl.*cannot be read'):
+        local_documents([tmp_path / 'b.jsonl'], 'body').open('train')
+    (tmp_path / 'folder').mkdir()
+    for i in range(3):
+        shutil.copy(paths['jsonl'], tmp_path / 'folder' / f'{i}.jsonl')
+    shutil.copy(tmp_path / '.hidden.jsonl', tmp_path / 'folder')
+    for name in ('folder', 'folder/*.jsonl'):
+        assert local_documents([tmp_path / name], 'body').read('train', 0)[1] == 6
+
+
+def test_tables_may_differ_in_their_other_columns(tmp_path, monkeypatch):
+    monkeypatch.setenv('HF_HOME', str(tmp_path / 'hf'))
+    datasets = pytest.importorskip('datasets')
+    for name, columns in dict(a=dict(body=['a'], id=[1]), b=dict(body=['b'], url=['x'])).items():
+        datasets.Dataset.from_dict(columns).to_parquet(tmp_path / f'{name}.parquet')
+    assert list(local_documents([tmp_path / '*.parquet'], 'body').texts(['train'])) == ['a', 'b']
+
+
+def test_every_setting_that_changes_the_tokens_begins_anew(tmp_path, monkeypatch):
+    paths, seen = tables(tmp_path, body=['a', 'b'], text=['c', 'd']), []
+
+    def stop(*args, made_from, say):
+        seen.append(prepare.digest(made_from))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(hub, 'Writer', stop)
+    changes = [{}, dict(eot=False), dict(special=True), dict(val_share=0.2), dict(shard_tokens=9)]
+    inputs = [{}, dict(column='body'), dict(max_documents=1)]
+    for change, given in [*((change, {}) for change in changes), *(({}, given) for given in inputs[1:])]:
+        with pytest.raises(KeyboardInterrupt):
+            documents = local_documents([paths['parquet']], **given)
+            write_hub(tmp_path, documents, {'train': 'train'}, tokenizer=Bytes(), **change)
+    os.utime(paths['parquet'], (0, 0))  # as if it had been written again
+    with pytest.raises(KeyboardInterrupt):
+        documents = local_documents([paths['parquet']])
+        write_hub(tmp_path, documents, {'train': 'train'}, tokenizer=Bytes())
+    assert len(set(seen)) == len(seen) == 8
+
+
+@pytest.mark.parametrize('total', [1, 2, 30, 300, 20000, None])
+@pytest.mark.parametrize('share', [None, 1e-6, 0.1, 0.6])
+def test_any_number_of_documents_has_some_held_out(total, share):
+    held_out = hub.choose_documents(share, total)
+    count = sum(map(held_out, range(total or 10**5)))
+    if share is None:
+        expected = {1: 1, 2: 1, 30: 3, 300: 30, 20000: 50, None: 50}[total]
+        assert count == expected if total else abs(count - expected) < 20
+    elif total is not None:
+        assert count == max(1, min(total - 1, round(share * total)))
+    if share and total == 300:  # of many, each is chosen by itself
+        many = hub.choose_documents(share, 10**6)
+        assert all(many(i) == (hub.hash_fraction(str(i)) < share) for i in range(99))
+
+
+def test_documents_without_text_and_those_that_cannot_be_encoded_are_counted(tmp_path):
+    class Pool:
+        def map(self, function, texts, chunksize):
+            return [(None, 'too long') if text == 'long' else (list(text.encode()), '') for text in texts]
+
+    class Documents:
+        column = 'text'
+
+        def read(self, split, first):
+            return iter(['ab', None, 'long', 'cd', 'ef'][first:]), None
+
+    writer, lines = Writer(tmp_path, Bytes(), 'x'), []
+    hub.add_documents(writer, Pool(), Documents(), 'train', 'train', 0.5, False, None)
+    hub.finish(writer, lines.append)
+    assert lines[0] == '2 of 5 documents are left out: they are empty (null) or cannot be encoded'
+    assert sum(split['tokens'] for split in read_meta(tmp_path)['splits'].values()) == 6
+    Documents.read = lambda self, split, first: (iter(['ab', 3]), 2)
+    with pytest.raises(ValueError, match="column='text', expected a column of text, it has int"):
+        hub.add_documents(
+            Writer(tmp_path, Bytes(), 'y'), Pool(), Documents(), 'train', 'train', 0.5, False, None
+        )
+
+
+def test_a_set_without_documents_for_a_split_is_told(tmp_path):
+    writer = Writer(tmp_path, Bytes(), 'x')
+    writer.add('val', [1, 2])
+    writer.save(dict(train=1))
+    with pytest.raises(ValueError, match='train would be empty with 1 documents: take more'):
+        hub.finish(writer, None)
+
+
+def test_another_input_or_setting_begins_anew_with_a_line(tmp_path):
+    writer, lines = Writer(tmp_path, Bytes(), 'x', made_from=dict(size=1)), []
+    writer.add('train', [1, 2, 3])
+    writer.save(1)
+    del writer
+    again = Writer(tmp_path, Bytes(), 'x', made_from=dict(size=1), say=lines.append)
+    assert again.done == 1 and not lines
+    del again
+    other = Writer(tmp_path, Bytes(), 'x', made_from=dict(size=2), say=lines.append)
+    assert (
+        other.done == 0 and len(lines) == 1 and 'another text or settings, this one begins anew' in lines[0]
+    )
+
+
+@pytest.mark.parametrize('size, finished', [(1, True), (2, False)])
+def test_a_second_preparation_waits_and_takes_the_set_if_it_is_its_own(tmp_path, size, finished):
+    first, lines = Writer(tmp_path, Bytes(), 'x', made_from=dict(size=1)), []
+
+    def say(line):
+        lines.append(line)
+        if 'waiting' in line:  # the other one goes on meanwhile
+            first.add('train', [1, 2, 3])
+            first.finish()
+
+    second = Writer(tmp_path, Bytes(), 'x', made_from=dict(size=size), say=say)
+    assert lines[0] == f'{tmp_path} is being prepared by another process, waiting for it'
+    assert second.done_by_another == finished and (tmp_path / 'unfinished').exists() != finished
+    assert ('was prepared by the other process' in lines[-1]) == finished
+    assert read_meta(tmp_path)['splits']['train']['tokens'] == 3
+
+
+def test_a_file_system_without_locks_is_told_and_written_to(tmp_path, monkeypatch):
+    def no_locks(folder):
+        raise OSError(errno.ENOLCK, 'No locks available')
+
+    monkeypatch.setattr(prepare, 'lock_folder', no_locks)
+    lines = []
+    writer = Writer(tmp_path, Bytes(), 'x', say=lines.append)
+    writer.add('train', [1, 2, 3])
+    writer.finish()
+    assert lines == [f'{tmp_path} cannot be locked against a second preparation: No locks available']
+    assert read_meta(tmp_path)['splits']['train']['tokens'] == 3
+
+
+def test_a_process_that_encodes_ends_with_the_one_that_started_it(monkeypatch):
+    ended = []
+    monkeypatch.setattr(hub.os, '_exit', ended.append)
+    monkeypatch.setattr(hub.os, 'setpgrp', lambda: ended.append('own group'))
+    parent = SimpleNamespace(join=lambda: ended.append('parent'))
+    monkeypatch.setattr(hub.multiprocessing, 'parent_process', lambda: parent)
+    hub.start_worker(dict(kind='byte'), [10], False)
+    while len(ended) < 3:
+        time.sleep(0.01)
+    assert ended == ['own group', 'parent', 1]
+    assert hub.encode_document('ab')[0].tolist() == [97, 98, 10]
+    hub.start_worker(dict(kind='char', chars=['a']), [], False)
+    assert 'does not know' in hub.encode_document('b')[1]
+
+
+def test_a_disk_that_is_too_small_is_told_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / 'a').write_text('text ' * 100)
+    monkeypatch.setattr(prepare.shutil, 'disk_usage', lambda folder: shutil._ntuple_diskusage(0, 0, 999))
+    with pytest.raises(OSError, match=r'needs about 0.0 GB, its disk has 0.0 GB left'):
+        write_text(tmp_path, [tmp_path / 'a'], Bytes(), 'x')
+
+
+@pytest.mark.parametrize('share', [0, 1, -0.1, 2])
+def test_a_share_that_leaves_a_split_empty_is_refused(tmp_path, share):
+    (tmp_path / 'a').write_text('text')
+    with pytest.raises(ValueError, match=f'val_share={share}, expected a number above 0 and below 1'):
+        write_text(tmp_path, [tmp_path / 'a'], Bytes(), 'x', val_share=share)
+    with pytest.raises(ValueError, match=f'val_share={share}, expected'):
+        write_hub(tmp_path, None, {}, tokenizer=None, val_share=share)
+    with pytest.raises(ValueError, match='val_share=0.1, expected none: the set has a validation split'):
+        write_hub(tmp_path, None, dict(validation='val'), tokenizer=None, val_share=0.1)
+    with pytest.raises(ValueError, match='processes=0, expected at least 1'):
+        write_hub(tmp_path, None, {}, tokenizer=None, processes=0)
+
+
+class Odd:
+    """Something in a meta.pkl that is no plain value."""
+
+
+@pytest.mark.parametrize(
+    'vocabulary, size, kind',
+    [
+        (dict(vocab_size=6), 6, 'ids'),
+        (dict(vocab_size=np.int64(6), note=Odd()), 6, 'ids'),
+        (dict(vocab_size=6, itos={i: 60 + i for i in range(6)}), 6, 'ids'),
+        (dict(vocab_size=6, itos={i: bytes([i]) for i in range(6)}), 6, 'ids'),
+        (dict(vocab_size=6, itos=np.arange(6)), 6, 'ids'),
+        (dict(vocab_size=9, itos=dict(enumerate('abcdef'))), 9, 'char'),
+        (dict(itos='a b c d e f'.split()), 6, 'char'),
+        (dict(vocab_size=7, itos={i: f'w{i}' for i in range(7) if i != 2}), 7, 'char'),
+    ],
+)
+def test_a_meta_pkl_of_any_shape_has_its_vocabulary(tmp_path, vocabulary, size, kind):
+    np.arange(6, dtype='<u2').tofile(tmp_path / 'train.bin')
+    for protocol in (0, 2, 4):
+        (tmp_path / 'meta.pkl').write_bytes(pickle.dumps(vocabulary, protocol))
+        meta = read_meta(tmp_path)
+        assert (meta['vocab_size'], meta['tokenizer']['kind'], len(meta['token_bytes'])) == (size, kind, size)
+        text = make_tokenizer(meta['tokenizer']).decode_bytes(list(range(size))).decode()
+        assert text.startswith(' 0 1 2' if kind == 'ids' else vocabulary['itos'][0])
+
+
+@pytest.mark.parametrize('vocabulary', [Odd(), [1], {}, dict(vocab_size=Odd()), dict(vocab_size='many')])
+def test_a_meta_pkl_without_a_vocabulary_is_told(tmp_path, vocabulary):
+    np.arange(6, dtype='<u2').tofile(tmp_path / 'train.bin')
+    (tmp_path / 'meta.pkl').write_bytes(pickle.dumps(vocabulary))
+    with pytest.raises(
+        ValueError, match='meta.pkl has no vocabulary as nanoGPT writes it .*prepare the data'
+    ):
+        read_meta(tmp_path)
 
 
 def test_nanogpts_folders_are_read(tmp_path):
@@ -427,7 +689,7 @@ def test_a_pickle_never_runs_code(tmp_path):
 
     np.arange(6, dtype='<u2').tofile(tmp_path / 'train.bin')
     (tmp_path / 'meta.pkl').write_bytes(pickle.dumps(Evil()))
-    with pytest.raises(ValueError, match='is not what nanoGPT writes'):
+    with pytest.raises(ValueError, match='has no vocabulary as nanoGPT writes it'):
         read_meta(tmp_path)
     assert not (tmp_path / 'ran').exists()
 
@@ -447,13 +709,19 @@ def test_broken_data_is_told_with_what_helps(tmp_path):
         numbers(tmp_path / 'short', 4, shard_tokens=100)
 
 
-@pytest.mark.parametrize('n', [2, 3, 5])
-def test_few_files_have_a_validation_split_too(tmp_path, n):
-    paths = [tmp_path / f'{i}.txt' for i in range(n)]
-    for path in paths:
-        path.write_text('x' * 50)
-    write_text(tmp_path, paths, Bytes(), 'few', val_share=1e-9)
-    assert [read_meta(tmp_path)['splits'][name]['tokens'] for name in ('train', 'val')] == [51 * (n - 1), 51]
+@pytest.mark.parametrize('share', [0.02, 0.1, 0.3, 0.6, 0.9])
+@pytest.mark.parametrize(
+    'sizes', [[1], [1, 1], [1, 1, 1], [100, 1, 1], [1, 2, 500, 30], [5] * 20 + [900], [3] * 90]
+)
+def test_the_validation_split_has_about_its_share_whatever_the_sizes_of_the_files(tmp_path, sizes, share):
+    paths = [tmp_path / f'{i}.txt' for i in range(len(sizes))]
+    for i, (path, size) in enumerate(zip(paths, sizes, strict=True)):
+        path.write_text(chr(48 + i % 10) * 100 * size)
+    write_text(tmp_path, paths, Bytes(), 'few', val_share=share)
+    train, val = (np.fromfile(tmp_path / f'{split}.bin', '<u2') for split in ('train', 'val'))
+    assert share / 2 <= len(val) / (len(train) + len(val)) <= min(2 * share, (1 + share) / 2) + 0.02
+    digits = [int((train == 48 + i).sum() + (val == 48 + i).sum()) for i in range(10)]
+    assert digits == [100 * sum(sizes[i::10]) for i in range(10)]
 
 
 @pytest.mark.parametrize('length, whole', [(5, True), (9, False), (None, True)])
@@ -514,14 +782,15 @@ def scripts(tmp_path):
     """run(name, *argv) -> (status, stdout, stderr): of the scripts that prepare data, in a copy of theirs."""
     repo = tmp_path / 'repo'
     shutil.copytree(ROOT / 'nanoloop', repo / 'nanoloop')
-    for path in [ROOT / 'configurator.py', ROOT / 'data' / '__init__.py', *ROOT.glob('data/*/prepare.py')]:
+    for path in [ROOT / 'configurator.py', *ROOT.glob('data/*/prepare.py')]:
         copy = repo / path.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, copy)
 
-    def run(name, *argv):
+    def run(name, *argv, **environment):
         command = [sys.executable, repo / 'data' / name / 'prepare.py', *argv]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        env = os.environ | environment
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
         return done.returncode, done.stdout, done.stderr
 
     run.data = repo / 'data'
@@ -536,15 +805,43 @@ def test_a_script_prepares_a_text_from_any_directory(scripts, tmp_path):
         out == 'shakespeare_char: train has 171 tokens (char)\nshakespeare_char: val has 19 tokens (char)\n'
     )
     assert read_meta(scripts.data / 'shakespeare_char')['vocab_size'] == 8
-    assert scripts('text', '--input', 'input.txt', '--name', 'mine')[0] == 0
-    assert read_meta(scripts.data / 'mine')['source'] == 'input.txt'
+    foreign = tmp_path / 'foreign'  # packages of the same names, ahead of all others
+    foreign.mkdir()
+    for name in ('data', 'model', 'train', 'config', 'configurator', 'nanoloop'):
+        (foreign / f'{name}.py').write_text('raise SystemExit(f"{__file__} is not ours")')
+    argv = ['--input', 'input.txt', 'input.txt', '--name', 'mine', '--val_share', '0.5']
+    status, out, err = scripts('text', *argv, PYTHONPATH=str(foreign), PYTHONSAFEPATH='1')
+    assert status == 0, err
+    meta = read_meta(scripts.data / 'mine')
+    assert meta['source'] == 'input.txt, input.txt' and meta['splits']['val']['tokens'] == 95
+
+
+def test_a_table_is_prepared_under_a_name_and_a_tokenizer_of_ones_own(scripts, tmp_path):
+    paths = tables(tmp_path, body=['to be'] * 30)
+    tokenizers = pytest.importorskip('tokenizers')
+    vocabulary = {name: i for i, name in enumerate(['</s>', *'tobe\u0120'])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.add_special_tokens(['</s>'])
+    tokenizer.save(str(tmp_path / 'tokenizer.json'))
+    argv = ['--input', paths['jsonl'], '--column=body', '--name=mine', '--processes=1', '--val_share=0.2']
+    status, out, err = scripts('text', *argv, f'--tokenizer={tmp_path}/tokenizer.json', HF_HOME=str(tmp_path))
+    assert status == 0 and 'mine: val has 36 tokens (tokenizers)' in out, err
+    meta = read_meta(scripts.data / 'mine')
+    ids = np.fromfile(scripts.data / 'mine' / 'val.bin', '<u2').tolist()
+    assert make_tokenizer(meta['tokenizer']).decode_bytes(ids[:6]) == b'to be</s>'
+    assert meta['token_bytes'][ids[5]] == 0 and meta['splits']['train']['tokens'] == 144
 
 
 def test_scripts_tell_their_flags_and_what_is_wrong_with_them(scripts):
-    status, out, _ = scripts('pystdlib', '--help')
-    assert status == 0 and 'standard library' in out and 'python data/pystdlib/prepare.py' in out
     status, out, _ = scripts('openwebtext', '--help')
     assert status == 0 and '--max_documents' in out and 'the same command goes on' in out
+    for path in ROOT.glob('data/*/prepare.py'):  # what --help begins with
+        doc = ast.get_docstring(ast.parse(path.read_text()))
+        assert f'python data/{path.parent.name}/prepare.py' in doc
+        assert all(
+            re.search(word, doc) for word in ('token', 'second|minutes|hours', '[MG]B|bytes of disk')
+        ), path
     for name, argv, told in [
         ('pystdlib', ['now'], 'unrecognized arguments: now'),
         ('text', [], 'required: --input'),
@@ -565,3 +862,66 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
         file.write('ne')
         raise KeyboardInterrupt
     assert [path.name for path in tmp_path.iterdir()] == ['a'] and (tmp_path / 'a').read_text() == 'old'
+
+
+@pytest.mark.parametrize(
+    'rank, local_rank, prepared, starts',
+    [(0, 0, (), 1), (0, 0, (0,), 0), (1, 0, (), 1), (1, 0, (1,), 0), (1, 1, (), 0)],
+)
+def test_the_first_rank_prepares_the_data_then_the_first_of_a_machine_that_does_not_see_it(
+    tmp_path, monkeypatch, rank, local_rank, prepared, starts
+):
+    """prepared: the rounds before which another rank has prepared the folder."""
+    started, rounds = [], itertools.count()
+
+    def barrier(m, status):
+        if next(rounds) + 1 in prepared:
+            (tmp_path / 'meta.json').touch()
+        return status
+
+    def run(command, env):
+        started.append(env)
+        (tmp_path / 'meta.json').touch()
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setenv('RANK', str(rank))
+    if 0 in prepared:
+        (tmp_path / 'meta.json').touch()
+    for name, value in dict(
+        LOCAL_RANK=local_rank, max_over_ranks=barrier, read_meta=lambda folder: {}
+    ).items():
+        monkeypatch.setattr(pretraining, name, value)
+    monkeypatch.setattr(pretraining, 'find_data', lambda dataset: tmp_path)
+    monkeypatch.setattr(pretraining.subprocess, 'run', run)
+    c, m = SimpleNamespace(dataset='pystdlib'), SimpleNamespace(rank=rank)
+    assert pretraining.prepare_data(c, m, lambda line: None) == (tmp_path, {})
+    assert len(started) == starts and not any('RANK' in env for env in started)
+    (tmp_path / 'meta.json').unlink(missing_ok=True)
+    monkeypatch.setattr(pretraining, 'max_over_ranks', lambda m, status: 2)  # it failed on some rank
+    with pytest.raises(SystemExit, match='2'):
+        pretraining.prepare_data(c, m, lambda line: None)
+
+
+def test_data_and_weights_of_other_characters_are_told_with_the_characters(call, flags, tmp_path):
+    assert call(train.main, *flags, '--max_iters=1')[0] == 0
+    (tmp_path / 'a.txt').write_text('abcdefghi XYZ\n' * 30)
+    write_text(tmp_path / 'others', [tmp_path / 'a.txt'], Characters(sorted(set('abcdefghi XYZ\n'))), 'x')
+    argv = [f'--init_from={tmp_path}/out', f'--dataset={tmp_path}/others', f'--out_dir={tmp_path}/new']
+    status, _, err = call(train.main, *argv, '--device=cpu', '--compile=False')
+    assert status == 2 and "only the data has 'X' 'Y' 'Z'; only the checkpoint has 'j'" in err
+
+
+def test_tokens_without_text_are_trained_on_and_shown_as_ids(call, flags, tmp_path):
+    (tmp_path / 'notes').mkdir()
+    (tmp_path / 'notes' / 'meta.pkl').write_bytes(pickle.dumps(dict(vocab_size=40)))
+    for split in ('train', 'val'):
+        (np.arange(999) % 40).astype('<u2').tofile(tmp_path / 'notes' / f'{split}.bin')
+    argv = [*flags, f'--dataset={tmp_path}/notes', '--max_iters=1', '--sample_tokens=9']
+    status, out, err = call(train.main, *argv)
+    assert status == 0, err
+    note = 'no text is known for the tokens of this data: they are written as their ids'
+    assert re.search(rf'a sample of 9 tokens \({note}\):\n-+\n( \d+){{9}}\n', out)
+    options = [f'--out_dir={tmp_path}/out', '--device=cpu', '--dtype=float32', '--max_new_tokens=5']
+    status, out, err = call(sample.main, *options, '--start=3 14')
+    assert status == 0 and re.match(r'3 14( \d+){5}\n---', out) and note in err
+    assert call(sample.main, *options, '--start=la')[0] == 2

@@ -17,6 +17,7 @@ from model import GPT, GPTConfig
 from nanoloop import pretraining
 from nanoloop.checkpoint import load_checkpoint
 from nanoloop.pretrained import find_pretrained
+from nanoloop.tokenizer import Tokenizer
 
 IDX = torch.randint(40, (2, 16), generator=torch.Generator().manual_seed(0))
 OURO = dict(
@@ -134,10 +135,10 @@ def test_gpt2_is_sampled_from_without_training(gpt2, call, monkeypatch):
     assert status == 0 and out == Plain().decode_bytes(ids.tolist()).decode() + '\n---------------\n', err
 
 
-class Plain:
+class Plain(Tokenizer):
     eot_token = 0
 
-    def encode(self, text):
+    def encode(self, text, special=False):
         return [ord(x) - 96 for x in text]
 
     def decode_bytes(self, ids):
@@ -167,6 +168,36 @@ def ouro(tmp_path):
         safetensors.save_file(part, tmp_path / f'model-0000{k + 1}-of-00002.safetensors')
     (tmp_path / 'config.json').write_text(json.dumps(OURO | dict(model_type='ouro')))
     return w, tmp_path
+
+
+def test_ouros_text_is_read_and_written_by_its_tokenizer_json(ouro, call, flags, tmp_path):
+    tokenizers = pytest.importorskip('tokenizers')
+    _, folder = ouro
+    names = ['<|endoftext|>', *'abcdefghijklmnopqrstuvwxyz', '\u0120', '\u010a', 'ab']
+    vocabulary = {name: i for i, name in enumerate(names)}
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [('a', 'b')]))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    made.add_special_tokens(['<|endoftext|>'])
+    made.save(str(folder / 'tokenizer.json'))
+    options = ['--device=cpu', '--dtype=float32', '--temperature=0', '--max_new_tokens=8']
+    status, out, err = call(sample.main, f'--init_from=ouro:{folder}', *options, '--start=ab<|endoftext|> c')
+    model, checkpoint = load_checkpoint(f'ouro:{folder}')
+    expected = model.generate(torch.tensor([[29, 0, 27, 3]]), 8, temperature=0)[0].tolist()
+    assert status == 0, err
+    assert out.split('\n-------')[0] == ''.join((names + ['?'] * 10)[i] for i in expected).replace(
+        '\u0120', ' '
+    )
+    weights = next(folder.glob('*.safetensors'))
+    weights.write_bytes(b'')  # a tokenizer that is broken or missing is told before they are read
+    (folder / 'tokenizer.json').write_text('{"model": 3}')
+    status, _, err = call(sample.main, f'--init_from=ouro:{folder}', *options)
+    assert status == 2 and 'tokenizer.json cannot be read' in err.splitlines()[-1]
+    (folder / 'tokenizer.json').unlink()
+    status, _, err = call(sample.main, '--init_from=resume', f'--out_dir=ouro:{folder}', *options)
+    assert status == 2 and err.splitlines()[-1].endswith(
+        'expected a folder with tokenizer.json, without it there is no text'
+    )
 
 
 def ouro_by_hand(w, idx):
@@ -231,8 +262,8 @@ def test_weights_that_cannot_be_had_are_told(call, gpt2, ouro, tiny_data, tmp_pa
     assert status == 2 and 'expected resume, the folder of a run' in err and 'gpt2-xl' in err
     monkeypatch.setitem(sys.modules, 'transformers', None)
     monkeypatch.setitem(sys.modules, 'safetensors', None)
-    assert 'needs transformers: pip install transformers' in told(f'--init_from={folder}')
-    assert 'needs safetensors: pip install safetensors' in told(f'--init_from=ouro:{theirs}')
+    assert 'needs transformers: pip install -e ".[pretrained]"' in told(f'--init_from={folder}')
+    assert 'needs safetensors: pip install -e ".[pretrained]"' in told(f'--init_from=ouro:{theirs}')
 
 
 def test_the_tokens_must_be_gpt2s(gpt2, call, tiny_data, tmp_path, monkeypatch):
@@ -349,6 +380,7 @@ def test_every_script_takes_every_name(call, name, tiny_data, tmp_path, monkeypa
     for script in (sample, bench):
         monkeypatch.setattr(script, 'load_checkpoint', load)
     monkeypatch.setattr(sample, 'find_tokenizer', lambda checkpoint: Plain())
+    monkeypatch.setattr(sample, 'check_tokenizer', lambda name: None)
     cpu, no_compile = ['--device=cpu', '--dtype=float32'], '--compile=False'
     small = [f'--dataset={tiny_data}', '--eval_iters=1', '--batch_size=2', '--sample_tokens=0', no_compile]
     by_out_dir = ['--init_from=resume', f'--out_dir={name}']
@@ -369,7 +401,7 @@ def test_every_script_takes_every_name(call, name, tiny_data, tmp_path, monkeypa
 @pytest.mark.parametrize('name', ['ouro'], indirect=True)
 def test_without_a_tokenizer_there_is_no_text(call, name):
     status, out, err = call(sample.main, f'--init_from={name}', '--device=cpu')
-    assert status == 2 and not out and 'expected one with a tokenizer' in err.splitlines()[-1]
+    assert status == 2 and not out and 'expected a folder with tokenizer.json' in err.splitlines()[-1]
 
 
 def test_training_takes_the_last_checkpoint_and_using_a_model_the_best(call, flags, tmp_path):

@@ -813,4 +813,4 @@ def test_wandb_is_not_imported_unless_asked_for(call, flags, monkeypatch):
     monkeypatch.setitem(sys.modules, 'wandb', None)  # importing it fails
     assert call(main, *flags, '--max_iters=1')[0] == 0
     status, _, err = call(main, *flags, '--max_iters=1', '--wandb_log=True')
-    assert status == 2 and 'pip install wandb' in err
+    assert status == 2 and 'pip install -e ".[wandb]"' in err

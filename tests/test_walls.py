@@ -340,3 +340,60 @@ def test_the_check_of_sizes(path, text, broken):
 
 def test_files_and_functions_are_short():
     check_all(too_long)
+
+
+# -----------------------------------------------------------------------------
+# what every script has in common, and every hint for a missing package
+
+
+PIP = re.compile(r'pip install(?! -e (?:"\.\[\w+\]"|"\.\[{extra}\]"))')  # all but what missing_package says
+
+
+def hints_for_packages(sources):
+    """Returns [(where, extra, package)] of the calls missing_package(what, extra, package).
+
+    package is None where it is computed.
+    """
+    return [
+        (
+            f'{path}:{node.lineno}',
+            *(arg.value if isinstance(arg, ast.Constant) else None for arg in node.args[1:]),
+        )
+        for path, text in sources.items()
+        for node in nodes_of(text)
+        if calls(node, 'missing_package')
+    ]
+
+
+def test_the_check_of_hints():
+    text = "missing_package(x, 'data', 'tiktoken')\nmissing_package(x, 'data', error[0])\n"
+    assert hints_for_packages({'a.py': text}) == [('a.py:1', 'data', 'tiktoken'), ('a.py:2', 'data', None)]
+    assert PIP.search('pip install wandb') and not PIP.search('pip install -e ".[plot]"')
+
+
+def test_every_hint_for_a_missing_package_names_the_extra_that_has_it():
+    project = (ROOT / 'pyproject.toml').read_text().split('optional-dependencies]')[1]
+    extras = {
+        name: re.findall('"([^"]*)"', packages)
+        for name, packages in re.findall(r'^(\w+) = \[([^\]]*)\]', project, re.MULTILINE)
+    }
+    hints = hints_for_packages(SOURCES)
+    assert len(hints) >= 8 and not [path for path, text in SOURCES.items() if PIP.search(text)]
+    for where, extra, package in hints:
+        assert extra in extras and (package is None or package in extras[extra]), where
+
+
+def test_every_script_finds_the_program_before_other_packages_of_the_same_names():
+    """python -P, or PYTHONSAFEPATH, leaves the script's folder out of sys.path."""
+    ours = {module_of(path).split('.')[0] for path in SOURCES}
+    scripts = [path for path, text in SOURCES.items() if "__name__ == '__main__'" in text]
+    assert {'train.py', 'sample.py', 'bench.py', 'export.py', 'plot.py', 'data/text/prepare.py'} <= set(
+        scripts
+    )
+    for path in scripts:
+        first = min(line for line, name in imports(path, SOURCES[path]) if name.split('.')[0] in ours)
+        up = '.parent)' if '/' not in path else f'.parents[{path.count("/")}])'
+        insert = f'sys.path.insert(0, str(Path(__file__).resolve(){up})'
+        lines = SOURCES[path].splitlines()
+        assert insert in '\n'.join(lines[: first - 1]), path
+        assert not any(is_in(name, 'data') for _, name in imports(path, SOURCES[path])), path

@@ -1,16 +1,17 @@
 """
-Tiny Shakespeare, one token per character: 65 of them, 1,003,854 for training and 111,540 for validation.
+Tiny Shakespeare, a token per character: 65 of them, 1,003,854 tokens for training and 111,540 for validation,
+the end of the text. It takes a second. The text, 1.1 MB, is downloaded here unless it is there or given.
 
-    python data/shakespeare_char/prepare.py [--input FILE]      without --input it is downloaded
+    python data/shakespeare_char/prepare.py [--input FILE]
 """
 
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
-from configurator import command
-from data import TEXT_FLAGS, parse
+from configurator import command, print_line
 from nanoloop.prepare import fetch, write_text
+from nanoloop.prepare_script import TEXT_FLAGS, parse
 from nanoloop.tokenizer import Characters, read_text
 
 FOLDER = Path(__file__).resolve().parent
@@ -19,8 +20,9 @@ URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshake
 
 @command
 def main(argv):
-    path = parse(argv, __doc__, TEXT_FLAGS).input or fetch(URL, FOLDER / 'input.txt')
-    write_text(FOLDER, [path], Characters(sorted(set(read_text(path)))), source=URL, say=print)
+    args = parse(argv, __doc__, TEXT_FLAGS)
+    path = args.input or fetch(URL, FOLDER / 'input.txt')
+    write_text(FOLDER, [path], Characters(sorted(set(read_text(path)))), URL, args.val_share, say=print_line)
 
 
 if __name__ == '__main__':

@@ -1,0 +1,97 @@
+"""
+What the scripts data/NAME/prepare.py share: how they read their flags, and those of sets of the hub.
+"""
+
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from pathlib import Path
+
+from nanoloop.checks import UserError
+from nanoloop.hub import HubDocuments, local_documents, write_hub
+from nanoloop.prepare import SHARD_TOKENS
+from nanoloop.tokenizer import choose_tokenizer
+
+
+def expanded(text):
+    """Returns the path that a flag gives, ~ included."""
+    return Path(text).expanduser()
+
+
+TOKENIZER = 'byte, char, an encoding of tiktoken such as gpt2, or a tokenizer.json'
+
+# arguments of ArgumentParser.add_argument, by the name of the flag
+VAL_SHARE = dict(type=float, metavar='X', help='share of the text for validation, default: 0.1')
+HUB_VAL_SHARE = VAL_SHARE | dict(help='share of the documents for validation, default: 0.0005, more of few')
+SPECIAL = dict(action='store_true', help='a special token written in the text, as <|endoftext|>, becomes one')
+TEXT_FLAGS = {
+    'input': dict(type=expanded, metavar='FILE', help='the text, if it is here already'),
+    'val_share': VAL_SHARE | dict(default=0.1),
+}
+TABLE_FLAGS = {
+    'column': dict(metavar='NAME', help='the column of a table that holds the text, default: text'),
+    'processes': dict(type=int, metavar='N', help='processes that encode, default: one per core'),
+    'max_documents': dict(type=int, metavar='N', help='documents to read of each split, default: all'),
+    'shard_tokens': dict(
+        type=int, metavar='N', default=SHARD_TOKENS, help=f'tokens per file, default: {SHARD_TOKENS:,}'
+    ),
+}
+HUB_FLAGS = {
+    'input': dict(nargs='+', metavar='PATH', help='parquet, JSON or CSV files to read instead, as one split'),
+    'tokenizer': dict(default='gpt2', metavar='NAME', help=f'{TOKENIZER}; default: gpt2'),
+    'special_tokens': SPECIAL,
+    'val_share': HUB_VAL_SHARE,
+    'streaming': dict(action='store_true', help='read over the network, keep no copy on this disk'),
+    **TABLE_FLAGS,
+}
+
+
+class Parser(ArgumentParser):
+    """An ArgumentParser whose errors are one line, as those of the other scripts."""
+
+    def error(self, message):
+        raise UserError(f'{message} (see --help)')
+
+
+def parse(argv, doc, flags):
+    """Returns the values of `flags` in argv. --help prints doc, the script's docstring, and the flags."""
+    parser = Parser(description=doc, formatter_class=RawDescriptionHelpFormatter)
+    for name, options in flags.items():
+        parser.add_argument(f'--{name}', **options)
+    return parser.parse_args(argv)
+
+
+def prepare_hub(argv, doc, folder, path, splits, say, eot=True, **load):
+    """Prepares a set of the hub with the flags in argv; interrupted, the same command goes on.
+
+    doc: the script's docstring. path, load: of HubDocuments. splits, eot, say: of write_hub.
+    """
+    args = parse(argv, f'{doc}\nInterrupted, the same command goes on.', HUB_FLAGS)
+    if args.input:
+        prepare_tables(args, folder, args.input, say, eot)
+        return
+    options = dict(streaming=args.streaming, max_documents=args.max_documents)
+    documents = HubDocuments(path, args.column or 'text', **options, **load)
+    write_documents(args, folder, documents, splits, say, eot)
+
+
+def prepare_tables(args, folder, paths, say, eot=True):
+    """Prepares a set from the tables in paths. args: the values of TABLE_FLAGS and the other flags."""
+    streaming = getattr(args, 'streaming', False)
+    options = dict(streaming=streaming, max_documents=args.max_documents)
+    documents = local_documents(paths, args.column or 'text', **options)
+    write_documents(args, folder, documents, {'train': 'train'}, say, eot)
+
+
+def write_documents(args, folder, documents, splits, say, eot):
+    """Writes a set of documents as the flags say."""
+    options = {key: getattr(args, key) for key in ('val_share', 'processes', 'shard_tokens')}
+    tokenizer = choose_tokenizer(args.tokenizer, lambda: documents.texts(splits))
+    write_hub(
+        folder,
+        documents,
+        splits,
+        tokenizer=tokenizer,
+        eot=eot,
+        special=args.special_tokens,
+        say=say,
+        **options,
+    )

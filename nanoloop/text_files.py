@@ -1,0 +1,141 @@
+"""
+Finds the texts among a user's files, and decides which part of them is for validation. Needs no torch.
+"""
+
+import codecs
+import hashlib
+import os
+import re
+from collections import Counter
+from pathlib import Path
+
+from nanoloop.checks import UserError
+from nanoloop.tokenizer import text_encoding
+
+BLOCK_BYTES = 2**20  # read at a time
+CONTROL = bytes(set(range(32)) - set(b'\b\t\n\v\f\r\x1b'))  # characters that a text does not have
+OWN_FILE = re.compile(r'\w+?(_\d{5})?\.(bin|mask)|meta\.(json|pkl)|max_id\.json|prepare\.py|\.lock|.*\.tmp')
+
+
+def find_texts(path, pattern='*', data_folder=None, any_bytes=False, say=None):
+    """Returns the paths of the texts that a path stands for: itself, or files below a folder, sorted.
+
+    Of a folder, hidden, binary and empty files and those of data sets are left out; say is called with a line
+    that counts them. pattern: only these files of the folder. data_folder: where the data set will be.
+    any_bytes: what is not UTF-8 is taken as it is, and say is called with a line about it. Raises UserError
+    for a path without a text, and for one that is not UTF-8.
+    """
+    path = Path(path).expanduser()
+    if path.is_file():
+        kinds = {path: kind_of_content(path)}
+        if kinds[path] == 'binary' and not any_bytes:
+            raise UserError(f'--input {path} is a binary file, expected a text in UTF-8')
+    elif path.is_dir():
+        files = [file for file in sorted(path.rglob(pattern)) if file.is_file() or is_broken_link(file)]
+        kinds = {file: kind_of_file(file, path, data_folder) for file in files}
+    else:
+        raise UserError(f'--input {path}: there is no such file or folder')
+    kept = ('text', 'not UTF-8') if path.is_dir() else tuple(kinds.values())
+    texts = [file for file, kind in kinds.items() if kind in kept]
+    left_out = count_kinds(path, {file: kind for file, kind in kinds.items() if kind not in kept})
+    if not texts:
+        raise UserError(
+            f'--input {path}: there is no text {pattern} in it; left out: {left_out or "nothing"}'
+        )
+    if left_out and say:
+        say(f'{path}: {len(texts):,} texts; left out: {left_out}')
+    others = [file for file in texts if kinds[file] in ('binary', 'not UTF-8')]
+    if others and not any_bytes:
+        raise UserError(f'--input: {others[0]} is not UTF-8: --tokenizer=byte takes its bytes as they are')
+    if others and say:
+        say(f'{others[0]}{f" and {len(others) - 1:,} more" * (len(others) > 1)}: not UTF-8, taken as bytes')
+    return texts
+
+
+def count_kinds(folder, kinds):
+    """Returns a text that counts {path: kind}, with an example of each kind, such as `2 hidden (.git/x)`."""
+    examples = {kind: path for path, kind in reversed(kinds.items())}
+    counts = sorted(Counter(kinds.values()).items())
+    return ', '.join(f'{n:,} {kind} ({os.path.relpath(examples[kind], folder)})' for kind, n in counts)
+
+
+def is_broken_link(path):
+    """Returns whether a path is a link to nothing."""
+    return path.is_symlink() and not path.exists()
+
+
+def kind_of_file(path, folder, data_folder=None):
+    """Returns 'text', 'not UTF-8', or why a file below a folder is no text."""
+    parts = path.relative_to(folder).parts
+    if is_of_data_set(path, data_folder):
+        return 'of a data set'
+    if any(part.startswith('.') or part == '__pycache__' for part in parts):
+        return 'hidden'
+    return 'broken link' if is_broken_link(path) else kind_of_content(path)
+
+
+def is_of_data_set(path, data_folder=None):
+    """Returns whether a file was written by a preparation: into data_folder, or into another data set."""
+    if path.parent.name == 'unfinished' and (path.parent / 'state.json').exists():
+        return True
+    folders = [path.parent.parent] if path.parent.name == 'unfinished' else [path.parent]
+    own = data_folder is not None and Path(data_folder).resolve() == folders[0].resolve()
+    known = own or any(folders[0].glob('train*.bin'))
+    return known and (path.parent != folders[0] or OWN_FILE.fullmatch(path.name) is not None)
+
+
+def kind_of_content(path):
+    """Returns what is in a file: 'text', 'empty', 'not UTF-8' or 'binary'.
+
+    A binary file has NUL characters, or is in no known encoding and has other control characters.
+    """
+    with open(path, 'rb') as file:
+        start = file.peek(4)
+        encoding = text_encoding(start)
+        wide = not encoding.startswith('utf-8')  # a character takes two or four bytes, some are 0
+        decoder = codecs.getincrementaldecoder(encoding)()
+        valid, control, block = True, False, start
+        while block:
+            block = file.read(BLOCK_BYTES)
+            try:
+                text = decoder.decode(block, final=not block) if valid else ''
+            except UnicodeDecodeError:
+                text, valid = '', False
+            if '\0' in text or (not wide and 0 in block) or (wide and not valid):
+                return 'binary'
+            control = control or len(block.translate(None, CONTROL)) < len(block)
+    if not start:
+        return 'empty'
+    return 'text' if valid else 'binary' if control else 'not UTF-8'
+
+
+# -----------------------------------------------------------------------------
+# the validation split
+
+
+def hash_fraction(name):
+    """Returns a number in [0, 1) that looks random and depends on the name alone."""
+    digest = hashlib.sha256(name.encode('utf-8', 'surrogateescape')).hexdigest()
+    return int(digest[:12], 16) / 16**12
+
+
+def hold_out(paths, share):
+    """Returns {path: its part, above 0 and at most 1, that is for validation}: the end of the file.
+
+    Files are chosen whole, by their names, wherever the folder of all of them lies. Where the sizes of the
+    files do not allow between half and twice `share` of the bytes, the ends of the largest do.
+    """
+    sizes = {path: path.stat().st_size for path in paths}
+    total, top = sum(sizes.values()), os.path.commonpath([path.parent for path in paths])
+    parts, held = {}, 0.0
+    for path, size in sizes.items():
+        most = min(2 * share, (1 + share) / 2)
+        if hash_fraction(os.path.relpath(path, top)) < share and held + size / total <= most:
+            parts[path], held = 1.0, held + size / total
+    for path in sorted(sizes.keys() - parts.keys(), key=lambda path: (-sizes[path], path)):
+        if held >= share / 2:
+            break
+        part = sizes[path] / total
+        parts[path] = min(1.0, (share - held) / part)
+        held += part * parts[path]
+    return parts

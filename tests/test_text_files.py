@@ -1,0 +1,121 @@
+import os
+
+import numpy as np
+import pytest
+
+from nanoloop.prepare import write_text
+from nanoloop.text_files import find_texts, kind_of_content
+from nanoloop.tokenizer import Bytes
+
+TEXT = 'to be or not to be\n' * 20
+
+
+@pytest.fixture
+def notes(tmp_path):
+    """A folder with texts a.txt and sub/b.md, and with much that is none."""
+    folder = tmp_path / 'notes'
+    for name in ('.git', '__pycache__', 'sub', 'other', 'unfinished'):
+        (folder / name).mkdir(parents=True)
+    for name in ('a.txt', 'sub/b.md', '.git/config', '__pycache__/x.py', '.hidden', 'unfinished/draft.txt'):
+        (folder / name).write_text(TEXT)
+    (folder / 'picture.png').write_bytes(b'\x89PNG\r\n\x1a\n\0\0')
+    (folder / 'packed').write_bytes(b'\x1f\x8b\x08\x01\xff')
+    (folder / 'empty.txt').touch()
+    (folder / 'gone').symlink_to('nowhere')
+    np.arange(99, dtype='<u2').tofile(folder / 'other' / 'train.bin')
+    (folder / 'other' / 'meta.json').write_text('{}')
+    (folder / 'other' / 'input.txt').write_text(TEXT)
+    return folder
+
+
+def names(paths, folder):
+    return [path.relative_to(folder).as_posix() for path in paths]
+
+
+def test_a_folders_texts_are_found_and_the_rest_is_counted(notes):
+    lines = []
+    found = find_texts(notes, say=lines.append)
+    assert names(found, notes) == ['a.txt', 'other/input.txt', 'sub/b.md', 'unfinished/draft.txt']
+    (line,) = lines
+    assert line.startswith(f'{notes}: 4 texts; left out: 2 binary (packed), 1 broken link (gone), 1 empty')
+    assert '3 hidden (.git/config)' in line and '2 of a data set (other/meta.json)' in line
+    assert names(find_texts(notes, '*.md'), notes) == ['sub/b.md']
+    (notes / 'unfinished' / 'state.json').touch()  # of a preparation, after all
+    assert names(find_texts(notes), notes) == ['a.txt', 'other/input.txt', 'sub/b.md']
+
+
+def test_a_folder_that_is_the_data_set_gives_the_same_set_again(notes):
+    for path in [*notes.glob('pi*'), *notes.glob('pa*')]:
+        path.unlink()
+    sets = []
+    for _ in range(2):
+        paths = find_texts(notes, data_folder=notes)
+        write_text(notes, paths, Bytes(), 'notes')
+        sets.append([(notes / f'{split}.bin').read_bytes() for split in ('train', 'val')])
+        (notes / 'unfinished').mkdir()  # of a preparation that was interrupted
+        (notes / 'unfinished' / 'train_00000.bin').write_bytes(b'old text')
+        (notes / 'prepare.py').write_text('its own script')
+    assert sets[0] == sets[1] and b'old' not in sets[1][0] + sets[1][1]
+
+
+@pytest.mark.parametrize(
+    'content, kind',
+    [
+        (b'', 'empty'),
+        (TEXT.encode(), 'text'),
+        (b'\t\n\v\f\r\x1b[0m', 'text'),
+        ('\u00e9\u4e2d'.encode(), 'text'),
+        (TEXT.encode('utf-16'), 'text'),
+        (TEXT.encode('utf-32'), 'text'),
+        (TEXT.encode('utf-8-sig'), 'text'),
+        (TEXT.encode('utf-16-le'), 'binary'),
+        (b'caf\xe9', 'not UTF-8'),
+        ('\u00e9'.encode()[:1], 'not UTF-8'),
+        (b'caf\xe9\x01', 'binary'),
+        (b'a\0b', 'binary'),
+        (b'\xff\xfea', 'binary'),
+        (TEXT.encode() * 9000 + b'\0', 'binary'),
+        (b'a' * (2**20 - 1) + '\u00e9'.encode(), 'text'),
+    ],
+)
+def test_what_is_in_a_file(tmp_path, content, kind):
+    (tmp_path / 'a').write_bytes(content)
+    assert kind_of_content(tmp_path / 'a') == kind
+
+
+def test_what_is_not_utf8_is_taken_as_bytes_or_told(tmp_path):
+    (tmp_path / 'a.txt').write_text(TEXT)
+    (tmp_path / 'b.txt').write_bytes(b'caf\xe9')
+    (tmp_path / 'c.bin').write_bytes(b'\0')
+    lines = []
+    assert len(find_texts(tmp_path, any_bytes=True, say=lines.append)) == 2
+    assert lines[1] == f'{tmp_path}/b.txt: not UTF-8, taken as bytes'
+    assert find_texts(tmp_path / 'c.bin', any_bytes=True, say=lines.append) and 'c.bin: not UTF-8' in lines[2]
+    for path, told in [
+        ('', 'b.txt is not UTF-8: --tokenizer=byte takes'),
+        ('b.txt', 'b.txt is not UTF-8'),
+        ('c.bin', 'c.bin is a binary file'),
+        ('d', 'there is no such file or folder'),
+    ]:
+        with pytest.raises(ValueError, match=told):
+            find_texts(tmp_path / path)
+    with pytest.raises(ValueError, match=r'no text \*.bin in it; left out: 1 binary \(c.bin\)'):
+        find_texts(tmp_path, '*.bin')
+
+
+def test_a_home_folder_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    (tmp_path / 'a.txt').write_text(TEXT)
+    assert find_texts('~/a.txt') == [tmp_path / 'a.txt'] == find_texts(os.path.join('~', 'a.txt'))
+
+
+def test_files_of_several_encodings_become_one_text(tmp_path):
+    for name in ('utf-8', 'utf-8-sig', 'utf-16'):
+        (tmp_path / f'{name}.txt').write_text(TEXT, encoding=name)
+    write_text(tmp_path / 'out', find_texts(tmp_path), Bytes(), 'x')
+    ids = np.concatenate(
+        [np.fromfile(tmp_path / 'out' / f'{split}.bin', '<u2') for split in ('train', 'val')]
+    )
+    assert sorted(bytes(ids.astype(np.uint8)).replace(b'\n', b'')) == sorted(
+        3 * TEXT.replace('\n', '').encode()
+    )
