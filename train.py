@@ -263,8 +263,8 @@ class Trainer:
                 break
             # one step
             first = self.step == self.first_step
-            compiling = ', which compiles the blocks first: some 10 to 60 s' * (first and self.m.compile)
-            self.say.now(f'step {self.step} of {self.last_step}{compiling}')
+            compiling = ', compiling the blocks, which takes 10 to 60 s' * (first and self.m.compile)
+            self.say.now(f'training{compiling}', f': step {self.step} of {self.last_step}')
             lr, n_loop = lr_at(self.step, c, self.last_step), loops_at(self.step, c)
             prepare_step(self.optimizers, self.step, lr, decay_share_at(self.step, c, self.last_step))
             look = self.look(n_loop)

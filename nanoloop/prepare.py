@@ -137,9 +137,17 @@ class Writer:
 
         ids: a sequence of integers. mask: as many values, 1 = this token counts as a target, 0 = it does
         not; without a mask every token counts. Nothing is put between documents: the eot_token that ends one
-        is part of its ids. Raises UserError for a mask of another length or other values.
+        is part of its ids. Raises UserError for ids that the tokenizer does not have, and for a mask of another
+        length or other values.
         """
-        ids = np.asarray(ids, self.dtype)
+        ids = np.asarray(ids) if len(ids) else np.zeros(0, self.dtype)
+        fits = ids.ndim == 1 and np.issubdtype(ids.dtype, np.integer)
+        check(fits, 'ids', f'{ids.dtype}, shape {ids.shape}', 'integers in one dimension')
+        if len(ids):
+            n_vocab = len(self.tokenizer.token_bytes)
+            expected = f'from 0 to {n_vocab - 1}, as its tokenizer has {n_vocab} ids'
+            check(ids.min() >= 0 and ids.max() < n_vocab, 'ids', [int(ids.min()), int(ids.max())], expected)
+        ids = ids.astype(self.dtype)
         if mask is not None:
             mask = np.asarray(mask)
             check(mask.shape == ids.shape, 'mask', mask.shape, f'the shape of the ids, {ids.shape}')

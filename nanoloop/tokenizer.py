@@ -65,6 +65,10 @@ class Tokenizer:
     text_errors = 'strict'
     note = ''
 
+    def decode(self, ids):
+        """Returns the text of ids, a sequence or a tensor (T,). Bytes that are no UTF-8 are replaced."""
+        return self.decode_bytes([int(i) for i in ids]).decode('utf-8', 'replace')
+
 
 class Characters(Tokenizer):
     """One token per character. spec: {'kind': 'char', 'chars': [...]}."""

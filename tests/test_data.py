@@ -170,6 +170,26 @@ def test_an_unfinished_preparation_of_before_masks_goes_on(tmp_path):
     assert read_meta(tmp_path)['splits']['train']['tokens'] == 10
 
 
+@pytest.mark.parametrize(
+    'ids, told',
+    [
+        ([1.0, 2.5], 'ids=.float64.*, expected integers in one dimension'),
+        (np.zeros((2, 2), np.int64), 'expected integers in one dimension'),
+        ([3, -1], r'ids=\[-1, 3\], expected from 0 to 255, as its tokenizer has 256 ids'),
+        (np.array([70000, 5]), r'ids=\[5, 70000\], expected from 0 to 255'),
+        ([256], 'expected from 0 to 255'),
+    ],
+)
+def test_ids_that_the_tokenizer_does_not_have_are_not_written(tmp_path, ids, told):
+    writer = Writer(tmp_path, Bytes(), 'ids')
+    with pytest.raises(ValueError, match=told):
+        writer.add('train', ids)
+    writer.add('train', [])
+    writer.add('train', np.array([255, 0], np.uint8))
+    writer.finish()
+    assert np.fromfile(tmp_path / 'train.bin', '<u2').tolist() == [255, 0]
+
+
 def test_masks_are_written_and_read_over_shards(tmp_path):
     writer = Writer(tmp_path, Characters(map(chr, range(200, 300))), 'x', shard_tokens=10)
     counts = {}  # token -> whether it counts; every token occurs once

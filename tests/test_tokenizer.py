@@ -3,6 +3,7 @@ import json
 import random
 
 import pytest
+import torch
 
 from nanoloop import tokenizer as module
 from nanoloop.tokenizer import (
@@ -215,3 +216,10 @@ def test_names_of_tokenizers():
     assert isinstance(made, Characters) and made.chars == ['\n', 'a', 'b', 'c']
     with pytest.raises(ValueError, match="tokenizer='wordpiece', expected one of the kinds char, byte"):
         make_tokenizer(dict(kind='wordpiece'))
+
+
+def test_ids_become_text_again():
+    tokenizer = Bytes()
+    ids = tokenizer.encode('naïve')
+    assert tokenizer.decode(ids) == tokenizer.decode(torch.tensor(ids)) == 'naïve'
+    assert tokenizer.decode(ids[:3]) == 'na\ufffd'
