@@ -137,8 +137,8 @@ class Writer:
 
         ids: a sequence of integers. mask: as many values, 1 = this token counts as a target, 0 = it does
         not; without a mask every token counts. Nothing is put between documents: the eot_token that ends one
-        is part of its ids. Raises UserError for ids that the tokenizer does not have, and for a mask of another
-        length or other values.
+        is part of its ids. Raises UserError for ids that the tokenizer does not have, and for a mask of
+        another length or other values.
         """
         ids = np.asarray(ids) if len(ids) else np.zeros(0, self.dtype)
         fits = ids.ndim == 1 and np.issubdtype(ids.dtype, np.integer)
