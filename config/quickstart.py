@@ -1,6 +1,6 @@
 # First run: a small looped model learns to write Python from the standard library of the Python that runs it.
-# expect: about 2 minutes on 2 CPU cores with bfloat16 units, 5 without; a validation loss of 1.43 to 1.44 nats
-# per byte, and samples with the shape of Python (with the library of Python 3.11.7; others differ a little)
+# expect: about 2 minutes on 2 CPU cores with bfloat16 units, 5 without; a validation loss of 1.43 to 1.44
+# nats per byte, and samples with the shape of Python (with the library of Python 3.11.7; others differ)
 #   python train.py config/quickstart.py
 
 out_dir = 'out-quickstart'
