@@ -223,6 +223,8 @@ class Trainer:
         doubts = report.doubtful_keys(c, self.rule, self.last_step, random_weights=not self.task.origin)
         for line in (*self.describe(), *lines, *cost, *doubts):
             self.say(line)
+        if m.compile:
+            self.say('the first evaluation and the first step compile the blocks, for 10 to 60 s each')
 
     def describe(self):
         """Returns lines on the sizes of the model and of a step."""
@@ -263,8 +265,7 @@ class Trainer:
                 break
             # one step
             first = self.step == self.first_step
-            compiling = ', compiling the blocks, which takes 10 to 60 s' * (first and self.m.compile)
-            self.say.now(f'training{compiling}', f': step {self.step} of {self.last_step}')
+            self.say.now('training', f': step {self.step} of {self.last_step}')
             lr, n_loop = lr_at(self.step, c, self.last_step), loops_at(self.step, c)
             prepare_step(self.optimizers, self.step, lr, decay_share_at(self.step, c, self.last_step))
             look = self.look(n_loop)
