@@ -10,7 +10,6 @@ Utilisation counts every executed layer, the loop's backward pass only for the l
 taken against the device's dense peak, on a CPU against its own matrix products, measured here.
 """
 
-import io
 import itertools
 import shlex
 import statistics
@@ -24,6 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # ours come first, also with python -P
 from configurator import command, configure, print_error
 from model import GPT, GPTConfig
+from nanoloop import WORLD
 from nanoloop.baselines import apply_baseline
 from nanoloop.batches import Batch
 from nanoloop.bench_decode import decoding_ways, print_timings, time_decoding
@@ -154,7 +154,7 @@ def print_counts(c):
 def main(argv):
     keys = (BenchConfig, TrainConfig, GPTConfig)
     c = configure(keys, argv)
-    settings = [c, configure(keys, [*argv, *shlex.split(c.vs)], out=io.StringIO())] if c.vs else [c]
+    settings = [c, configure(keys, [*argv, *shlex.split(c.vs)], say=None)] if c.vs else [c]
     for setting in settings:
         setting.build(BenchConfig)
         setting.build(TrainConfig)
@@ -180,8 +180,8 @@ def main(argv):
         return
     if decoding:  # the blocks of a whole model are not compiled then, but a step if asked for
         c['compile'] = c.compile is True
+    check(WORLD == 1, 'processes', WORLD, '1')
     m = setup(c)
-    check(m.world == 1, 'processes', m.world, '1')
     print(m.line)
     if decoding:
         return measure_decoding(c, m)

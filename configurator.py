@@ -20,6 +20,7 @@ import difflib
 import functools
 import inspect
 import os
+import re
 import sys
 import traceback
 import types
@@ -30,8 +31,8 @@ from nanoloop.checks import UserError, check, find_table, hints_of, split_hint, 
 from nanoloop.helptext import help_text
 
 TOOLS = types.ModuleType | types.FunctionType | types.BuiltinFunctionType | type  # a config file's own things
+PATHS = ('out_dir', 'dataset', 'init_from', 'image', 'to')  # keys in which ~ is the home folder
 # keys of nanoGPT and of earlier versions that have another name here
-PATHS = ('out_dir', 'dataset', 'init_from', 'image')  # keys in which ~ is the home folder
 RENAMED = {'n_layer': ('n_prelude', 'n_block', 'n_coda'), 'png': ('image',)}
 
 
@@ -61,11 +62,11 @@ class Config(dict):
         return built
 
 
-def configure(classes, argv, out=None):
+def configure(classes, argv, say=print):
     """Returns the Config of a script: the defaults of its dataclasses, changed by argv's files and flags.
 
-    Then prints the changes to `out`, a file; None = stdout. With --help it prints the keys and exits. Raises
-    UserError for an unknown key, for a value of a wrong type, and for a config file that does not run.
+    say: called with the changes, on rank 0; None = nobody is told. With --help it prints the keys and exits.
+    Raises UserError for an unknown key, for a value of a wrong type, and for a config file that does not run.
     """
     if {'--help', '-h'} & set(argv):
         print(help_text(classes))
@@ -80,13 +81,18 @@ def configure(classes, argv, out=None):
             lines.append(f'Overriding config with {arg}:')
             changes, start = read_file(arg, config, hints), '    '
         for key in changes.keys() & set(PATHS):
-            changes[key] = os.path.expanduser(changes[key])
+            changes[key] = expand_home(changes[key])
         lines += [f'{start}{key} = {value!r}' for key, value in changes.items()]
         config.update(changes)
         config.given |= frozenset(changes)
-    if lines and RANK == 0:
-        (print_line if out is None else functools.partial(print, file=out))('\n'.join(lines))
+    if lines and RANK == 0 and say:
+        say('\n'.join(lines))
     return config
+
+
+def expand_home(paths):
+    """Returns a text with ~ replaced in all its paths: '~/a', 'ouro:~/a', and '~/a+~/b,~/c' of plot.py."""
+    return ''.join(map(os.path.expanduser, re.split('([:+,])', paths)))
 
 
 def check_key(key, hints, where='', otherwise='see --help'):
@@ -182,34 +188,42 @@ def run_file(path, config):
 # how a script prints and ends
 
 
-def command(main):
+def command(main, parallel=False):
     """Decorates a script's main(argv), which then ends the process with an exit status.
 
     0: done. 1: the machine failed, for example a full disk. 2: the user got something wrong. 1 and 2 print
     the reason in one line. 130: Ctrl-C. 141: the reader of stdout has ended. Other exceptions are errors of
     the program and keep their traceback.
+
+    parallel: several processes run the script together. What all of them get wrong is printed by rank 0 only.
     """
     script = Path(inspect.getfile(main)).name
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, 'reconfigure'):  # a character that the terminal lacks is no reason to end
-            stream.reconfigure(errors='replace')
+    prepare_streams()
 
     def fail(error, status):
         print_error(f'{script}: {" ".join(str(error).split()) or "out of memory"}')
+        try:
+            sys.stdout.flush()
+        except OSError:
+            discard(sys.stdout)
         sys.exit(status)
 
     @functools.wraps(main)
     def run(argv=None):
         try:
-            return main(sys.argv[1:] if argv is None else list(argv))
+            try:
+                return main(sys.argv[1:] if argv is None else list(argv))
+            finally:
+                if not isinstance(sys.exc_info()[1], Exception):
+                    sys.stdout.flush()  # Python itself does it too late to say in a line what failed
         except UserError as error:
-            if RANK == 0 or not error.same_on_all_ranks:
+            if RANK == 0 or not (parallel and error.same_on_all_ranks):
                 fail(error, 2)
             sys.exit(2)
         except KeyboardInterrupt:
             sys.exit(130)  # 128 + SIGINT, as a shell reports it
         except BrokenPipeError:  # the reader of stdout has ended: python sample.py | head
-            discard(1)
+            discard(sys.stdout)
             sys.exit(141)  # 128 + SIGPIPE
         except (OSError, MemoryError) as error:
             fail(error, 1)
@@ -221,6 +235,15 @@ def command(main):
     return run
 
 
+def prepare_streams():
+    """Makes stdout and stderr streams on which printing either works or raises OSError."""
+    for name in ('stdout', 'stderr'):
+        if getattr(sys, name) is None:  # it was closed (>&-), and print(file=None) would take the other one
+            setattr(sys, name, open(os.open(os.devnull, os.O_RDONLY), 'w'))
+        if hasattr(stream := getattr(sys, name), 'reconfigure'):
+            stream.reconfigure(errors='replace')  # a character that the terminal lacks is no reason to end
+
+
 def print_line(text):
     """Prints a line of a run, which goes on without stdout if that cannot be written any more.
 
@@ -229,7 +252,7 @@ def print_line(text):
     try:
         print(text, flush=True)
     except OSError:
-        discard(1)
+        discard(sys.stdout)
 
 
 def print_error(text):
@@ -237,10 +260,10 @@ def print_error(text):
     try:
         print(text, file=sys.stderr, flush=True)
     except OSError:
-        discard(2)
+        discard(sys.stderr)
 
 
-def discard(number):
-    """Discards what is printed to stdout (1) or stderr (2) from now on; Python flushes both when it ends."""
+def discard(stream):
+    """Discards what is printed to a stream from now on. Python flushes stdout and stderr when it ends."""
     with contextlib.suppress(OSError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -44,7 +44,7 @@ def write_weights(model, path, metadata):
 
 @command
 def main(argv):
-    c = configure((ExportConfig,), argv, out=sys.stderr)
+    c = configure((ExportConfig,), argv, say=print_error)
     c.build(ExportConfig)
     check(c.to, 'to', c.to, 'a folder to write')
     try:

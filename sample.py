@@ -166,7 +166,7 @@ def report(c, n_tokens, seconds, stats):
 
 @command
 def main(argv):
-    c = configure((SampleConfig,), argv, out=sys.stderr)
+    c = configure((SampleConfig,), argv, say=print_error)
     c.build(SampleConfig)
     device, _ = choose_device(c.device)
     dtype, _ = choose_dtype(c.dtype, device.type)

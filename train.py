@@ -396,10 +396,10 @@ class Trainer:
 # main
 
 
-@command
+@functools.partial(command, parallel=True)
 def main(argv):
     began = time.monotonic()
-    c = configure((TrainConfig, GPTConfig), argv)
+    c = configure((TrainConfig, GPTConfig), argv, print_line)
     checkpoint, resuming = find_initial_checkpoint(c, print_error if RANK == 0 else None)
     settings = c.build(TrainConfig)
     fresh = checkpoint is None or resuming
@@ -407,11 +407,11 @@ def main(argv):
     apply_baseline(c, print_line if RANK == 0 else None)
     layers = c.n_prelude + c.n_block * c.n_loop + c.n_coda
     work = c.max_iters * c.gradient_accumulation_steps * c.batch_size * c.block_size * layers * c.n_embd
-    m = setup(settings, work)
-    rank0 = m.rank == 0
     with contextlib.ExitStack() as stack:
-        say = stack.enter_context(report.Teller(print_line if rank0 else None))
-        signals = stack.enter_context(Signals(m, print_error if rank0 else None, say.hurry))
+        say = stack.enter_context(report.Teller(print_line if RANK == 0 else None))
+        say.now('setting up the device and the processes')
+        m = setup(settings, work)
+        signals = stack.enter_context(Signals(m, print_error if RANK == 0 else None, say.hurry))
         say.now('preparing data and model')
         task = pretraining(c, m, checkpoint, signals.stopped, say)
         trainer = Trainer(task, c, m, signals, checkpoint if resuming else {}, say)

@@ -20,9 +20,10 @@ def read_place(environ):
     if not all(environ.get(name) for name in names):
         return 0, 1, 0
     try:
-        return tuple(int(environ[name]) for name in names[:3])
+        rank, world, local_rank = (int(environ[name]) for name in names[:3])
     except ValueError:
         return 0, 1, 0
+    return (rank, world, local_rank) if 0 <= rank < world and local_rank >= 0 else (0, 1, 0)
 
 
 RANK, WORLD, LOCAL_RANK = read_place(os.environ)

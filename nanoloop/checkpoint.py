@@ -24,7 +24,7 @@ import torch
 from model import GPT, GPTConfig
 from nanoloop.checks import UserError, check, missing_package
 from nanoloop.datasets import find_data, read_meta
-from nanoloop.files import replace_file, sync
+from nanoloop.files import is_utf8, replace_file, sync
 from nanoloop.pretrained import (
     GPT2,
     find_pretrained,
@@ -108,14 +108,19 @@ def read_first(paths, say=None):
 
 
 def read_checkpoint(path):
-    """Reads a checkpoint's file, memory-mapped and on the CPU. No code in it is run.
+    """Reads a checkpoint's file, memory-mapped if possible, on the CPU. No code in it is run.
 
     Raises UserError if it is broken.
     """
     try:
         with open(path, 'rb') as file:
             is_pickle = file.read(1) == b'\x80'  # as torch before 1.6 wrote: it cannot be mapped
-        checkpoint = torch.load(path, map_location='cpu', mmap=not is_pickle, weights_only=True)
+        options = dict(map_location='cpu', weights_only=True)
+        if is_pickle or not is_utf8(path):
+            with open(path, 'rb') as file:
+                checkpoint = torch.load(file, **options)
+        else:
+            checkpoint = torch.load(path, mmap=True, **options)
     except pickle.UnpicklingError as error:
         found = re.search(r'GLOBAL (\S+)', str(error))
         more = f', such as {found[1]}' if found else ''
@@ -142,7 +147,7 @@ def read_export(folder, args):
             model = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
             metadata = file.metadata() or {}
         training = {key: json.loads(metadata[key]) for key in EXPORTED if key in metadata}
-        tokenizer = json.loads((folder / 'tokenizer.json').read_text())
+        tokenizer = json.loads((folder / 'tokenizer.json').read_bytes())
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f'the exported model in {folder} cannot be read: {error}') from None
     if args.get('tie_weights', True):  # the file holds the shared matrix once, under either name

@@ -75,7 +75,7 @@ def read_meta(folder):
 def read_meta_json(path):
     """Returns the dict in a meta.json. Raises UserError if it is broken or has too few keys."""
     try:
-        meta = json.loads(path.read_text())
+        meta = json.loads(path.read_bytes())
         missing = {'vocab_size', 'dtype', 'tokenizer', 'splits'} - set(meta)
     except ValueError as error:
         raise UserError(f'{path} is broken ({error}): prepare the data again') from None

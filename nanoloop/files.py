@@ -28,7 +28,7 @@ def sync(file):
 def sync_folder(folder):
     """Waits until the names of a folder's files are on the disk: until then a crash can undo a rename.
 
-    Some file systems (CIFS, sshfs, VirtualBox) cannot do that for folders: there it does nothing.
+    Returns None, or why the file system cannot do that for folders, as CIFS, sshfs and VirtualBox cannot.
     """
     try:
         number = os.open(folder, os.O_RDONLY)
@@ -38,7 +38,8 @@ def sync_folder(folder):
             os.close(number)
     except OSError as error:
         if error.errno not in NOT_SUPPORTED:
-            raise
+            raise OSError(error.errno, error.strerror, str(folder)) from None
+        return error.strerror
 
 
 @contextlib.contextmanager
@@ -64,6 +65,17 @@ def write_json(path, value, indent=None):
     """Replaces a file by the JSON text of a value."""
     with replace_file(path) as file:
         json.dump(value, file, indent=indent)
+
+
+def is_utf8(path):
+    """Returns whether a path has a form in UTF-8, which C++ wants.
+
+    In a locale without UTF-8 Python keeps the other bytes of a path as surrogates, which have none.
+    """
+    try:
+        return bool(str(path).encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def sha256(file):

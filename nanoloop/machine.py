@@ -50,7 +50,8 @@ def is_available(kind):
 
 def choose_gpu(device):
     """Returns the torch.device of a GPU: of this process for 'cuda', the given one for 'cuda:N'."""
-    gpus, processes = torch.cuda.device_count(), int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    gpus = torch.cuda.device_count()
+    processes = int(os.environ.get('LOCAL_WORLD_SIZE') or 1) if WORLD > 1 else 1
     check(processes == 1 or processes <= gpus, 'nproc_per_node', processes, f'at most the {gpus} GPUs')
     if device == 'cuda':
         device = f'cuda:{LOCAL_RANK}'

@@ -6,6 +6,8 @@ through which the CPUs of the ranks talk) are used. All ranks call these functio
 there is one process, they do nothing.
 """
 
+import os
+
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -23,10 +25,16 @@ def choose_backend(backend, kind):
 
 
 def join(m, backend):
-    """Joins the process group of the run and sets m.cpu_group."""
-    if m.world > 1:
+    """Joins the process group and sets m.cpu_group. Raises OSError if the processes do not meet."""
+    if m.world == 1:
+        return
+    try:
         dist.init_process_group(backend)
         m.cpu_group = dist.new_group(backend='gloo')
+    except (dist.DistError, ValueError) as error:
+        place = ':'.join(os.environ[name] for name in ('MASTER_ADDR', 'MASTER_PORT'))
+        reason = str(error).splitlines()[0]
+        raise OSError(f'the {m.world} processes do not meet at {place}: {reason}') from None
 
 
 def leave(m):

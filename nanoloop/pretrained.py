@@ -41,7 +41,7 @@ OURO = {  # GPT's name of a matrix or norm in a block: Ouro's names, whose rows 
 def read_config(folder):
     """Returns the content of a folder's config.json as a dict, None if there is no such file."""
     with contextlib.suppress(ValueError, OSError):
-        config = json.loads((Path(folder) / 'config.json').read_text())
+        config = json.loads((Path(folder) / 'config.json').read_bytes())
         return config if isinstance(config, dict) else None
 
 
@@ -140,7 +140,7 @@ def read_ouro(folder):
     whole = files and (folder / 'config.json').exists()
     check(whole, 'model', f'ouro:{folder}', 'a folder with config.json and *.safetensors')
     try:
-        c = json.loads((folder / 'config.json').read_text())
+        c = json.loads((folder / 'config.json').read_bytes())
         weights = {name: w for file in files for name, w in load_file(file).items()}
         model = rename_ouro(weights, c['num_hidden_layers'])
         args = ouro_args(c)

@@ -12,20 +12,23 @@ from pathlib import Path
 
 from nanoloop import ROOT
 from nanoloop.checks import UserError, missing_package
-from nanoloop.files import lock_folder
+from nanoloop.files import lock_folder, sync_folder
 
 
 def open_out_dir(out_dir, say=None):
     """Creates out_dir and locks it against a second run. Returns the lock, which ends when it is closed.
 
-    Returns None, with a warning, if the file system has no locks. Raises UserError if the folder cannot be
-    written, or if another run holds the lock.
+    Returns None, with a warning, if the file system has no locks. Also warns if it cannot sync folders.
+    Raises UserError if the folder cannot be written, or if another run holds the lock.
     """
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         (out_dir / '.lock').touch()
     except OSError as error:
         raise UserError(f'out_dir={str(out_dir)!r} cannot be written: {error.strerror}') from None
+    fault = sync_folder(out_dir)
+    if fault and say:
+        say(f'{out_dir} cannot be synced: after a power cut the last checkpoint may be missing ({fault})')
     try:
         return lock_folder(out_dir)
     except BlockingIOError:
@@ -72,16 +75,7 @@ class Log:
         self.file.truncate(min(size, state.get('log_bytes', 0)))  # the steps after the checkpoint run again
         self.wandb, self.wandb_id = None, state.get('wandb_id') or uuid.uuid4().hex[:8]
         if c.wandb_log:
-            try:
-                import wandb
-            except ImportError:
-                raise missing_package('wandb_log=True', 'wandb', 'wandb') from None
-            run = dict(project=c.wandb_project, name=c.wandb_run_name, id=self.wandb_id, resume='allow')
-            try:
-                self.wandb = wandb.init(**run, config=dict(c))
-            except Exception as error:  # of its own types: no login, no network, no such project
-                hint = 'log in with `wandb login`, or set WANDB_MODE=offline'
-                raise UserError(f'wandb_log=True, but wandb.init failed: {error}; {hint}') from None
+            self.wandb = start_wandb(c, self.wandb_id)
 
     def write(self, text, record):
         """Prints the text and logs the record, {key: number} with the key iter, see to_json."""
@@ -95,6 +89,22 @@ class Log:
                 self.wandb = None
                 if self.say:
                     self.say(f'wandb.log failed, the run goes on without it: {error}')
+
+
+def start_wandb(c, run_id):
+    """Returns the run of Weights & Biases to log to. Raises UserError if it cannot be had."""
+    try:
+        import wandb
+
+        if not hasattr(wandb, 'init'):  # the folder wandb/ of earlier runs is a package without a file
+            raise ImportError
+        run = dict(project=c.wandb_project, name=c.wandb_run_name, id=run_id, resume='allow')
+        return wandb.init(**run, config=dict(c))
+    except ImportError:
+        raise missing_package('wandb_log=True', 'wandb', 'wandb') from None
+    except Exception as error:  # of its own types: no login, no network, a version that does not fit
+        hint = 'log in with `wandb login`, or set WANDB_MODE=offline'
+        raise UserError(f'wandb_log=True, but wandb.init failed: {error}; {hint}') from None
 
 
 def append_record(path, record):

@@ -3,6 +3,7 @@ Signals that end a process: a run saves first, a script prints first what it has
 """
 
 import contextlib
+import os
 import signal
 import sys
 import time
@@ -37,7 +38,8 @@ class Signals:
     """Notes NUMBERS while it is entered, so that a run can save before it ends: see stopped().
 
     Until save_first() is called there is nothing to save, and a signal ends the process at once. A signal
-    that was ignored, as nohup ignores SIGHUP, stays ignored.
+    that was ignored, as nohup ignores SIGHUP, stays ignored. Of several processes, the end of the parent
+    counts as SIGHUP: SIGUSR1 ends torchrun, but not its workers.
 
     Further signals are ignored, because torchrun sends each several times to its workers. But a Ctrl-C more
     than PATIENCE_S after the first signal ends the process at once.
@@ -54,6 +56,7 @@ class Signals:
         self.agreed = 0  # the signal that some rank had got when stopped() was last called
         self.since = 0.0  # when the first signal came, in seconds
         self.saves_first = False
+        self.parent = os.getppid()
 
     def __enter__(self):
         heard = [number for number in NUMBERS if signal.getsignal(number) != signal.SIG_IGN]
@@ -77,6 +80,8 @@ class Signals:
 
     def stopped(self):
         """Returns the signal that some rank has got, 0 if none has. All ranks call it at the same places."""
+        if self.m.world > 1 and os.getppid() != self.parent:
+            self.note(signal.SIGHUP, None)
         self.agreed = max_over_ranks(self.m, self.number)
         return self.agreed
 
@@ -101,7 +106,7 @@ class Signals:
         if not self.number:
             return
         if not self.saves_first and isinstance(error, SystemExit):
-            self.say(f'stopped by {signal_name(self.number)} before the first step was made')
+            self.say(f'stopped by {signal_name(self.number)}, there is nothing new to save')
         elif isinstance(error, Exception) and not isinstance(error, ValueError | OSError):
             # the same signal has ended a process that this one needs: a compiler or another rank
             self.say(f'stopped by {signal_name(self.number)} ({kind.__name__})')

@@ -7,7 +7,6 @@ Every figure is of a fresh process, after its first steps: the peak above what w
 on a CPU from VmHWM after a reset through /proc/self/clear_refs.
 """
 
-import io
 import itertools
 import os
 import subprocess
@@ -48,7 +47,7 @@ def measure(argv):
     from nanoloop.machine import setup
     from train import TrainConfig
 
-    c = configure((BenchConfig, TrainConfig, GPTConfig), argv, out=io.StringIO())
+    c = configure((BenchConfig, TrainConfig, GPTConfig), argv, say=None)
     c.build(TrainConfig)
     m = setup(c)
     side = Setting(c, m, 'this')  # a few steps

@@ -7,7 +7,6 @@ What sampled loops cost beside their loops: time, and graphs to compile.
 step with that count throughout, in turns and compiled before. Then the same for a growing number of loops.
 """
 
-import io
 import statistics
 import sys
 import time
@@ -34,9 +33,7 @@ def graphs():
 
 
 def main(argv):
-    c = configure(
-        (BenchConfig, TrainConfig, GPTConfig), ['config/quickstart.py', *SIZES, *argv], out=io.StringIO()
-    )
+    c = configure((BenchConfig, TrainConfig, GPTConfig), ['config/quickstart.py', *SIZES, *argv], say=None)
     m = setup(c.build(TrainConfig) and c)
     side = Setting(c, m, 'this')
 

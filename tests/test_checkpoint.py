@@ -90,11 +90,23 @@ def test_a_save_forces_everything_to_the_disk_before_it_counts(call, flags, tmp_
     monkeypatch.setattr(checkpoint.os, 'fsync', fsync)
     monkeypatch.setattr(checkpoint.os, 'replace', replace)
     call(main, *flags, '--max_iters=8')
-    second = done[done.index('fsync out') + 1 :]
+    second = done[done.index('ckpt.pt.tmp > ckpt.pt') + 2 :]  # after the first save and its fsync of out
     best = ['best.pt.tmp > best.pt'] if 'best.pt.tmp > best.pt' in second else []
     first = ['fsync log.jsonl', 'fsync ckpt.pt.tmp', 'prev.pt.tmp > prev.pt']
     assert second == [*first, *best, 'fsync ckpt.pt.tmp', 'ckpt.pt.tmp > ckpt.pt', 'fsync out']
     assert sizes['ckpt.pt.tmp'] == (tmp_path / 'out' / 'ckpt.pt').stat().st_size
+
+
+def test_a_path_that_is_not_utf8_is_read(tmp_path):
+    """As every path with other characters is, in a locale without UTF-8."""
+    path = tmp_path / os.fsdecode(b'\xff.pt')
+    try:
+        path.touch()
+    except OSError:
+        pytest.skip('this file system has UTF-8 only')
+    with open(path, 'wb') as file:
+        torch.save(dict(model={'w': torch.arange(3)}, model_args={}), file)
+    assert checkpoint.read_checkpoint(path)['model']['w'].tolist() == [0, 1, 2]
 
 
 def test_a_broken_checkpoint_never_takes_the_place_of_the_one_before(call, flags, tmp_path, monkeypatch):

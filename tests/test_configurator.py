@@ -1,7 +1,8 @@
 """Keys come from config files and flags, --help lists them, and a script's end is in its exit status."""
 
 import errno
-import io
+import functools
+import json
 import os
 import re
 import subprocess
@@ -14,9 +15,11 @@ import pytest
 import configurator
 from bench import BenchConfig
 from configurator import configure
+from export import ExportConfig
 from model import GPTConfig
 from nanoloop import ROOT
 from nanoloop.checks import AtLeast, Derives, OneOf, check, settle_fields
+from nanoloop.datasets import read_meta_json
 from nanoloop.objective import check_loops
 from sample import SampleConfig
 from train import TrainConfig
@@ -51,7 +54,7 @@ class Small:
 
 
 def read(*argv, keys=KEYS):
-    return configure(keys, argv, out=io.StringIO())
+    return configure(keys, argv, say=None)
 
 
 # -----------------------------------------------------------------------------
@@ -299,11 +302,16 @@ def test_configuring_needs_no_torch():
 # the end of a script
 
 
-@pytest.mark.parametrize('rank, same, lines', [(0, True, 1), (1, True, 0), (0, False, 1), (1, False, 1)])
-def test_a_users_error_is_printed_once_or_by_the_rank_that_met_it(call, monkeypatch, rank, same, lines):
+@pytest.mark.parametrize(
+    'rank, same, parallel, lines',
+    [(0, True, True, 1), (1, True, True, 0), (0, False, True, 1), (1, False, True, 1), (1, True, False, 1)],
+)
+def test_a_users_error_is_printed_once_or_by_the_rank_that_met_it(
+    call, monkeypatch, rank, same, parallel, lines
+):
     monkeypatch.setattr(configurator, 'RANK', rank)
 
-    @configurator.command
+    @functools.partial(configurator.command, parallel=parallel)
     def main(argv):
         error = configurator.UserError('no\n  way')
         error.same_on_all_ranks = same
@@ -357,8 +365,33 @@ def test_a_run_goes_on_when_nothing_can_be_printed(monkeypatch, number):
     monkeypatch.setattr(configurator, 'print', fail, raising=False)
     monkeypatch.setattr(configurator, 'discard', discarded.append)
     configurator.print_line('a'), configurator.print_error('b')
-    configure(KEYS, ['--n_loop=3'])
-    assert discarded == [1, 2, 1]
+    configure(KEYS, ['--n_loop=3'], configurator.print_line)
+    assert discarded == [sys.stdout, sys.stderr, sys.stdout]
+
+
+def run_python(code, **options):
+    """Runs Python code in the repository, with stdout and stderr piped unless the options say otherwise."""
+    pipe = subprocess.PIPE
+    options = dict(stdout=pipe, stderr=pipe, text=True, cwd=ROOT) | options
+    return subprocess.run([sys.executable, '-c', code], **options)
+
+
+PRINTS_X = "import configurator; configurator.command(lambda argv: print('x'))()"
+
+
+def test_a_script_whose_text_is_lost_ends_with_a_line():
+    closed = run_python(PRINTS_X, preexec_fn=lambda: os.close(1))
+    assert (closed.returncode, closed.stderr) == (1, '<string>: [Errno 9] Bad file descriptor\n')
+    if os.path.exists('/dev/full'):
+        with open('/dev/full', 'w') as full:
+            run = run_python(PRINTS_X, stdout=full)
+        assert (run.returncode, run.stderr) == (1, '<string>: [Errno 28] No space left on device\n')
+
+
+def test_what_is_for_a_closed_stderr_does_not_go_to_stdout():
+    code = "import configurator as c; c.command(lambda argv: c.print_error('e'))()"
+    run = run_python(code, preexec_fn=lambda: os.close(2))
+    assert (run.returncode, run.stdout) == (0, '')
 
 
 def test_a_stream_without_a_character_shows_another():
@@ -372,6 +405,9 @@ def test_files_of_windows_are_read(tmp_path):
     text = 'n_loop = 3\r\nout_dir = "\u00e4"\r\n'
     (tmp_path / 'a.py').write_bytes(b'\xef\xbb\xbf' + text.encode())
     assert (read(f'{tmp_path}/a.py').n_loop, read(f'{tmp_path}/a.py').out_dir) == (3, '\u00e4')
+    meta = dict.fromkeys(('vocab_size', 'dtype', 'tokenizer', 'splits'), 3)
+    (tmp_path / 'meta.json').write_bytes(json.dumps(meta).encode('utf-8-sig'))
+    assert read_meta_json(tmp_path / 'meta.json')['vocab_size'] == 3
     (tmp_path / 'b.py').write_bytes(text.encode('utf-16'))
     with pytest.raises(ValueError, match='b.py, line .*: SyntaxError'):
         read(f'{tmp_path}/b.py')
@@ -380,19 +416,22 @@ def test_files_of_windows_are_read(tmp_path):
 def test_a_path_may_begin_with_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv('HOME', str(tmp_path))
     (tmp_path / 'a.py').write_text("dataset = '~/data'")
-    config = read('~/a.py', '--out_dir=~/runs', '--wandb_run_name=~')
-    assert (config.out_dir, config.dataset) == (f'{tmp_path}/runs', f'{tmp_path}/data')
-    assert config.wandb_run_name == '~'
+    config = read('~/a.py', '--out_dir=~/a+~/b,~/c', '--wandb_run_name=~', '--init_from=ouro:~/d')
+    home = str(tmp_path)
+    assert config.out_dir == f'{home}/a+{home}/b,{home}/c' and config.dataset == f'{home}/data'
+    assert config.init_from == f'ouro:{home}/d' and config.wandb_run_name == '~'
+    assert read('--to=~/e', keys=(ExportConfig,)).to == f'{home}/e'
 
 
-@pytest.mark.parametrize('name', ['model.py', 'configurator.py', 'nanoloop/generate.py'])
-def test_a_file_that_is_no_script_says_so(name):
-    run = subprocess.run([sys.executable, ROOT / name], env=dict(os.environ, PYTHONPATH=str(ROOT)),
-                         capture_output=True, text=True)  # fmt: skip
-    expected = (
-        f'{name.split("/")[-1]} is no script: see train.py, sample.py, bench.py, export.py and plot.py\n'
-    )
-    assert run.returncode == 1 and run.stderr == expected
+NO_SCRIPTS = 'model.py configurator.py nanoloop/generate.py nanoloop/machine.py nanoloop/nanoloop.py'.split()
+
+
+@pytest.mark.parametrize('name', NO_SCRIPTS)
+def test_a_file_that_is_no_script_says_so(name, tmp_path):
+    """generate.py imports the model first, machine.py a part of nanoloop."""
+    run = subprocess.run([sys.executable, ROOT / name], cwd=tmp_path, capture_output=True, text=True)
+    expected = 'is no script: see train.py, sample.py, bench.py, export.py and plot.py\n'
+    assert run.returncode == 1 and run.stderr == f'{name.split("/")[-1]} {expected}'
 
 
 def test_printing_goes_on_without_a_reader():

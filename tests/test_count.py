@@ -1,7 +1,5 @@
 """Parameters and FLOPs against the published figures."""
 
-import io
-
 import pytest
 import torch
 from helpers import load
@@ -18,7 +16,7 @@ from train import TrainConfig, main
 
 def build(*argv):
     """The model of a config file and flags, without memory."""
-    c = configure((TrainConfig, GPTConfig), argv, out=io.StringIO())
+    c = configure((TrainConfig, GPTConfig), argv, say=None)
     with torch.device('meta'):
         return GPT(c.build(GPTConfig))
 

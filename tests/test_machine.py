@@ -219,6 +219,7 @@ def test_what_bit_exactness_needs_is_in_the_fingerprint(monkeypatch):
         (dict(RANK='', WORLD_SIZE=''), (0, 1, 0)),
         (dict(RANK='1', WORLD_SIZE='2', LOCAL_RANK='1'), (0, 1, 0)),  # nobody to talk to
         (dict(RANK='x', WORLD_SIZE='2', LOCAL_RANK='1', MASTER_ADDR='a', MASTER_PORT='1'), (0, 1, 0)),
+        (dict(RANK='5', WORLD_SIZE='4', LOCAL_RANK='1', MASTER_ADDR='a', MASTER_PORT='1'), (0, 1, 0)),
         (dict(RANK='3', WORLD_SIZE='4', LOCAL_RANK='1', MASTER_ADDR='a', MASTER_PORT='1'), (3, 4, 1)),
     ],
 )
@@ -232,6 +233,12 @@ def test_a_place_that_is_ignored_is_told(monkeypatch):
     assert (
         'RANK and WORLD_SIZE in the environment are ignored' in machine.setup(TrainConfig(device='cpu')).line
     )
+
+
+def test_processes_that_another_program_left_in_the_environment_are_not_counted(monkeypatch):
+    pretend(monkeypatch, gpus=1)
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '8')
+    assert machine.choose_device('cuda') == (torch.device('cuda:0'), 'asked for')
 
 
 def test_a_machine_casts_products_copies_tensors_and_scales_float16():
@@ -295,6 +302,17 @@ def test_two_processes_agree():
     with socket.create_server(('127.0.0.1', 0)) as server:
         port = server.getsockname()[1]
     torch.multiprocessing.start_processes(check_agreement, (port,), nprocs=2, start_method='fork')
+
+
+def test_processes_that_do_not_meet_are_told(monkeypatch):
+    def fail(backend):
+        raise torch.distributed.DistNetworkError('no route\ntrace of C++')
+
+    monkeypatch.setenv('MASTER_ADDR', 'far')
+    monkeypatch.setenv('MASTER_PORT', '7')
+    monkeypatch.setattr(parallel.dist, 'init_process_group', fail)
+    with pytest.raises(OSError, match='^the 2 processes do not meet at far:7: no route$'):
+        parallel.join(cpu_machine(world=2), 'gloo')
 
 
 def test_a_failure_on_the_first_rank_ends_all(monkeypatch):

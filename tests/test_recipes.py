@@ -1,7 +1,5 @@
 """Recipes of config/ against their papers' equations, each written out as a plain loop of its own."""
 
-import io
-
 import pytest
 import torch
 from helpers import randomize, rms, softmax_attention, turn
@@ -17,7 +15,7 @@ LOOPS = pytest.mark.parametrize('n_loop', [1, 2, 5])
 def build(name, *flags):
     """(model, weights, eps) of a recipe in double precision, 24 wide, with random weights everywhere."""
     small = ['--vocab_size=23', '--block_size=16', *flags]
-    c = configure((TrainConfig, GPTConfig), [f'config/train_{name}.py', *small], out=io.StringIO())
+    c = configure((TrainConfig, GPTConfig), [f'config/train_{name}.py', *small], say=None)
     model = randomize(GPT(c.build(GPTConfig))).double().eval()
     return model, model.state_dict(), c.norm_eps or 1e-6
 
@@ -201,7 +199,7 @@ def test_constants_are_the_published_ones(name):
         if name.startswith('train')
         else ['config/train_ouro_1_4b.py', f'config/{name}.py']
     )
-    c = configure((TrainConfig, GPTConfig), files, out=io.StringIO())
+    c = configure((TrainConfig, GPTConfig), files, say=None)
     c.build(GPTConfig)
     assert {key: c[key] for key in PUBLISHED[name]} == PUBLISHED[name]
 
@@ -211,6 +209,6 @@ def test_constants_are_the_published_ones(name):
 )
 def test_ouros_stages_see_their_tokens(name, tokens):
     files = ['config/train_ouro_1_4b.py', f'config/{name}.py']
-    c = configure((TrainConfig, GPTConfig), files, out=io.StringIO())
+    c = configure((TrainConfig, GPTConfig), files, say=None)
     step = c.gradient_accumulation_steps * c.batch_size * c.block_size
     assert step == 2**23 and step * c.max_iters == pytest.approx(tokens, rel=1e-5)

@@ -1,11 +1,17 @@
 """A run's folder belongs to one run at a time, and its log holds what happened to the run that it is of."""
 
+import errno
 import fcntl
 import json
+import os
+import sys
+import types
 
 import pytest
 
 from nanoloop import run_folder
+from nanoloop.checks import UserError
+from nanoloop.files import NOT_SUPPORTED, sync_folder
 from train import main
 
 
@@ -31,6 +37,42 @@ def test_a_folder_without_locks_is_used_and_that_is_told(tmp_path, monkeypatch):
     said = []
     assert run_folder.open_out_dir(tmp_path / 'new', said.append) is None
     assert said == [f'{tmp_path}/new cannot be locked against a second run: Operation not supported']
+
+
+@pytest.mark.parametrize('code', sorted(NOT_SUPPORTED))
+def test_a_folder_that_cannot_be_synced_is_used_and_that_is_told_once(tmp_path, monkeypatch, code):
+    def fsync(file):
+        raise OSError(code, 'no')
+
+    monkeypatch.setattr(os, 'fsync', fsync)
+    said = []
+    run_folder.open_out_dir(tmp_path, said.append).close()
+    expected = f'{tmp_path} cannot be synced: after a power cut the last checkpoint may be missing (no)'
+    assert said == [expected] and sync_folder(tmp_path) == 'no'
+
+
+def test_a_disk_that_fails_is_no_folder_that_cannot_be_synced(tmp_path, monkeypatch):
+    def fsync(file):
+        raise OSError(errno.EIO, 'Input/output error')
+
+    monkeypatch.setattr(os, 'fsync', fsync)
+    with pytest.raises(OSError, match=f'Input/output error: .{tmp_path}'):
+        run_folder.open_out_dir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    'module, expected',
+    [('', 'needs wandb: pip install'), ('raise AttributeError("no float_")', 'wandb.init failed: no float_')],
+)
+def test_a_wandb_that_cannot_start_is_told(tmp_path, monkeypatch, module, expected):
+    """An empty one stands for the folder wandb/ of earlier runs, another for a version that does not fit."""
+    (tmp_path / 'wandb.py').write_text(module)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, 'wandb', raising=False)
+    c = types.SimpleNamespace(wandb_project='p', wandb_run_name='r')
+    with pytest.raises(UserError, match=expected):
+        run_folder.start_wandb(c, 'id')
+    sys.modules.pop('wandb', None)
 
 
 def test_a_lock_ends_with_its_file(tmp_path):

@@ -29,7 +29,7 @@ def test_a_signal_ends_a_run_that_has_nothing_to_save_at_once(number):
         os.kill(os.getpid(), number)
         pytest.fail('it goes on')
     assert stop.value.code == 128 + number and signal.getsignal(number) == before
-    assert lines == [f'stopped by {number.name} before the first step was made']
+    assert lines == [f'stopped by {number.name}, there is nothing new to save']
 
 
 @pytest.mark.parametrize('number', NUMBERS)
@@ -49,6 +49,15 @@ def test_an_ignored_signal_stays_ignored():
             assert not signals.stopped()
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize('world, number', [(1, 0), (2, signal.SIGHUP)])
+def test_of_several_processes_the_end_of_the_parent_counts_as_a_hangup(monkeypatch, world, number):
+    monkeypatch.setattr(signals_file, 'max_over_ranks', lambda m, value: value)
+    signals = saving(cpu_machine(world))
+    assert not signals.stopped()
+    monkeypatch.setattr(signals_file.os, 'getppid', lambda: 1)
+    assert signals.stopped() == number
 
 
 def test_a_signal_has_a_name_and_a_status():

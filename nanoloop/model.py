@@ -1,0 +1,5 @@
+"""
+Not the model, which is ../model.py. See nanoloop.py in this folder.
+"""
+
+import nanoloop  # noqa: F401
