@@ -206,13 +206,17 @@ def tmp(tmp_path_factory, tiny_data):
     (tmp / 'broken.py').write_text('n_loop = 3\nn_embd = = 4')
     (tmp / 'empty').mkdir()
     many = range(200)
-    sets = dict(beyond=range(300), short=range(20), noval=many, bytes=[*many] * 2, json=many, masked=many)
+    sets = dict(beyond=[0] * 300, short=range(20), noval=many, bytes=[*many] * 2, json=many, masked=many)
     for name, ids in sets.items():
         writer = Writer(tmp / name, Bytes(), name)
         writer.add('train', ids)
         if name != 'noval':
             writer.add('val', ids)
         writer.finish()
+    meta = json.loads((tmp / 'beyond' / 'meta.json').read_text())
+    del meta['max_id']  # as old sets: it is searched
+    (tmp / 'beyond' / 'meta.json').write_text(json.dumps(meta))
+    np.arange(300).astype('<u2').tofile(tmp / 'beyond' / 'train.bin')
     (tmp / 'json' / 'meta.json').write_text('{')
     for split in ('train', 'val'):
         (tmp / 'masked' / f'{split}.mask').write_bytes(bytes(200))
