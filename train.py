@@ -173,7 +173,8 @@ class Trainer:
         self.step = self.first_step = state.get('iter_num', 0)  # steps made, skipped ones included
         self.new_data = state and report.other_data(state, c, task.checkpoint_extra)  # text, '' = the same
         self.best = math.inf if self.new_data else state.get('best_val_loss', math.inf)
-        self.evaluated = state.get('evaluated', -1)  # step of the last evaluation
+        # step of the last evaluation
+        self.evaluated = -1 if self.new_data else state.get('evaluated', -1)
         self.evals_since_best = 0 if self.new_data else state.get('stale', 0)
         self.saved = self.step if state else None  # step of the last checkpoint
         same = -max_over_ranks(m, -self.step) == max_over_ranks(m, self.step)
@@ -194,8 +195,6 @@ class Trainer:
         out_dir = Path(self.c.out_dir)
         self.lock = open_out_dir(out_dir, self.say)
         quarantine_broken(out_dir) if self.state else archive_previous_run(out_dir, self.say)
-        if self.new_data:
-            set_best_aside(out_dir, self.step, self.say)
         self.log = Log(self.c, self.state, self.say)
 
     def close(self):
@@ -388,6 +387,9 @@ class Trainer:
             **self.task.checkpoint_extra,
         )
         self.say(f'saving checkpoint to {self.c.out_dir}')
+        if self.new_data and self.m.rank == 0:  # not before ckpt.pt is of the new data, too
+            set_best_aside(Path(self.c.out_dir), self.first_step, self.say)
+        self.new_data = ''
         on_rank0(self.m, lambda: save_checkpoint(Path(self.c.out_dir), checkpoint, self.log, best))
         self.saved = self.step
 

@@ -264,15 +264,15 @@ class Split:
 
         Raises UserError if its content has changed since it was opened.
         """
-        number = self.open_files[path].fileno()
-        data = os.pread(number, n * dtype.itemsize, start * dtype.itemsize)
-        written = os.fstat(number).st_mtime_ns
-        if written != self.written[path] or len(data) < n * dtype.itemsize:
+        number, size = self.open_files[path].fileno(), n * dtype.itemsize
+        while True:
+            data = os.pread(number, size, start * dtype.itemsize)
+            written = os.fstat(number).st_mtime_ns
+            if written == self.written[path] and len(data) == size:
+                break
             if self.hashes[path] is None or sha256(number) != self.hashes[path]:
-                error = UserError(
-                    f'{path} has changed while it was read: the run cannot go on with other data'
-                )
+                error = UserError(f'{path} has changed while it was read, and a run keeps to its data')
                 error.same_on_all_ranks = False
                 raise error
-            self.written[path] = written  # the same content was written over it
+            self.written[path] = written  # the same content was written over it: read again
         return np.frombuffer(data, dtype)

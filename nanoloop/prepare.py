@@ -58,9 +58,12 @@ class Writer:
             say(f'{self.folder} was prepared by the other process')
             self.release_lock()
             return
+        mixed = (self.folder / MOVING).exists()  # until this set is finished, the files there are of two sets
         if not resume:
             shutil.rmtree(self.unfinished, ignore_errors=True)
         self.unfinished.mkdir(parents=True, exist_ok=True)
+        if mixed:
+            (self.folder / MOVING).touch()
         self.load_state(say)
 
     def take_lock(self, say):

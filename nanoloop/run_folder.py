@@ -41,7 +41,8 @@ def open_out_dir(out_dir, say=None):
 
 def archive_previous_run(out_dir, say=None):
     """Moves the files of an earlier run to out_dir/run-N, if it has saved a checkpoint."""
-    paths = [out_dir / name for name in ('ckpt.pt', 'prev.pt', 'best.pt', 'log.jsonl')]
+    paths = [out_dir / name for name in ('ckpt.pt', 'prev.pt', 'best.pt', 'log.jsonl', 'eval.jsonl')]
+    paths += sorted(out_dir.glob('best-before-*.pt'))
     paths = [path for path in paths if path.exists()]
     if not any(path.suffix == '.pt' for path in paths):  # a log alone: Log overwrites it
         return
@@ -56,7 +57,7 @@ def archive_previous_run(out_dir, say=None):
 def set_best_aside(out_dir, step, say=None):
     """Renames a best.pt whose loss is of other data: later losses cannot be compared with it."""
     best, new = out_dir / 'best.pt', out_dir / f'best-before-{step}.pt'
-    if best.exists():
+    if best.exists() and not new.exists():
         os.replace(best, new)
         if say:
             say(f'best.pt is of the data before: it is now {new}')

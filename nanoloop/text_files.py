@@ -126,11 +126,11 @@ def hold_out(paths, share):
     files do not allow between half and twice `share` of the bytes, the ends of the largest do.
     """
     sizes = {path: path.stat().st_size for path in paths}
-    total, top = sum(sizes.values()), os.path.commonpath([path.parent for path in paths])
+    total, top = sum(sizes.values()), os.path.commonpath([os.path.abspath(path.parent) for path in paths])
     parts, held = {}, 0.0
     for path, size in sizes.items():
         most = min(2 * share, (1 + share) / 2)
-        if hash_fraction(os.path.relpath(path, top)) < share and held + size / total <= most:
+        if hash_fraction(os.path.relpath(os.path.abspath(path), top)) < share and held + size / total <= most:
             parts[path], held = 1.0, held + size / total
     for path in sorted(sizes.keys() - parts.keys(), key=lambda path: (-sizes[path], path)):
         if held >= share / 2:

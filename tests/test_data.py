@@ -375,6 +375,7 @@ def test_a_crash_while_files_are_moved_is_not_taken_for_a_finished_set(tmp_path,
         numbers(tmp_path, 20, shard_tokens=100)
     monkeypatch.undo()
     assert not (tmp_path / 'meta.json').exists()
+    Writer(tmp_path, Bytes(), 'texts', resume=False).release_lock()  # another one that does not end
     with pytest.raises(ValueError, match='not prepared'):  # nor for a folder of nanoGPT
         read_meta(tmp_path)
     assert numbers(tmp_path, 20, shard_tokens=100).tokens.tolist() == [20]

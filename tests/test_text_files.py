@@ -1,10 +1,11 @@
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from nanoloop.prepare import write_text
-from nanoloop.text_files import find_texts, kind_of_content
+from nanoloop.text_files import find_texts, hold_out, kind_of_content
 from nanoloop.tokenizer import Bytes
 
 TEXT = 'to be or not to be\n' * 20
@@ -119,3 +120,11 @@ def test_files_of_several_encodings_become_one_text(tmp_path):
     assert sorted(bytes(ids.astype(np.uint8)).replace(b'\n', b'')) == sorted(
         3 * TEXT.replace('\n', '').encode()
     )
+
+
+def test_files_given_in_two_ways_are_held_out_alike(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in 'ab':
+        Path(name).write_text('text ' * 100)
+    relative, absolute = (hold_out([Path('a'), folder / 'b'], 0.5) for folder in (Path('.'), tmp_path))
+    assert [*relative.values()] == [*absolute.values()]

@@ -291,6 +291,11 @@ def test_a_run_on_other_data_is_told_and_its_best_loss_begins_anew(call, flags, 
         write_text(sets[name], [sets[name].with_suffix('.txt')], Characters('\nab'), name)
     easy = call(main, *flags, f'--dataset={sets["easy"]}', '--max_iters=40', '--eval_interval=20')[1]
     assert float(easy.split('best val loss ')[1][:6]) < 0.3
+    # a run that ends with a mistake has changed nothing
+    wrong = call(
+        main, f'--out_dir={out_dir}', '--init_from=resume', f'--dataset={sets["hard"]}', '--optimizer=muon'
+    )
+    assert wrong[0] == 2 and load(out_dir / 'best.pt')['iter_num'] == 40
     resume = [f'--out_dir={out_dir}', '--init_from=resume']
     _, out, _ = call(main, *resume, f'--dataset={sets["hard"]}', '--max_iters=48', '--eval_interval=4')
     hashes = [load(out_dir / name)['data']['sha256'] for name in ('best-before-40.pt', 'best.pt')]
