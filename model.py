@@ -77,8 +77,9 @@ def make_norm(config, exists, absent=identity):
 # which norms a block has: each of its two halves computes x = out(x + post(f(pre(x))))
 NormPlace = namedtuple('NormPlace', 'pre post out')
 # fmt: off
-NORM_PLACE = dict(pre=NormPlace(True, False, False), branch=NormPlace(True, True, False),  # as GPT-2, as Ouro
-                  around=NormPlace(True, False, True), post=NormPlace(False, False, True))  # Huginn, 2017's
+# pre: GPT-2; branch: Ouro; around: Huginn; post: the first transformer
+NORM_PLACE = dict(pre=NormPlace(True, False, False), branch=NormPlace(True, True, False),
+                  around=NormPlace(True, False, True), post=NormPlace(False, False, True))
 # fmt: on
 
 
@@ -242,7 +243,7 @@ class Gated(Injection):
 
 
 class QueryFirst(Injection):
-    """u = e; the first block takes its queries from rms_norm(s), which passes by its ln_1. LT_ia."""
+    """u = e; the first block takes its queries from rms_norm(s), without its ln_1. LT_ia."""
 
     states = ('none', 'prelude', 'random')
     hooked_blocks = 1
@@ -258,7 +259,7 @@ class QueryFirst(Injection):
 
 
 class QueryAll(QueryFirst):
-    """u = e; every block takes its queries from rms_norm(s), which passes by its ln_1. FLT."""
+    """u = e; every block takes its queries from rms_norm(s), without its ln_1. FLT."""
 
     hooked_blocks = None
 
@@ -430,8 +431,7 @@ class GPTConfig:
 
 # inputs of attention that depend on positions only. rope: table (cos, sin), each (..., T, D / 2); None = no
 # RoPE. mask: (..., T, S), True where a query sees a key; None = causal, or all keys for a single decoded
-# token. window_mask: the mask of layers
-# with a window
+# token. window_mask: the mask of layers with a window
 AttnInputs = namedtuple('AttnInputs', 'rope mask window_mask')
 
 

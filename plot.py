@@ -98,17 +98,16 @@ def draw_group(axis, curves, color, style, label):
 
 
 def comparisons(groups):
-    """Returns the panels that show all groups of runs: (y label, x label, [(curves, style, label)])."""
+    """Returns the panels that show all groups: (y label, x label, [(group, curves, style, label)])."""
     names = [' + '.join(dict.fromkeys(run.name for run in runs)) for runs in groups]
     losses = []
-    for name, runs in zip(names, groups, strict=True):
-        losses.append(([series(run.records, 'train/loss') for run in runs], '-', f'{name}, train'))
-        losses.append(([series(run.records, 'val/loss') for run in runs], 'o--', f'{name}, val'))
-    loops = [
-        ([loss_by_loops(run) for run in runs], 'o-', name) for name, runs in zip(names, groups, strict=True)
-    ]
+    loops = []
+    for i, (name, runs) in enumerate(zip(names, groups, strict=True)):
+        losses.append((i, [series(run.records, 'train/loss') for run in runs], '-', f'{name}, train'))
+        losses.append((i, [series(run.records, 'val/loss') for run in runs], 'o--', f'{name}, val'))
+        loops.append((i, [loss_by_loops(run) for run in runs], 'o-', name))
     panels = [('loss, nats per token', 'step', losses), ('validation loss, nats per token', 'loops', loops)]
-    return [panel for panel in panels if any(any(curves) for curves, _, _ in panel[2])]
+    return [panel for panel in panels if any(any(curves) for _, curves, _, _ in panel[2])]
 
 
 def loop_panels(run):
@@ -132,12 +131,11 @@ def loop_panels(run):
 
 
 def draw_comparison(axis, panel, colors):
-    """Draws a panel of comparisons(); both curves of a group have its color."""
-    title, x_label, parts = panel
-    per_group = 2 if x_label == 'step' else 1
-    for i, (curves, style, label) in enumerate(parts):
-        draw_group(axis, curves, colors(i // per_group % 10), style, label)
-    axis.set(ylabel=title, xlabel=x_label)
+    """Draws a panel of comparisons(); all curves of a group have its color."""
+    y_label, x_label, parts = panel
+    for group, curves, style, label in parts:
+        draw_group(axis, curves, colors(group % 10), style, label)
+    axis.set(ylabel=y_label, xlabel=x_label)
     axis.legend(fontsize='small')
 
 
@@ -151,7 +149,10 @@ def draw_loops(axis, name, panel, lines, colors):
 
 
 def draw(pyplot, groups, image):
-    """Draws all panels: a row that compares the groups, and a row for each run that logged its loops."""
+    """Draws all panels: a row that compares the groups, and a row for each run that logged its loops.
+
+    Returns whether a run has logged its loops, and whether one has evaluations with other numbers of loops.
+    """
     comparing = comparisons(groups)
     runs = [(run, panels) for group in groups for run in group if (panels := loop_panels(run))]
     n_columns = max([len(comparing), *(len(panels) for _, panels in runs)])

@@ -315,20 +315,16 @@ class Trainer:
         return losses['val']['loss'], *report.evaluation_line(self.step, losses, time.monotonic() - start)
 
     def evaluate_only(self):
-        """Evaluates once and adds the result to eval.jsonl of a resumed run. False if a signal came first."""
+        """Evaluates once and adds the result to eval.jsonl of a resumed run. A signal ends it at once."""
         if self.state:
             self.say_differences()
         for line in self.describe():
             self.say(line)
-        result = self.evaluate()
-        if result is None:
-            return False
-        _, text, record = result
+        _, text, record = self.evaluate()
         self.say(text)
         if self.state:
             record |= dict(n_loop=self.c.n_loop, dataset=self.c.dataset)
             on_rank0(self.m, lambda: append_record(Path(self.c.out_dir) / 'eval.jsonl', record))
-        return True
 
     def evaluate_and_save(self):
         """Evaluates, logs the result and saves. Does nothing if a signal came first."""
@@ -420,23 +416,23 @@ def main(argv):
         stack.callback(trainer.close)
         del checkpoint
         say(m.line)
-        finished = trainer.train() if not c.eval_only else trainer.evaluate_only()
-        if finished and not c.eval_only:
+        if c.eval_only:
+            trainer.evaluate_only()
+            return leave(m)
+        finished = trainer.train()
+        if finished:
             memory, minutes = peak_memory(m) / 2**20, (time.monotonic() - began) / 60
             spent = f'peak memory {memory:,.0f} MiB, total time {minutes:.1f} min'
             say(f'best val loss {trainer.best:.4f}, {spent}')
             if m.rank == 0 and c.sample_tokens:
                 say.now('sampling')
-                say(
-                    report.sample_text(
-                        trainer.model, task.checkpoint_extra['tokenizer'], c.sample_tokens, c.seed, m, signals
-                    )
-                )
+                spec = task.checkpoint_extra['tokenizer']
+                say(report.sample_text(trainer.model, spec, c.sample_tokens, c.seed, m, signals))
                 say(f'more: python {os.path.relpath(ROOT / "sample.py")} --out_dir={c.out_dir}')
         leave(m)
         if not finished:
-            saved = f' at step {trainer.step}, saved; the same command with --init_from=resume goes on'
-            say(f'stopped by {signal_name(signals.agreed)}{"" if c.eval_only else saved}')
+            saved = f'at step {trainer.step}, saved; the same command with --init_from=resume goes on'
+            say(f'stopped by {signal_name(signals.agreed)} {saved}')
             sys.exit(exit_status(signals.agreed))
 
 

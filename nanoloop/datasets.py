@@ -22,7 +22,7 @@ import numpy as np
 
 from nanoloop import ROOT
 from nanoloop.checks import UserError
-from nanoloop.files import sha256
+from nanoloop.files import hash_json, sha256
 from nanoloop.nanogpt_data import nanogpt_meta
 from nanoloop.tokenizer import make_tokenizer
 
@@ -108,28 +108,19 @@ def identify(folder, meta):
 
     Of files of nanoGPT, which have no hashes, only the sizes and the ends are compared.
     """
-    content = [
-        [
-            split,
-            entry['tokens'],
-            entry.get('sha256') or hash_ends(folder / entry['name']),
-            entry.get('mask_sha256'),
-        ]
-        for split, values in meta['splits'].items()
-        for entry in values['files']
-    ]
-    return dict(source=meta.get('source'), sha256=hashlib.sha256(json.dumps(content).encode()).hexdigest())
+    content = []
+    for split, values in meta['splits'].items():
+        for file in values['files']:
+            tokens = file.get('sha256') or hash_ends(folder / file['name'])
+            content.append([split, file['tokens'], tokens, file.get('mask_sha256')])
+    return dict(source=meta.get('source'), sha256=hash_json(content))
 
 
-def hash_ends(file, size=2**20):
-    """Returns the SHA-256 of a file's first and last `size` bytes, for files of nanoGPT, which have no hash.
-
-    file: a path or a descriptor.
-    """
-    with open(file, 'rb', closefd=not isinstance(file, int)) as file:
-        file.seek(0)  # a descriptor may be anywhere
+def hash_ends(path, size=2**20):
+    """Returns the SHA-256 of a file's first and last `size` bytes: files of nanoGPT come without a hash."""
+    with open(path, 'rb') as file:
         digest = hashlib.sha256(file.read(size))
-        file.seek(max(0, os.fstat(file.fileno()).st_size - size))
+        file.seek(max(0, path.stat().st_size - size))
         digest.update(file.read(size))
     return digest.hexdigest()
 

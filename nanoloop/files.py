@@ -88,12 +88,25 @@ def sha256(file):
     return digest.hexdigest()
 
 
-def lock_folder(folder, wait=False):
+def hash_json(value):
+    """Returns the SHA-256 of a JSON value as a hexadecimal string."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def lock_folder(folder, against, say=None, wait=False):
     """Locks a folder against a second process that calls this. Raises BlockingIOError if it is locked.
 
     wait: wait until it is not. Returns the lock: it ends when it is closed, and with the process, however
-    that ends.
+    that ends. Returns None if the file system has no locks; say is then called with a line that says against
+    what the folder is not locked.
     """
-    lock = open(Path(folder) / '.lock', 'w')
-    fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    return lock
+    try:
+        lock = open(Path(folder) / '.lock', 'w')
+        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        return lock
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        if say:
+            say(f'{folder} cannot be locked against {against}: {error.strerror}')
+        return None

@@ -221,10 +221,10 @@ def load_optimizers(optimizers, state, c):
     saved = state['optimizer'] if isinstance(state['optimizer'], list) else [state['optimizer']]
     sizes = [[len(group['params']) for group in part['param_groups']] for part in saved]
     same = sizes == [[len(group['params']) for group in optimizer.param_groups] for optimizer in optimizers]
-    for key, fits in (('optimizer', False), ('objective', same)):
+    for key, may_differ in (('optimizer', False), ('objective', same)):
         old = state['config'].get(key)
         expected = f'{old!r} as in the checkpoint, to go on; init_from=PATH takes its weights alone'
-        check(fits or c[key] == old, key, c[key], expected)
+        check(may_differ or c[key] == old, key, c[key], expected)
     for optimizer, part in zip(optimizers, saved, strict=True):
         for old, new in zip(part['param_groups'], optimizer.param_groups, strict=True):
             old.update(new | dict(params=old['params']))

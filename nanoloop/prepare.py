@@ -6,7 +6,6 @@ Writes data sets, whole or not at all: the format is described in nanoloop/datas
 """
 
 import contextlib
-import hashlib
 import io
 import json
 import os
@@ -18,7 +17,7 @@ import numpy as np
 
 from nanoloop.checks import UserError, check
 from nanoloop.datasets import DTYPES, MOVING
-from nanoloop.files import lock_folder, replace_file, sha256, sync, sync_folder, write_json
+from nanoloop.files import hash_json, lock_folder, replace_file, sha256, sync, sync_folder, write_json
 from nanoloop.text_files import hold_out
 from nanoloop.tokenizer import read_text
 
@@ -50,7 +49,7 @@ class Writer:
         self.dtype = DTYPES[self.dtype_name]
         self.files = {}  # (split, suffix): the open file of the split's last shard
         # splits: the tokens in each shard of a split; masked: the splits that have masks
-        self.state = dict(source=source, tokenizer=digest(tokenizer.spec), made_from=digest(made_from))
+        self.state = dict(source=source, tokenizer=hash_json(tokenizer.spec), made_from=hash_json(made_from))
         self.state.update(done=0, max_id=0, splits={}, masked=[])
         self.folder.mkdir(parents=True, exist_ok=True)
         self.done_by_another = self.take_lock(say) and self.is_prepared()
@@ -68,20 +67,16 @@ class Writer:
 
     def take_lock(self, say):
         """Locks the folder. Returns whether it had to wait for another process."""
+        against = 'a second preparation'
         try:
-            self.lock = lock_folder(self.folder)
+            self.lock = lock_folder(self.folder, against, say)
             return False
         except BlockingIOError:
             text = f'{self.folder} is being prepared by another process'
-        except OSError as error:  # a file system without locks
-            self.lock = None
-            if say:
-                say(f'{self.folder} cannot be locked against a second preparation: {error.strerror}')
-            return False
         if say is None:
             raise UserError(text)
         say(f'{text}, waiting for it')
-        self.lock = lock_folder(self.folder, wait=True)
+        self.lock = lock_folder(self.folder, against, say, wait=True)
         return True
 
     def release_lock(self):
@@ -285,11 +280,6 @@ def write_text(
                 add_text(writer, split, piece, special, path)
                 writer.add(split, end)
     writer.finish(say, **more)
-
-
-def digest(value):
-    """Returns the SHA-256 of a JSON value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def check_space(folder, size):

@@ -205,7 +205,8 @@ def from_nanogpt(args, weights):
     }
     args = dict(bias=any(name.endswith('.ln_1.bias') for name in weights)) | args
     args.update(n_prelude=0, n_block=args.pop('n_layer'), n_coda=0, n_loop=1, input_injection='passthrough')
-    return dict(args, norm='layernorm', norm_loop=False, tie_weights=is_tied(weights)), weights
+    weights, tied = with_head(weights)
+    return dict(args, norm='layernorm', norm_loop=False, tie_weights=tied), weights
 
 
 def from_nanoloop(args, weights):
@@ -215,9 +216,8 @@ def from_nanoloop(args, weights):
     refuses that, so all loops record a graph.
     """
     bptt_k = None if args.get('input_injection') == 'passthrough' else args.get('bptt_k')
-    weights, eps = without_wrappers(weights), torch.finfo(torch.float32).eps
-    args = dict(args, norm='rmsnorm', norm_eps=eps, bptt_k=bptt_k, tie_weights=is_tied(weights))
-    return args, weights
+    (weights, tied), eps = with_head(without_wrappers(weights)), torch.finfo(torch.float32).eps
+    return dict(args, norm='rmsnorm', norm_eps=eps, bptt_k=bptt_k, tie_weights=tied), weights
 
 
 # the parts of a weight's name that torch.compile, DDP and FSDP add, in any order
@@ -230,10 +230,13 @@ def without_wrappers(weights):
     return {names[name]: w for name, w in weights.items()}
 
 
-def is_tied(weights):
-    """Returns whether the head is the embedding: forks of both programs have heads of their own.
+def with_head(weights):
+    """Returns the weights with a head, and whether it is the embedding: forks have heads of their own.
 
-    A head that was not saved is the embedding, and is added to the weights.
+    A head that was not saved is the embedding.
     """
-    embedding = weights.get('transformer.wte.weight')
-    return embedding is None or torch.equal(weights.setdefault('lm_head.weight', embedding), embedding)
+    name, embedding = 'lm_head.weight', weights.get('transformer.wte.weight')
+    if embedding is None:  # load_weights will say so
+        return weights, True
+    head = weights.get(name, embedding)
+    return weights | {name: head}, torch.equal(head, embedding)

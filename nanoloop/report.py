@@ -187,6 +187,5 @@ def sample_text(model, spec, n_tokens, seed, m, signals):
             ids.append(int(token))
             if signals.number:
                 break
-    text = tokenizer.decode_bytes(ids).decode('utf-8', 'replace')
     note = f' ({tokenizer.note})' if tokenizer.note else ''
-    return f'a sample of {len(ids)} tokens{note}:\n---------------\n{text}\n---------------'
+    return f'a sample of {len(ids)} tokens{note}:\n---------------\n{tokenizer.decode(ids)}\n---------------'

@@ -30,13 +30,9 @@ def open_out_dir(out_dir, say=None):
     if fault and say:
         say(f'{out_dir} cannot be synced: after a power cut the last checkpoint may be missing ({fault})')
     try:
-        return lock_folder(out_dir)
+        return lock_folder(out_dir, 'a second run', say)
     except BlockingIOError:
         raise UserError(f'out_dir={str(out_dir)!r} is in use by another run') from None
-    except OSError as error:
-        if say:
-            say(f'{out_dir} cannot be locked against a second run: {error.strerror}')
-        return None
 
 
 def archive_previous_run(out_dir, say=None):
@@ -56,8 +52,10 @@ def archive_previous_run(out_dir, say=None):
 
 def set_best_aside(out_dir, step, say=None):
     """Renames a best.pt whose loss is of other data: later losses cannot be compared with it."""
-    best, new = out_dir / 'best.pt', out_dir / f'best-before-{step}.pt'
-    if best.exists() and not new.exists():
+    best, numbers = out_dir / 'best.pt', ('', *(f'-{n}' for n in range(2, 10**3)))
+    names = (out_dir / f'best-before-{step}{number}.pt' for number in numbers)
+    if best.exists():
+        new = next(name for name in names if not name.exists())
         os.replace(best, new)
         if say:
             say(f'best.pt is of the data before: it is now {new}')

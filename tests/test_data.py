@@ -1,5 +1,6 @@
 import ast
 import errno
+import fcntl
 import gzip
 import hashlib
 import io
@@ -22,7 +23,7 @@ import sample
 import train
 from nanoloop import hub, prepare, pretraining
 from nanoloop.datasets import Split, identify, read_meta
-from nanoloop.files import replace_file
+from nanoloop.files import hash_json, replace_file
 from nanoloop.hub import HubDocuments, local_documents, write_hub
 from nanoloop.nanogpt_data import nanogpt_meta
 from nanoloop.prepare import Writer, write_text
@@ -347,6 +348,25 @@ def test_data_that_is_replaced_does_not_change_a_run_that_reads_it(tmp_path):
             again.draw(np.random.default_rng(0), 3)
 
 
+def test_a_read_that_overlaps_a_copy_of_the_same_content_is_made_again(tmp_path, monkeypatch):
+    split, real = numbers(tmp_path, 10, shard_tokens=100), os.pread
+    content, calls = split.files[0].read_bytes(), []
+
+    def pread(*args):
+        calls.append(1)
+        if len(calls) > 1:
+            return real(*args)
+        split.files[0].write_bytes(bytes(len(content)))
+        half_way = real(*args)
+        split.files[0].write_bytes(content)
+        return half_way
+
+    time.sleep(0.01)  # so that the copy has a time of its own
+    monkeypatch.setattr(os, 'pread', pread)
+    inputs, targets = split.read_window(0, 2)
+    assert inputs.tolist() == [2, 3, 4, 5] and targets.tolist() == [3, 4, 5, 6] and len(calls) == 2
+
+
 def test_a_data_set_is_known_by_its_content(tmp_path):
     numbers(tmp_path / 'a', 10, shard_tokens=100), numbers(tmp_path / 'b', 10, shard_tokens=100)
     numbers(tmp_path / 'c', 11, shard_tokens=100)
@@ -507,7 +527,7 @@ def test_every_setting_that_changes_the_tokens_begins_anew(tmp_path, monkeypatch
     paths, seen = tables(tmp_path, body=['a', 'b'], text=['c', 'd']), []
 
     def stop(*args, made_from, say):
-        seen.append(prepare.digest(made_from))
+        seen.append(hash_json(made_from))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(hub, 'Writer', stop)
@@ -602,10 +622,10 @@ def test_a_second_preparation_waits_and_takes_the_set_if_it_is_its_own(tmp_path,
 
 
 def test_a_file_system_without_locks_is_told_and_written_to(tmp_path, monkeypatch):
-    def no_locks(folder):
+    def no_locks(file, operation):
         raise OSError(errno.ENOLCK, 'No locks available')
 
-    monkeypatch.setattr(prepare, 'lock_folder', no_locks)
+    monkeypatch.setattr(fcntl, 'flock', no_locks)
     lines = []
     writer = Writer(tmp_path, Bytes(), 'x', say=lines.append)
     writer.add('train', [1, 2, 3])

@@ -29,6 +29,35 @@ def test_a_log_alone_is_no_earlier_run(call, flags, tmp_path):
     assert call(main, *flags)[0] == 0 and not (tmp_path / 'out' / 'run-1').exists()
 
 
+def test_an_archived_run_takes_all_its_files_along(tmp_path):
+    names = [
+        'ckpt.pt',
+        'prev.pt',
+        'best.pt',
+        'log.jsonl',
+        'eval.jsonl',
+        'best-before-4.pt',
+        'best-before-20.pt',
+    ]
+    for name in names:
+        (tmp_path / name).write_text(name)
+    run_folder.archive_previous_run(tmp_path)
+    assert {path.name for path in (tmp_path / 'run-1').iterdir()} == set(names)
+    assert [path.name for path in tmp_path.iterdir()] == ['run-1']
+
+
+def test_the_best_of_other_data_is_set_aside_and_never_overwritten(tmp_path):
+    said = []
+    for text in ('first', 'second', 'third'):
+        (tmp_path / 'best.pt').write_text(text)
+        run_folder.set_best_aside(tmp_path, 20, said.append)
+    names = ['best-before-20.pt', 'best-before-20-2.pt', 'best-before-20-3.pt']
+    assert [(tmp_path / name).read_text() for name in names] == ['first', 'second', 'third']
+    assert said[0] == f'best.pt is of the data before: it is now {tmp_path}/best-before-20.pt'
+    run_folder.set_best_aside(tmp_path, 20, said.append)  # there is none
+    assert len(said) == 3
+
+
 def test_a_folder_without_locks_is_used_and_that_is_told(tmp_path, monkeypatch):
     def flock(file, operation):
         raise OSError(95, 'Operation not supported')
