@@ -178,7 +178,8 @@ def run_file(path, config):
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == str(path)]
         line = lines[-1] if lines else getattr(error, 'lineno', '?')  # a SyntaxError has a line, but no frame
-        raise UserError(f'{path}, line {line}: {type(error).__name__}: {error}') from None
+        reason = error.msg if isinstance(error, SyntaxError) else error  # whose text names the line again
+        raise UserError(f'{path}, line {line}: {type(error).__name__}: {reason}') from None
     own = {name for name in assigned if name.startswith('_') or isinstance(names[name], TOOLS)}
     values = {name: names[name] for name in assigned if name in config or name not in own}
     return values, assigned.places
@@ -215,7 +216,7 @@ def command(main, parallel=False):
                 return main(sys.argv[1:] if argv is None else list(argv))
             finally:
                 if not isinstance(sys.exc_info()[1], Exception):
-                    sys.stdout.flush()  # Python itself does it too late to say in a line what failed
+                    flush_stdout()
         except UserError as error:
             if RANK == 0 or not (parallel and error.same_on_all_ranks):
                 fail(error, 2)
@@ -242,6 +243,17 @@ def prepare_streams():
             setattr(sys, name, open(os.open(os.devnull, os.O_RDONLY), 'w'))
         if hasattr(stream := getattr(sys, name), 'reconfigure'):
             stream.reconfigure(errors='replace')  # a character that the terminal lacks is no reason to end
+
+
+def flush_stdout():
+    """Writes what was printed. Python itself does it too late to say in a line what failed."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        discard(sys.stdout)
+        raise OSError(f'stdout cannot be written: {error.strerror}') from None
 
 
 def print_line(text):

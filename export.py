@@ -19,15 +19,19 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # ours come first, also with python -P
 from configurator import command, configure, print_error
 from nanoloop.checkpoint import BEST, EXPORTED, find_from_flags, load_checkpoint, tokenizer_dict
-from nanoloop.checks import check, missing_package
+from nanoloop.checks import Name, check, missing_package, settle_fields
 from nanoloop.files import replace_file, sync, write_json
 
 
 @dataclass
 class ExportConfig:
-    out_dir: str = 'out'  # folder of a run (its best.pt, else its ckpt.pt), or another name as in init_from
-    init_from: str = 'resume'  # resume (the model in out_dir), a folder, a file, gpt2..gpt2-xl, ouro:FOLDER
+    out_dir: Name = 'out'  # folder of a run (its best.pt, else its ckpt.pt), or another name as in init_from
+    init_from: Name = 'resume'  # resume (the model in out_dir), a folder, a file, gpt2..gpt2-xl, ouro:FOLDER
     to: str = ''  # folder to write to, created if missing; has to be given
+
+    def __post_init__(self):
+        """Raises UserError for an empty name."""
+        settle_fields(self)
 
 
 def write_weights(model, path, metadata):

@@ -8,6 +8,7 @@ Runs joined by + are drawn as one line, their mean, in a band from the lowest to
 which something was logged are drawn. Needs: pip install -e ".[plot]"
 """
 
+import itertools
 import json
 import re
 import sys
@@ -44,7 +45,7 @@ PANELS = (
 @dataclass
 class PlotConfig:
     out_dir: str = 'out'  # folders of runs: , between lines to compare, + between seeds of one line
-    image: str = ''  # file to write, .png, .pdf or .svg; '' = log.png in the first folder
+    image: str = ''  # .png, .pdf or .svg; '' = log.png, of several runs comparison.png, in the first folder
 
 
 class Run(NamedTuple):
@@ -79,10 +80,11 @@ def series(records, key, x='iter'):
     return {record[x]: record[key] for record in records if record.get(key) is not None}
 
 
-def loss_by_loops(run):
-    """Returns {number of loops: validation loss} of a run's evaluations at its last evaluated step."""
-    last = max((record['iter'] for record in run.evaluations), default=0)
-    return series([record for record in run.evaluations if record['iter'] == last], 'val/loss', 'n_loop')
+def loss_by_loops(run, dataset):
+    """Returns {number of loops: validation loss} of a run's last evaluated step on a data set."""
+    records = [record for record in run.evaluations if record.get('dataset') == dataset]
+    last = max((record['iter'] for record in records), default=0)
+    return series([record for record in records if record['iter'] == last], 'val/loss', 'n_loop')
 
 
 def draw_group(axis, curves, color, style, label):
@@ -100,12 +102,15 @@ def draw_group(axis, curves, color, style, label):
 def comparisons(groups):
     """Returns the panels that show all groups: (y label, x label, [(group, curves, style, label)])."""
     names = [' + '.join(dict.fromkeys(run.name for run in runs)) for runs in groups]
-    losses = []
-    loops = []
+    evaluations = [record for runs in groups for run in runs for record in run.evaluations]
+    datasets = list(dict.fromkeys(record.get('dataset') for record in evaluations))
+    losses, loops = [], []
     for i, (name, runs) in enumerate(zip(names, groups, strict=True)):
         losses.append((i, [series(run.records, 'train/loss') for run in runs], '-', f'{name}, train'))
         losses.append((i, [series(run.records, 'val/loss') for run in runs], 'o--', f'{name}, val'))
-        loops.append((i, [loss_by_loops(run) for run in runs], 'o-', name))
+        for dataset, style in zip(datasets, itertools.cycle(('o-', 's--', '^:')), strict=False):
+            label = f'{name} on {dataset}' if len(datasets) > 1 else name
+            loops.append((i, [loss_by_loops(run, dataset) for run in runs], style, label))
     panels = [('loss, nats per token', 'step', losses), ('validation loss, nats per token', 'loops', loops)]
     return [panel for panel in panels if any(any(curves) for _, curves, _, _ in panel[2])]
 
@@ -181,9 +186,10 @@ def main(argv):
     matplotlib.use('Agg')
     from matplotlib import pyplot
 
-    groups = [[read_run(folder) for folder in group.split('+')] for group in c.out_dir.split(',')]
-    first = re.split('[,+]', c.out_dir)[0]
-    image = Path(c.image or Path(first) / 'log.png')
+    names = [group.split('+') for group in c.out_dir.split(',')]
+    check(all(map(all, names)), 'out_dir', c.out_dir, 'the name of a folder before and after each , and +')
+    groups = [[read_run(folder) for folder in group] for group in names]
+    image = Path(c.image or Path(names[0][0], 'log.png' if len(sum(names, [])) == 1 else 'comparison.png'))
     fits = image.suffix in FORMATS and image.parent.is_dir()
     check(fits, 'image', c.image, f'a file in a folder that exists, {", ".join(FORMATS)}')
     with_loops, with_evaluations = draw(pyplot, groups, image)

@@ -20,7 +20,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # ours come first, also with python -P
 from configurator import command, configure, print_error
 from nanoloop.checkpoint import BEST, check_tokenizer, find_from_flags, find_tokenizer, load_checkpoint
-from nanoloop.checks import Above, AtMost, Choice, Count, NotNegative, Size, check, settle_fields
+from nanoloop.checks import Above, AtMost, Choice, Count, Name, NotNegative, Size, check, settle_fields
 from nanoloop.decode import Stats, cast_linears_
 from nanoloop.early_exit import EXIT, EarlyExit
 from nanoloop.generate import Generation
@@ -32,8 +32,8 @@ from nanoloop.tokenizer import read_text
 @dataclass
 class SampleConfig:
     # model
-    out_dir: str = 'out'  # folder of a run (its best.pt, else its ckpt.pt), or another name as in init_from
-    init_from: str = 'resume'  # resume (the model in out_dir), a folder, a file, gpt2..gpt2-xl, ouro:FOLDER
+    out_dir: Name = 'out'  # folder of a run (its best.pt, else its ckpt.pt), or another name as in init_from
+    init_from: Name = 'resume'  # resume (the model in out_dir), a folder, a file, gpt2..gpt2-xl, ouro:FOLDER
     # text
     start: str = (
         ''  # prompt, may have <|endoftext|> in it; FILE:PATH reads a file; '' = that token, or newline

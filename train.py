@@ -34,6 +34,7 @@ from nanoloop.checks import (
     Below,
     Choice,
     Count,
+    Name,
     NotNegative,
     Share,
     Size,
@@ -43,7 +44,7 @@ from nanoloop.checks import (
 )
 from nanoloop.count import parameters
 from nanoloop.diagnose import Look
-from nanoloop.machine import peak_memory, setup
+from nanoloop.machine import CompileMode, peak_memory, setup
 from nanoloop.objective import (
     LOOP_GROWTH,
     LOOP_SAMPLING,
@@ -65,14 +66,7 @@ from nanoloop.optimizer import (
 )
 from nanoloop.parallel import leave, max_over_ranks, on_rank0, reduce_sum, wrap
 from nanoloop.pretraining import find_initial_checkpoint, pretraining
-from nanoloop.run_folder import (
-    Log,
-    append_record,
-    archive_previous_run,
-    git_commit,
-    open_out_dir,
-    set_best_aside,
-)
+from nanoloop.run_folder import Log, append_record, git_commit, open_out_dir, set_best_aside
 from nanoloop.signals import Signals, exit_status, signal_name
 from nanoloop.training_step import train_step
 
@@ -80,7 +74,7 @@ from nanoloop.training_step import train_step
 @dataclass
 class TrainConfig:
     # output
-    out_dir: str = 'out'  # folder of the run: ckpt.pt (last), prev.pt (the one before), best.pt, log.jsonl
+    out_dir: Name = 'out'  # folder of the run: ckpt.pt (last), prev.pt (the one before), best.pt, log.jsonl
     eval_interval: Count = 2000  # steps between evaluations, plus the last step; each one after step 0 saves
     log_interval: Count = 1  # steps between lines that are printed and logged
     eval_iters: Size = (
@@ -89,13 +83,13 @@ class TrainConfig:
     eval_only: bool = False  # evaluate once and exit; a resumed run gets a line in eval.jsonl
     diagnose: Size = 0  # steps between diagnostics of the loop's states and gradients; 0 = none
     always_save_checkpoint: bool = True  # no effect (nanoGPT's key): every evaluation saves ckpt.pt
-    init_from: str = 'scratch'  # scratch, resume, auto (resume, else scratch); weights of gpt2..gpt2-xl, PATH
+    init_from: Name = 'scratch'  # scratch, resume, auto (resume, else scratch), gpt2..gpt2-xl, a PATH
     sample_tokens: Size = 200  # tokens of the sample printed at the end; 0 = none
     wandb_log: bool = False  # also log to Weights & Biases
     wandb_project: str = 'nanoloop'  # name of the project in Weights & Biases
     wandb_run_name: str = 'run'  # name of the run in Weights & Biases
     # data
-    dataset: str = 'pystdlib'  # name of a folder in data/, or a path that contains a slash
+    dataset: Name = 'pystdlib'  # name of a folder in data/, or a path that contains a slash
     gradient_accumulation_steps: Count = 1  # micro-batches per step, summed over all processes
     batch_size: Count = 12  # rows (sequences) of a micro-batch, per process
     baseline: Choice(BASELINE) = ''  # train this instead: n_loop=1, or the loops unrolled; '' = off
@@ -134,7 +128,7 @@ class TrainConfig:
     # machine
     device: str = 'auto'  # auto (cuda, else mps, else cpu), cpu, cuda, cuda:N or mps
     dtype: str = 'auto'  # type of matrix products: auto, float32, bfloat16 or float16
-    compile: bool | str = 'auto'  # compile the blocks: True, False, or auto = if it works and pays off
+    compile: CompileMode = 'auto'  # the blocks; auto = if it pays off
     backend: str = 'auto'  # of torch.distributed: auto, nccl or gloo
     seed: Annotated[int, AtLeast(0), Below(2**63)] = 1337  # seed of weights, batches, dropout and noise
     deterministic: bool = False  # use deterministic kernels only, slower on a GPU
@@ -168,14 +162,15 @@ class Trainer:
     def __init__(self, task, c, m, signals, state, say):
         self.model, self.task, self.c, self.m, self.signals = task.model, task, c, m, signals
         self.say = say
-        self.state, self.rule = state, OBJECTIVE[c.objective]
+        self.state, self.resuming, self.rule = state, bool(state), OBJECTIVE[c.objective]
         self.stopped = signals.stopped
         self.step = self.first_step = state.get('iter_num', 0)  # steps made, skipped ones included
-        self.new_data = state and report.other_data(state, c, task.checkpoint_extra)  # text, '' = the same
-        self.best = math.inf if self.new_data else state.get('best_val_loss', math.inf)
-        # step of the last evaluation
-        self.evaluated = -1 if self.new_data else state.get('evaluated', -1)
-        self.evals_since_best = 0 if self.new_data else state.get('stale', 0)
+        # why earlier validation losses cannot be compared with this run's
+        self.new_measure = report.other_measure(state, c, task.checkpoint_extra) if state else []
+        before = {} if self.new_measure else state
+        self.best = before.get('best_val_loss', math.inf)
+        self.evaluated = before.get('evaluated', -1)  # step of the last evaluation
+        self.evals_since_best = before.get('stale', 0)
         self.saved = self.step if state else None  # step of the last checkpoint
         same = -max_over_ranks(m, -self.step) == max_over_ranks(m, self.step)
         check(same, 'out_dir', c.out_dir, 'a folder that all machines share')
@@ -191,10 +186,11 @@ class Trainer:
         self.lock = self.log = None
 
     def open_folder(self):
-        """Locks out_dir, moves the files of an earlier run to run-N, opens the log. Rank 0 only."""
+        """Locks out_dir and makes the log, which takes the folder after the first step. Rank 0 only."""
         out_dir = Path(self.c.out_dir)
         self.lock = open_out_dir(out_dir, self.say)
-        quarantine_broken(out_dir) if self.state else archive_previous_run(out_dir, self.say)
+        if self.resuming:
+            quarantine_broken(out_dir)
         self.log = Log(self.c, self.state, self.say)
 
     def close(self):
@@ -237,12 +233,12 @@ class Trainer:
             self.scaler.load_state_dict(state['scaler'])
         self.say_differences()
         limit = 'max_iters' if self.last_step == c.max_iters else 'max_flops'
-        done = f', which is the last: a larger {limit} goes on' if self.step >= self.last_step else ''
-        self.say(f'resuming at step {self.step}{done}')
+        done = f': nothing is left to do, a larger {limit} goes on' if self.step >= self.last_step else ''
+        self.say(f'resuming at step {self.step} of {self.last_step}{done}')
 
     def say_differences(self):
         """Says what differs from the run that saved the checkpoint."""
-        for line in report.differences(self.c, self.m.fingerprint(), self.state, self.new_data):
+        for line in report.differences(self.c, self.m.fingerprint(), self.state, self.new_measure):
             self.say(line)
 
     def train(self):
@@ -277,6 +273,8 @@ class Trainer:
             self.count_bad_step(result)
             self.step += 1
             self.signals.save_first()
+            if first:
+                on_rank0(self.m, lambda: self.log.open())
             self.flops_done += self.flops(n_loop)
             self.loops_trained.add(n_loop)
             if (self.step - 1) % c.log_interval == 0:
@@ -318,7 +316,8 @@ class Trainer:
         """Evaluates once and adds the result to eval.jsonl of a resumed run. A signal ends it at once."""
         if self.state:
             self.say_differences()
-        for line in self.describe():
+        random = 'random weights: --init_from=resume, or another name, takes those of a run'
+        for line in (*self.describe(), self.task.origin or random):
             self.say(line)
         _, text, record = self.evaluate()
         self.say(text)
@@ -383,9 +382,10 @@ class Trainer:
             **self.task.checkpoint_extra,
         )
         self.say(f'saving checkpoint to {self.c.out_dir}')
-        if self.new_data and self.m.rank == 0:  # not before ckpt.pt is of the new data, too
+        self.say.now('saving')
+        if self.new_measure and self.m.rank == 0:  # not before ckpt.pt is of this run, too
             set_best_aside(Path(self.c.out_dir), self.first_step, self.say)
-        self.new_data = ''
+        self.new_measure = []
         on_rank0(self.m, lambda: save_checkpoint(Path(self.c.out_dir), checkpoint, self.log, best))
         self.saved = self.step
 

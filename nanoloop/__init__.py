@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+PLACE = 'RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT'  # what torchrun sets
 
 
 def read_place(environ):
@@ -16,11 +17,10 @@ def read_place(environ):
 
     A RANK or WORLD_SIZE that another program has left in the environment is ignored.
     """
-    names = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')
-    if not all(environ.get(name) for name in names):
+    if not all(environ.get(name) for name in PLACE):
         return 0, 1, 0
     try:
-        rank, world, local_rank = (int(environ[name]) for name in names[:3])
+        rank, world, local_rank = (int(environ[name]) for name in PLACE[:3])
     except ValueError:
         return 0, 1, 0
     return (rank, world, local_rank) if 0 <= rank < world and local_rank >= 0 else (0, 1, 0)

@@ -24,7 +24,7 @@ import torch
 from model import GPT, GPTConfig
 from nanoloop.checks import UserError, check, missing_package
 from nanoloop.datasets import find_data, read_meta
-from nanoloop.files import is_utf8, replace_file, sync
+from nanoloop.files import is_utf8, reason_of, replace_file, sync
 from nanoloop.pretrained import (
     GPT2,
     find_pretrained,
@@ -308,6 +308,7 @@ def save_checkpoint(out_dir, checkpoint, log, best):
     """
     path, prev = out_dir / 'ckpt.pt', out_dir / 'prev.pt'
     try:
+        log.open()
         os.fsync(log.file)
         position = dict(log_bytes=os.fstat(log.file.fileno()).st_size, wandb_id=log.wandb_id)
         with replace_file(path, 'wb') as file:
@@ -319,8 +320,9 @@ def save_checkpoint(out_dir, checkpoint, log, best):
                 replace_by_link(Path(file.name), out_dir / 'best.pt')
     except (RuntimeError, OSError) as error:  # torch's zip writer reports a full disk as a RuntimeError
         good = next((str(file) for file in (path, prev) if file.exists()), 'none')
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise OSError(f'the checkpoint cannot be saved: {reason}; the last good one: {good}') from None
+        raise OSError(
+            f'the checkpoint cannot be saved: {reason_of(error)}; the last good one: {good}'
+        ) from None
 
 
 def replace_by_link(source, target):

@@ -45,6 +45,9 @@ class Bound:
     def value(self, config):
         return getattr(config, self.limit) if isinstance(self.limit, str) else self.limit
 
+    def holds(self, value, config):
+        return type(self).compare(value, self.value(config))
+
     def expected(self, config):
         other = f'{self.limit}=' if isinstance(self.limit, str) else ''
         return f'{self.words} {other}{self.value(config)}'
@@ -53,46 +56,31 @@ class Bound:
 class AtLeast(Bound):
     """A finite number that is not below the limit."""
 
-    words = 'at least'
-
-    def holds(self, value, config):
-        return self.value(config) <= value < math.inf
+    words, compare = 'at least', lambda value, limit: limit <= value < math.inf
 
 
 class Above(Bound):
     """A finite number above the limit."""
 
-    words = 'above'
-
-    def holds(self, value, config):
-        return self.value(config) < value < math.inf
+    words, compare = 'above', lambda value, limit: limit < value < math.inf
 
 
 class Below(Bound):
     """A number below the limit."""
 
-    words = 'below'
-
-    def holds(self, value, config):
-        return value < self.value(config)
+    words, compare = 'below', lambda value, limit: value < limit
 
 
 class AtMost(Bound):
     """A number that is not above the limit."""
 
-    words = 'at most'
-
-    def holds(self, value, config):
-        return value <= self.value(config)
+    words, compare = 'at most', lambda value, limit: value <= limit
 
 
 class Divides(Bound):
     """A divisor of the limit."""
 
-    words = 'a divisor of'
-
-    def holds(self, value, config):
-        return self.value(config) % value == 0
+    words, compare = 'a divisor of', lambda value, limit: limit % value == 0
 
 
 class Letters:
@@ -106,6 +94,16 @@ class Letters:
 
     def expected(self, config):
         return f'letters {" and ".join(self.letters)}'
+
+
+class NotEmpty:
+    """A text that is not empty."""
+
+    def holds(self, value, config):
+        return value != ''
+
+    def expected(self, config):
+        return 'a name or a path'
 
 
 class OneOf:
@@ -127,7 +125,7 @@ class OneOf:
         return f'one of {self.choices()}'
 
     def choices(self):  # read late: entries may be added to a table
-        return ', '.join(name or "''" for name in self.table)
+        return ', '.join("''" if name == '' else str(name) for name in self.table)
 
 
 class Derives:
@@ -145,6 +143,7 @@ def Choice(table, aliases=None):  # noqa: N802, it stands where a type stands
     return Annotated[str, OneOf(table, aliases)]
 
 
+Name = Annotated[str, NotEmpty()]
 Count = Annotated[int, AtLeast(1)]
 Size = Annotated[int, AtLeast(0)]
 Positive = Annotated[float, Above(0)]
@@ -194,8 +193,10 @@ def typed(key, value, hint):
     if int in types and number and float(value).is_integer():
         return int(value)
     names = {'NoneType': 'None', 'bool': 'True or False'}
-    expected = ' or '.join(names.get(t.__name__, t.__name__) for t in types)
-    raise UserError(f'{key}={value!r}, expected {expected}')
+    table, known = find_table(hint), ' or '.join(names.get(t.__name__, t.__name__) for t in types)
+    expected = f'one of {table.choices()}' if table else known
+    got = f'the {type(value).__name__} {value.__name__}' if hasattr(value, '__name__') else repr(value)
+    raise UserError(f'{key}={got}, expected {expected}')
 
 
 # -----------------------------------------------------------------------------

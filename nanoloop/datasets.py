@@ -16,6 +16,7 @@ import contextlib
 import hashlib
 import json
 import os
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from nanoloop.tokenizer import make_tokenizer
 
 DATA = ROOT / 'data'
 DTYPES = {'uint16': np.dtype('<u2'), 'uint32': np.dtype('<u4')}
+SPARE_FILES = 128  # a run opens further files: libraries, logs, a compiler's
 SCAN_TOKENS = 2**24  # tokens read at a time when a file is searched for its largest id
 MOVING = 'unfinished/moving'  # exists while new files replace old ones: if it stays, they are mixed
 
@@ -60,7 +62,8 @@ def read_meta(folder):
     else:
         script = folder / 'prepare.py'
         script = os.path.relpath(script) if script.exists() else 'data/text/prepare.py --input TEXT'
-        raise UserError(f'the data set {folder.name} is not prepared, run: python {script}')
+        state = 'only half prepared: wait for it, or' if (folder / 'unfinished').exists() else 'not prepared,'
+        raise UserError(f'the data set {folder.name} is {state} run: python {script}')
     if 'token_bytes' not in meta:
         meta['token_bytes'] = [0] * meta['vocab_size']  # without its tokenizer there are no bits per byte
         with contextlib.suppress(OSError, UserError):
@@ -134,6 +137,17 @@ def ceil_div(a, b):
     return -(-a // b)
 
 
+def allow_open_files(n):
+    """Raises this process's limit of open files by n. Raises UserError if that is not allowed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = n + (len(os.listdir('/dev/fd')) if os.path.isdir('/dev/fd') else 64) + SPARE_FILES
+    if soft == resource.RLIM_INFINITY or needed <= soft:
+        return
+    if hard != resource.RLIM_INFINITY and needed > hard:
+        raise UserError(f'the data set has {n} files, and this process may open {hard}: see `ulimit -n`')
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
 class Split:
     """The windows of one split. A window has T + 1 tokens: T = block_size inputs; targets are shifted by one.
 
@@ -157,10 +171,12 @@ class Split:
         self.masked = any('mask_sha256' in file for file in files) or any(
             mask.exists() for mask in self.masks
         )
-        for path, mask, tokens in zip(self.files, self.masks, self.tokens, strict=True):
-            self.check_size(path, tokens * self.dtype.itemsize)
-            if self.masked:
-                self.check_size(mask, tokens)
+        sizes = dict(zip(self.files, self.tokens * self.dtype.itemsize, strict=True))
+        if self.masked:
+            sizes |= dict(zip(self.masks, self.tokens, strict=True))
+        allow_open_files(len(sizes))
+        self.open_files = {path: self.open(path, size) for path, size in sizes.items()}
+        self.written = {path: os.fstat(file.fileno()).st_mtime_ns for path, file in self.open_files.items()}
         row_len = meta.get('row_len')
         if row_len and block_size != row_len - 1:
             raise UserError(
@@ -172,21 +188,21 @@ class Split:
                 f'it has {self.tokens.max()} tokens, a window needs block_size + 1'
             )
         self.check_ids(meta['max_id'], folder.name)
-        self.open_files = {
-            path: open(path, 'rb', buffering=0) for path in self.files + self.masks * self.masked
-        }
-        self.written = {path: os.stat(path).st_mtime_ns for path in self.open_files}
         hashes = [file.get('sha256') for file in files] + [file.get('mask_sha256') for file in files]
         self.hashes = dict(zip(self.files + self.masks, hashes, strict=True))
         # training windows start at any token, evaluation windows end to end; rows are taken whole in both
         self.train_step, self.eval_step = row_len or 1, row_len or block_size
         self.train_windows = np.maximum(0, (self.tokens - block_size - 1) // self.train_step + 1)  # per file
 
-    def check_size(self, path, size):
-        """Raises UserError unless the file has `size` bytes."""
-        actual = path.stat().st_size if path.exists() else 'no'
-        if actual != size:
+    def open(self, path, size):
+        """Opens a file. Raises UserError unless it has `size` bytes."""
+        with contextlib.suppress(FileNotFoundError):
+            file = open(path, 'rb', buffering=0)
+            if (actual := os.fstat(file.fileno()).st_size) == size:
+                return file
+            file.close()
             raise UserError(f'{path} has {actual} bytes, meta.json says {size}: prepare the data again')
+        raise UserError(f'{path} is missing, meta.json names it: prepare the data again')
 
     def check_ids(self, largest, source, same_on_all_ranks=True):
         """Raises UserError if the largest id of a source is not below vocab_size."""

@@ -67,6 +67,14 @@ def write_json(path, value, indent=None):
         json.dump(value, file, indent=indent)
 
 
+def reason_of(error):
+    """Returns why a file was not written: an OSError that led to the error says more than torch's own."""
+    cause = error
+    while cause is not None and not getattr(cause, 'strerror', None):
+        cause = cause.__context__
+    return cause.strerror if cause else (str(error) or type(error).__name__).splitlines()[0]
+
+
 def is_utf8(path):
     """Returns whether a path has a form in UTF-8, which C++ wants.
 

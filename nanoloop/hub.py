@@ -17,7 +17,7 @@ import numpy as np
 
 from nanoloop.checks import UserError, check, missing_package
 from nanoloop.prepare import SHARD_TOKENS, Writer, check_space
-from nanoloop.text_files import hash_fraction
+from nanoloop.text_files import count_kinds, hash_fraction
 from nanoloop.tokenizer import make_tokenizer
 
 DOCUMENTS_PER_SAVE = 8192  # an interruption loses the work on as many documents at most
@@ -45,6 +45,7 @@ class HubDocuments:
             raise missing_package('a table of documents', 'data', error.name) from None
         self.column, self.streaming, self.max_documents = column, streaming, max_documents
         self.source = dict(path=path, **load)  # what decides the documents, for meta.json
+        self.name = ', '.join(map(str, files)) or ' '.join([path, *map(str, load.values())])
         stats = [(str(file), file.stat()) for file in files]
         self.made_from = dict(column=column, max_documents=max_documents)
         self.made_from['files'] = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
@@ -61,7 +62,7 @@ class HubDocuments:
             if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
                 raise  # the network or the disk
             reason = ' '.join(str(error.__cause__ or error).split())[:300] or 'it has no rows'
-            raise UserError(f'{self.source} cannot be read: {reason}') from None
+            raise UserError(f'{self.name} cannot be read: {reason}') from None
         columns = rows.column_names or [self.column]  # unknown until the first row in some streams
         check(self.column in columns, 'column', self.column, f'one of {", ".join(columns)}')
         kind = getattr((rows.features or {}).get(self.column), 'dtype', 'string')
@@ -72,7 +73,7 @@ class HubDocuments:
     def read(self, split, first):
         """Returns an iterator of a split's documents from number `first` on, and their number if known."""
         rows, most = self.open(split), self.max_documents
-        total = most if self.streaming else min(len(rows), most or len(rows))
+        total = None if self.streaming else min(len(rows), most or len(rows))
         last = None if most is None else max(0, most - first)
         return islice((row[self.column] for row in rows.skip(first)), last), total
 
@@ -94,13 +95,14 @@ def table_format(path):
     return FORMATS.get(''.join(suffixes[-2:])) or FORMATS.get(''.join(suffixes[-1:]))
 
 
-def local_documents(paths, column='text', **options):
+def local_documents(paths, column='text', say=None, **options):
     """Returns the HubDocuments in files of this machine: parquet, JSON (lines or a list) or CSV.
 
-    paths: files, folders of them, or patterns such as `data/*.parquet`. options: see HubDocuments. Raises
-    UserError for a path without such files, files of several formats, and a parquet file without the column.
+    paths: files, folders of them, or patterns such as `data/*.parquet`. say: called with a line that counts
+    the other files of a folder. options: see HubDocuments. Raises UserError for a path without such files,
+    files of several formats, and a parquet file without the column.
     """
-    files = [file for path in paths for file in find_tables(os.path.expanduser(path))]
+    files = [file for path in paths for file in find_tables(os.path.expanduser(path), say)]
     formats = sorted({table_format(file) for file in files})
     check(len(formats) == 1, 'input', formats, 'files of one format')
     load = dict(data_files=[glob.escape(str(file)) for file in files])
@@ -111,22 +113,28 @@ def local_documents(paths, column='text', **options):
     return HubDocuments(formats[0], column, files=files, **load, **options)
 
 
-def find_tables(path):
-    """Returns the files of tables that a path or pattern stands for, sorted."""
+def find_tables(path, say=None):
+    """Returns the files of tables that a path or pattern stands for, sorted.
+
+    Of a folder other files are left out; say is called with a line that counts them.
+    """
     paths = [Path(path)] if os.path.exists(path) else [Path(name) for name in sorted(glob.glob(path))]
-    files = []
-    for file in paths:
-        inside = sorted(file.rglob('*')) if file.is_dir() else [file]
-        files += [
-            other for other in inside if other == file or (table_format(other) and other.name[0] not in '._')
-        ]
-    files = [file for file in files if file.is_file()]
-    if not files:
-        raise UserError(f'--input {path}: there is no such file, or no table in the folder')
-    for file in files:
-        known = ', '.join(FORMATS)
-        expected = f'a file {known} (text files: data/text/prepare.py)'
-        check(table_format(file), 'input', str(file), expected)
+    if not paths:
+        raise UserError(f'--input {path}: there is no such file or folder')
+    files, known = [], ', '.join(FORMATS)
+    for found in paths:
+        if not found.is_dir():
+            check(table_format(found), 'input', str(found), f'a table, {known}; a text has no --column')
+            files.append(found)
+            continue
+        inside = [file for file in sorted(found.rglob('*')) if file.is_file()]
+        tables = [file for file in inside if table_format(file) and file.name[0] not in '._']
+        others = {file: 'other' for file in inside if file not in set(tables)}
+        if others and say:
+            say(f'{found}: {len(tables):,} tables; left out: {count_kinds(found, others)}')
+        if not tables:
+            raise UserError(f'--input {path}: there is no table in it, {known}')
+        files += tables
     return files
 
 
@@ -257,7 +265,15 @@ def add_documents(writer, pool, documents, split, our_split, val_share, has_val,
                     writer.add('val' if held_out(done[split]) else our_split, ids)
                 done[split] += 1
             writer.save(dict(done))
-            bar.update(done[split] - bar.n)
+            advance(bar, done[split])
+
+
+def advance(bar, n):
+    """Draws a progress bar at n, and never again if that fails: its terminal may be gone."""
+    try:
+        bar.update(n - bar.n)
+    except OSError:
+        bar.disable = True
 
 
 def choose_documents(share, total):

@@ -10,14 +10,16 @@ import resource
 import sys
 import time
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 
-from nanoloop import LOCAL_RANK, RANK, WORLD
-from nanoloop.checks import check
+from nanoloop import LOCAL_RANK, PLACE, RANK, WORLD
+from nanoloop.checks import OneOf, check
 from nanoloop.parallel import choose_backend, join
 
 KINDS = ('cuda', 'mps', 'cpu')  # of devices; device=auto takes the first one that the machine has
+CompileMode = Annotated[bool | str, OneOf((True, False, 'auto'))]
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
 # -----------------------------------------------------------------------------
@@ -78,7 +80,6 @@ def choose_compile(compile, kind, work):
 
     work: the numbers that will pass through the layers, tokens * layers * n_embd.
     """
-    check(compile in ('auto', True, False), 'compile', compile, 'True, False or auto')
     if compile == 'auto' and kind == 'mps':
         return False, 'not tried on mps'
     if compile == 'auto' and kind == 'cpu' and work < 5e8:  # 2 cores gain 20 to 30 ns per number
@@ -253,7 +254,9 @@ def setup(config, work=math.inf):
     name = f' {torch.cuda.get_device_name(device)}' if m.kind == 'cuda' else ''
     through = f' ({backend})' if WORLD > 1 else ''
     if WORLD == 1 and (os.environ.get('RANK') or '0', os.environ.get('WORLD_SIZE') or '1') != ('0', '1'):
-        through = ' (RANK and WORLD_SIZE in the environment are ignored: torchrun sets more than these)'
+        missing = [name for name in PLACE if not os.environ.get(name)]
+        fault = f'without {", ".join(missing)}' if missing else 'they contradict each other'
+        through = f' (RANK and WORLD_SIZE in the environment are ignored: {fault})'
     m.line = (
         f'device: {device}{name} ({why_device}), dtype: {str(dtype)[6:]} ({why_dtype}), '
         f'compile: {m.compile} ({why_compile}), processes: {WORLD}{through}'

@@ -22,6 +22,7 @@ from nanoloop.text_files import hold_out
 from nanoloop.tokenizer import read_text
 
 SHARD_TOKENS = 10**8
+FEW_TOKENS = 1024  # a smaller split limits block_size as one is likely to choose it
 PIECE_CHARS = 2**22  # text encoded at a time, so that a large file needs little memory
 
 
@@ -57,6 +58,9 @@ class Writer:
             say(f'{self.folder} was prepared by the other process')
             self.release_lock()
             return
+        if say and (old := self.finished_meta()):
+            made_of = old.get('source') or 'another program'
+            say(f'{self.folder} holds a data set from {made_of}, which will be replaced')
         mixed = (self.folder / MOVING).exists()  # until this set is finished, the files there are of two sets
         if not resume:
             shutil.rmtree(self.unfinished, ignore_errors=True)
@@ -86,10 +90,14 @@ class Writer:
 
     def is_prepared(self):
         """Returns whether the folder has the whole data set that this writer is to make."""
+        meta = self.finished_meta()
+        return bool(meta) and all(meta.get(key) == value for key, value in self.origin().items())
+
+    def finished_meta(self):
+        """Returns meta.json of the whole data set in the folder, {} if there is none."""
         with contextlib.suppress(OSError, ValueError):
-            meta = json.loads((self.folder / 'meta.json').read_text())
-            return all(meta.get(key) == value for key, value in self.origin().items())
-        return False
+            return json.loads((self.folder / 'meta.json').read_bytes())
+        return {}
 
     def origin(self):
         """Returns the values of meta.json that say what the set was made from."""
@@ -205,9 +213,10 @@ class Writer:
         write_json(self.folder / 'meta.json', dict(meta, **more))
         shutil.rmtree(self.unfinished)
         self.release_lock()
-        for split, values in splits.items() if say else ():
-            kind = self.tokenizer.spec['kind']
-            say(f'{self.folder.name}: {split} has {values["tokens"]:,} tokens ({kind})')
+        for split in sorted(splits) if say else ():  # train, val
+            tokens, kind = splits[split]['tokens'], self.tokenizer.spec['kind']
+            few = ', enough for block_size up to' if tokens <= FEW_TOKENS else ''
+            say(f'{self.folder.name}: {split} has {tokens:,} tokens ({kind}){few and f"{few} {tokens - 1}"}')
 
     def describe(self, split):
         """Returns the entry of a split in meta.json."""
@@ -223,9 +232,12 @@ class Writer:
         """Moves the shards to the names in splits, meta.json's entry; an earlier set there ends with this."""
         (self.folder / MOVING).touch()
         (self.unfinished / 'state.json').unlink()  # from here on an interrupted preparation begins anew
+        earlier = self.finished_meta().get('splits', {}).values()
+        names = [file['name'] for values in earlier for file in values['files']]
         (self.folder / 'meta.json').unlink(missing_ok=True)
-        for path in self.folder.glob('*.mask'):  # of the earlier set: they do not fit the new tokens
-            path.unlink()
+        # masks of the earlier set do not fit the new tokens; a run that reads its shards has them open
+        for path in (*self.folder.glob('*.mask'), *(self.folder / name for name in names)):
+            path.unlink(missing_ok=True)
         for split, values in splits.items():
             for i, file in enumerate(values['files']):
                 for suffix in self.suffixes(split):
@@ -258,6 +270,7 @@ def write_text(
     Raises UserError if there is no text, or one that the tokenizer cannot encode.
     """
     check(0 < val_share < 1, 'val_share', val_share, 'a number above 0 and below 1')
+    check(shard_tokens >= 1, 'shard_tokens', shard_tokens, 'at least 1')
     size = sum(path.stat().st_size for path in paths if path.exists())
     if size < 2:
         raise UserError(f'{paths[0]}: there is no text to learn from')
@@ -309,7 +322,11 @@ def split_text(text, size):
 
 def fetch(url, path):
     """Downloads url to path unless it is there. Returns path. Raises UserError if it cannot be downloaded."""
-    if not path.exists():
+    if path.exists():
+        return path
+    with lock_folder(path.parent, 'a second download', wait=True) or contextlib.nullcontext():
+        if path.exists():
+            return path
         try:
             with urllib.request.urlopen(url, timeout=60) as answer, replace_file(path, 'wb') as file:
                 shutil.copyfileobj(answer, file)

@@ -76,7 +76,7 @@ def prepare_hub(argv, doc, folder, path, splits, say, eot=True, **load):
 def prepare_tables(args, folder, paths, say, eot=True):
     """Prepares a set from the tables in paths. args: the values of TABLE_FLAGS and the other flags."""
     streaming = getattr(args, 'streaming', False)
-    options = dict(streaming=streaming, max_documents=args.max_documents)
+    options = dict(streaming=streaming, max_documents=args.max_documents, say=say)
     documents = local_documents(paths, args.column or 'text', **options)
     write_documents(args, folder, documents, {'train': 'train'}, say, eot)
 

@@ -18,6 +18,7 @@ from nanoloop.datasets import Split, find_data, identify, read_meta
 from nanoloop.evaluate import evaluate
 from nanoloop.objective import check_loops
 from nanoloop.parallel import max_over_ranks
+from nanoloop.run_folder import earlier_runs
 
 RANK_VARIABLES = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')  # a program that is started by a rank is none itself
 
@@ -50,11 +51,16 @@ def pretraining(c, m, checkpoint, stopped, say):
     if m.compile:
         for block in model.blocks():
             block.compile()
+    sizes = ' and '.join(f'{meta["splits"][name]["tokens"]:,} ({name})' for name in splits)
+    say(f'data set {folder.name}: {sizes} tokens of kind {meta["tokenizer"]["kind"]}')
     if c.vocab_size > 2 * meta['vocab_size']:
         say(f'vocab_size={c.vocab_size} is far above the {meta["vocab_size"]} of the data')
     batches = window_batches(splits['train'], c, m)
     validate = functools.partial(evaluate, model, splits, c, m, meta['token_bytes'], stopped, say.now)
     kept = dict(tokenizer=meta['tokenizer'], data=identify(folder, meta))
+    number = int(kept['data']['sha256'][:15], 16)
+    same = max_over_ranks(m, number) == -max_over_ranks(m, -number)
+    check(same, 'dataset', c.dataset, 'the same data on all machines, prepare it on each in the same way')
     return Task(model, batches, validate, kept, origin(c, checkpoint))
 
 
@@ -64,8 +70,12 @@ def find_initial_checkpoint(c, say=None):
     A resumed run has the checkpoint's values for the keys that were not given now. say: called with
     a line about each broken file. Raises UserError if there is no such checkpoint.
     """
-    wanted = c.init_from != 'resume' or checkpoint_paths(c.out_dir)
-    check(wanted, 'init_from', c.init_from, f'a checkpoint in {c.out_dir}, there is none')
+    if c.init_from in ('resume', 'auto') and not checkpoint_paths(c.out_dir):
+        earlier = earlier_runs(c.out_dir)
+        expected = f'a checkpoint in {c.out_dir}, there is none{earlier and f"; {earlier}"}'
+        check(c.init_from == 'auto', 'init_from', c.init_from, expected)
+        if earlier and say:
+            say(f'init_from=auto: a new run begins, there is no checkpoint in {c.out_dir}; {earlier}')
     checkpoint = find_from_flags(c.init_from, c.out_dir, {key: c[key] for key in c.given}, say=say)
     resuming = checkpoint is not None and c.init_from in ('resume', 'auto')
     if resuming:

@@ -21,22 +21,27 @@ class Teller:
     """Prints lines, and what the run is doing whenever it has printed nothing for SILENCE_S seconds.
 
     print_line: prints a line; None = this process prints nothing.
+
+    Lines come from one thread at a time: the watching thread has ended when the block is left.
     """
 
     SILENCE_S = 15.0
 
     def __init__(self, print_line):
         self.print_line, self.ended = print_line, threading.Event()
-        self.last_line, self.doing = time.monotonic(), None
+        self.last_line, self.doing, self.signal = time.monotonic(), None, ''
         self.now('')
 
     def hurry(self, signal):
         """Lets the watching thread say at once that a signal has come, and what it waits for."""
+        self.signal = signal
         self.doing, self.progress, self.since = f'{signal}: saving after', f' {self.doing}', time.monotonic()
         self.last_line = -math.inf
 
     def now(self, doing, progress=''):
         """Notes what the run is doing, and how far it is with the same thing."""
+        if self.signal:  # what a run that is to end still does
+            doing = f'{self.signal}: {doing}'
         if doing != self.doing:
             self.since = time.monotonic()
         self.doing, self.progress = doing, progress
@@ -47,12 +52,15 @@ class Teller:
             self.print_line(text)
 
     def __enter__(self):
+        self.thread = threading.Thread(target=self.watch, daemon=True)
         if self.print_line:
-            threading.Thread(target=self.watch, daemon=True).start()
+            self.thread.start()
         return self
 
     def __exit__(self, *failure):
         self.ended.set()
+        if self.print_line:
+            self.thread.join()
 
     def watch(self):
         """Runs in a thread until the end."""
@@ -95,9 +103,10 @@ def describe_cost(m, flops, steps):
         return
     rate = matmul_rate(m, size=1024)
     seconds = flops / rate
+    least = f'{seconds:.2g}' if seconds < 10 else f'{seconds:,.0f}'
     run = timedelta(seconds=min(10**9, round(seconds * steps)))
     yield (
-        f'a step computes {flops / 1e12:.3g} TFLOP, at least {seconds:.2g} s at the {rate / 1e12:.2g} '
+        f'a step computes {flops / 1e12:.3g} TFLOP, at least {least} s at the {rate / 1e12:.2g} '
         f'TFLOP/s of this CPU: {run} for {steps:,} steps'
     )
     if seconds > LONG_STEP_S:
@@ -107,42 +116,52 @@ def describe_cost(m, flops, steps):
 def doubtful_keys(c, rule, last_step, random_weights):
     """Yields warnings about keys that may be mistakes. rule: the LossRule of c.objective."""
     if c.warmup_iters > last_step:
-        yield f'warmup_iters={c.warmup_iters}: the learning rate rises until the last step, {last_step}'
+        rises = f'the learning rate rises until the last step, {last_step}'
+        yield f'warning: warmup_iters={c.warmup_iters}: {rises}'
     if c.exit_gate and not rule.trains_gate:
-        yield f'objective={c.objective} does not train the exit gate'
+        yield f'warning: objective={c.objective} does not train the exit gate'
     if not rule.trains_model and random_weights:
-        yield f'objective={c.objective} leaves the model as it began, at random; see --init_from=PATH'
+        left = 'leaves the model as it began, at random; see --init_from=PATH'
+        yield f'warning: objective={c.objective} {left}'
     if last_step < c.max_iters:
         yield f'max_flops={c.max_flops:.4g} are spent after {last_step:,} steps'
 
 
-def other_data(state, c, extra):
-    """Returns '' if a checkpoint is of a run on the data of this one, else what differs.
+def other_measure(state, c, extra):
+    """Returns why validation losses before and after resuming cannot be compared: a list of texts.
 
     state: the checkpoint; extra: Task.checkpoint_extra. Older checkpoints know their data set by its name
     only.
     """
-    old, new = state.get('data'), extra['data']
+    old, new, keys = state.get('data'), extra['data'], ['n_loop', 'block_size']
     if old is None:
-        return '' if state['config']['dataset'] == c.dataset else 'was another data set'
-    if old['sha256'] == new['sha256']:
-        return ''
-    known = [f'{data["source"]} (sha256 {data["sha256"][:8]})' for data in (old, new)]
-    return f'was {known[0]}, is {known[1]}'
+        keys.append('dataset')
+    changed = [was_is(key, state['config'][key], c[key]) for key in keys if state['config'][key] != c[key]]
+    if old is not None and old['sha256'] != new['sha256']:
+        known = [f'{data["source"]} (sha256 {data["sha256"][:8]})' for data in (old, new)]
+        changed.append(was_is('data', *known))
+    return changed
 
 
-def differences(c, machine, state, new_data=''):
+def was_is(key, old, new):
+    """Returns the text for a value that has changed."""
+    return f'{key} was {old}, is {new}'
+
+
+def differences(c, machine, state, new_measure=()):
     """Yields lines on what differs from the run that saved `state`: keys, and what bit-exactness needs.
 
-    machine: Machine.fingerprint(). new_data: see other_data.
+    machine: Machine.fingerprint(). new_measure: see other_measure.
     """
-    if new_data:
-        yield f'changed: data {new_data}; the best loss and the patience begin anew'
     pairs = (c, state['config'], 'changed'), (machine, state['machine'], 'not bit-exact')
+    lines = [f'changed: {text}' for text in new_measure]
     for new, old, what in pairs:
-        for key in sorted(new.keys() & old.keys() - {'init_from', 'out_dir'}):
+        for key in sorted(new.keys() & old.keys() - {'init_from', 'out_dir', 'eval_only'}):
             if new[key] != old[key]:
-                yield f'{what}: {key} was {old[key]}, is {new[key]}'
+                lines.append(f'{what}: {was_is(key, old[key], new[key])}')
+    yield from dict.fromkeys(lines)
+    if new_measure and not c.eval_only:
+        yield 'the best loss and the patience begin anew: earlier losses cannot be compared'
 
 
 def evaluation_line(step, losses, seconds):

@@ -50,6 +50,13 @@ def archive_previous_run(out_dir, say=None):
         say(f'{out_dir} held an earlier run, it is now in {out_dir}/run-{n}')
 
 
+def earlier_runs(out_dir):
+    """Returns a text that names the folders of earlier runs in out_dir, '' if there are none."""
+    folders = sorted(Path(out_dir).glob('run-*'), key=lambda path: (len(path.name), path.name))
+    shown = ', '.join(map(str, folders[-3:]))
+    return f'earlier runs: {"..., " * (len(folders) > 3)}{shown}' if folders else ''
+
+
 def set_best_aside(out_dir, step, say=None):
     """Renames a best.pt whose loss is of other data: later losses cannot be compared with it."""
     best, numbers = out_dir / 'best.pt', ('', *(f'-{n}' for n in range(2, 10**3)))
@@ -64,23 +71,40 @@ def set_best_aside(out_dir, step, say=None):
 class Log:
     """The log of a run, on rank 0: log.jsonl with a JSON object per line and, if asked for, Weights & Biases.
 
+    Until open() is called, records wait in memory. So a run that ends before its first step leaves the files
+    of an earlier run where they were.
+
     c: the keys of the run. state: the checkpoint that is resumed, {} for a new run. say: gets the text.
     """
 
     def __init__(self, c, state, say=None):
-        self.say = say
-        self.file = open(Path(c.out_dir) / 'log.jsonl', 'ab', buffering=0)
-        size = os.fstat(self.file.fileno()).st_size
-        self.file.truncate(min(size, state.get('log_bytes', 0)))  # the steps after the checkpoint run again
+        self.say, self.path, self.kept_bytes = say, Path(c.out_dir) / 'log.jsonl', state.get('log_bytes', 0)
+        self.file, self.waiting, self.resuming = None, b'', bool(state)
         self.wandb, self.wandb_id = None, state.get('wandb_id') or uuid.uuid4().hex[:8]
         if c.wandb_log:
             self.wandb = start_wandb(c, self.wandb_id)
+
+    def open(self):
+        """Opens the file, unless it is open, and cuts off what follows the checkpoint: these steps run again.
+
+        The files of an earlier run move to run-N before.
+        """
+        if self.file:
+            return
+        if not self.resuming:
+            archive_previous_run(self.path.parent, self.say)
+        self.file = open(self.path, 'ab', buffering=0)
+        self.file.truncate(min(os.fstat(self.file.fileno()).st_size, self.kept_bytes))
+        self.file.write(self.waiting)
 
     def write(self, text, record):
         """Prints the text and logs the record, {key: number} with the key iter, see to_json."""
         if self.say:
             self.say(text)
-        self.file.write(to_json(record))
+        if self.file:
+            self.file.write(to_json(record))
+        else:
+            self.waiting += to_json(record)
         if self.wandb:
             try:
                 self.wandb.log(record, step=record['iter'])

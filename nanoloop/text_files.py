@@ -3,6 +3,7 @@ Finds the texts among a user's files, and decides which part of them is for vali
 """
 
 import codecs
+import functools
 import hashlib
 import os
 import re
@@ -14,6 +15,9 @@ from nanoloop.tokenizer import text_encoding
 
 BLOCK_BYTES = 2**20  # read at a time
 CONTROL = bytes(set(range(32)) - set(b'\b\t\n\v\f\r\x1b'))  # characters that a text does not have
+UNMARKED, TABLE = 'UTF-16 without a byte order mark', 'table'  # kinds of files
+TABLE_FILE = re.compile(r'.+\.(parquet|jsonl|jsonl\.gz)')
+COLUMN_HINT = '; --column=NAME takes the tables'
 OWN_FILE = re.compile(r'\w+?(_\d{5})?\.(bin|mask)|meta\.(json|pkl)|max_id\.json|prepare\.py|\.lock|.*\.tmp')
 
 
@@ -28,23 +32,27 @@ def find_texts(path, pattern='*', data_folder=None, any_bytes=False, say=None):
     path = Path(path).expanduser()
     if path.is_file():
         kinds = {path: kind_of_content(path)}
-        if kinds[path] == 'binary' and not any_bytes:
-            raise UserError(f'--input {path} is a binary file, expected a text in UTF-8')
+        if kinds[path] in ('binary', UNMARKED) and not any_bytes:
+            kind = 'a binary file' if kinds[path] == 'binary' else UNMARKED
+            raise UserError(f'--input {path} is {kind}, expected a text in UTF-8')
     elif path.is_dir():
+        has_shards.cache_clear()
         files = [file for file in sorted(path.rglob(pattern)) if file.is_file() or is_broken_link(file)]
         kinds = {file: kind_of_file(file, path, data_folder) for file in files}
     else:
         raise UserError(f'--input {path}: there is no such file or folder')
     kept = ('text', 'not UTF-8') if path.is_dir() else tuple(kinds.values())
+    tables = [file for file, kind in kinds.items() if kind == TABLE and kind not in kept]
     texts = [file for file, kind in kinds.items() if kind in kept]
     left_out = count_kinds(path, {file: kind for file, kind in kinds.items() if kind not in kept})
     if not texts:
         raise UserError(
             f'--input {path}: there is no text {pattern} in it; left out: {left_out or "nothing"}'
+            f'{tables and COLUMN_HINT or ""}'
         )
     if left_out and say:
-        say(f'{path}: {len(texts):,} texts; left out: {left_out}')
-    others = [file for file in texts if kinds[file] in ('binary', 'not UTF-8')]
+        say(f'{path}: {len(texts):,} texts; left out: {left_out}{tables and COLUMN_HINT or ""}')
+    others = [file for file in texts if kinds[file] in ('binary', 'not UTF-8', UNMARKED)]
     if others and not any_bytes:
         raise UserError(f'--input: {others[0]} is not UTF-8: --tokenizer=byte takes its bytes as they are')
     if others and say:
@@ -71,7 +79,9 @@ def kind_of_file(path, folder, data_folder=None):
         return 'of a data set'
     if any(part.startswith('.') or part == '__pycache__' for part in parts):
         return 'hidden'
-    return 'broken link' if is_broken_link(path) else kind_of_content(path)
+    if is_broken_link(path):
+        return 'broken link'
+    return TABLE if TABLE_FILE.fullmatch(path.name) else kind_of_content(path)
 
 
 def is_of_data_set(path, data_folder=None):
@@ -80,12 +90,18 @@ def is_of_data_set(path, data_folder=None):
         return True
     folders = [path.parent.parent] if path.parent.name == 'unfinished' else [path.parent]
     own = data_folder is not None and Path(data_folder).resolve() == folders[0].resolve()
-    known = own or any(folders[0].glob('train*.bin'))
+    known = own or has_shards(folders[0])
     return known and (path.parent != folders[0] or OWN_FILE.fullmatch(path.name) is not None)
 
 
+@functools.cache  # asked for every file of the folder
+def has_shards(folder):
+    """Returns whether a folder has token files."""
+    return any(folder.glob('train*.bin'))
+
+
 def kind_of_content(path):
-    """Returns what is in a file: 'text', 'empty', 'not UTF-8' or 'binary'.
+    """Returns what is in a file: 'text', 'empty', 'not UTF-8', 'binary' or UNMARKED.
 
     A binary file has NUL characters, or is in no known encoding and has other control characters.
     """
@@ -102,11 +118,17 @@ def kind_of_content(path):
             except UnicodeDecodeError:
                 text, valid = '', False
             if '\0' in text or (not wide and 0 in block) or (wide and not valid):
-                return 'binary'
+                return UNMARKED if looks_like_utf16(start) else 'binary'
             control = control or len(block.translate(None, CONTROL)) < len(block)
     if not start:
         return 'empty'
     return 'text' if valid else 'binary' if control else 'not UTF-8'
+
+
+def looks_like_utf16(start):
+    """Returns whether a file's first bytes are like a western text in UTF-16: every second one is 0."""
+    zeros = [part.count(0) / max(1, len(part)) for part in (start[::2], start[1::2])]
+    return len(start) >= 16 and max(zeros) > 0.5 and min(zeros) < 0.02
 
 
 # -----------------------------------------------------------------------------

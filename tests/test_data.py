@@ -142,7 +142,7 @@ def test_an_interrupted_preparation_goes_on_as_if_it_had_not_been(tmp_path, save
     broken.save(saved)
     mixed_documents(broken, saved, saved + lost, masks)
     del broken
-    with pytest.raises(ValueError, match='not prepared'):
+    with pytest.raises(ValueError, match='only half prepared: wait for it, or run'):
         read_meta(tmp_path / 'broken')
     again = Writer(tmp_path / 'broken', tokenizer, 'x', shard_tokens=10)
     assert again.done == saved
@@ -253,7 +253,7 @@ def test_a_mask_that_is_lost_is_missed(tmp_path):
     writer.add('train', range(10), [0] * 10)
     writer.finish()
     (tmp_path / 'train.mask').unlink()
-    with pytest.raises(ValueError, match='train.mask has no bytes, meta.json says 10'):
+    with pytest.raises(ValueError, match='train.mask is missing, meta.json names it'):
         Split(tmp_path, read_meta(tmp_path), 'train', 4, 256)
 
 
@@ -396,7 +396,7 @@ def test_a_crash_while_files_are_moved_is_not_taken_for_a_finished_set(tmp_path,
     monkeypatch.undo()
     assert not (tmp_path / 'meta.json').exists()
     Writer(tmp_path, Bytes(), 'texts', resume=False).release_lock()  # another one that does not end
-    with pytest.raises(ValueError, match='not prepared'):  # nor for a folder of nanoGPT
+    with pytest.raises(ValueError, match='only half prepared'):  # nor for a folder of nanoGPT
         read_meta(tmp_path)
     assert numbers(tmp_path, 20, shard_tokens=100).tokens.tolist() == [20]
 
@@ -495,24 +495,30 @@ def test_what_is_no_table_is_told_before_the_work(tmp_path):
     paths = tables(tmp_path, body=['a', 'b'])
     for name in ('b.txt', 'b.csv.gz', '.hidden.jsonl', 'broken.parquet'):
         (tmp_path / name).write_text('x')
+    (tmp_path / 'texts').mkdir()
+    (tmp_path / 'texts' / 'a.txt').write_text('x')
     for given, told in [
-        ([tmp_path / 'none.parquet'], 'none.parquet: there is no such file, or no table'),
-        ([tmp_path / 'b.txt'], r'b.txt., expected a file .parquet, .*text files: data/text/prepare.py'),
-        ([tmp_path / 'b.csv.gz'], 'expected a file .parquet'),
+        ([tmp_path / 'none.parquet'], 'none.parquet: there is no such file or folder'),
+        ([tmp_path / 'b.txt'], r'b.txt., expected a table, .parquet, .*; a text has no --column'),
+        ([tmp_path / 'b.csv.gz'], 'expected a table, .parquet'),
+        ([tmp_path / 'texts'], r'texts: there is no table in it, .parquet'),
         ([paths['csv'], paths['parquet']], r"input=\['csv', 'parquet'\], expected files of one format"),
         ([tmp_path / 'broken.parquet'], 'broken.parquet cannot be read'),
     ]:
         with pytest.raises(ValueError, match=told):
             local_documents(given, 'body')
     (tmp_path / 'b.txt').rename(tmp_path / 'b.jsonl')
-    with pytest.raises(ValueError, match='b.jsonl.*cannot be read'):
+    with pytest.raises(ValueError, match=f'^{tmp_path}/b.jsonl cannot be read'):
         local_documents([tmp_path / 'b.jsonl'], 'body').open('train')
     (tmp_path / 'folder').mkdir()
     for i in range(3):
         shutil.copy(paths['jsonl'], tmp_path / 'folder' / f'{i}.jsonl')
     shutil.copy(tmp_path / '.hidden.jsonl', tmp_path / 'folder')
     for name in ('folder', 'folder/*.jsonl'):
-        assert local_documents([tmp_path / name], 'body').read('train', 0)[1] == 6
+        lines = []
+        assert local_documents([tmp_path / name], 'body', lines.append).read('train', 0)[1] == 6
+        told = [f'{tmp_path}/folder: 3 tables; left out: 1 other (.hidden.jsonl)']
+        assert lines == (told if name == 'folder' else [])
 
 
 def test_tables_may_differ_in_their_other_columns(tmp_path, monkeypatch):
@@ -842,9 +848,9 @@ def test_a_script_prepares_a_text_from_any_directory(scripts, tmp_path):
     (tmp_path / 'input.txt').write_text('to be or not to be\n' * 10)
     status, out, err = scripts('shakespeare_char', '--input', 'input.txt')
     assert (status, err) == (0, '')
-    assert (
-        out == 'shakespeare_char: train has 171 tokens (char)\nshakespeare_char: val has 19 tokens (char)\n'
-    )
+    enough = 'tokens (char), enough for block_size up to'
+    expected = [f'shakespeare_char: train has 171 {enough} 170', f'shakespeare_char: val has 19 {enough} 18']
+    assert out.splitlines() == expected
     assert read_meta(scripts.data / 'shakespeare_char')['vocab_size'] == 8
     foreign = tmp_path / 'foreign'  # packages of the same names, ahead of all others
     foreign.mkdir()
@@ -966,3 +972,32 @@ def test_tokens_without_text_are_trained_on_and_shown_as_ids(call, flags, tmp_pa
     status, out, err = call(sample.main, *options, '--start=3 14')
     assert status == 0 and re.match(r'3 14( \d+){5}\n---', out) and note in err
     assert call(sample.main, *options, '--start=la')[0] == 2
+
+
+def test_a_set_that_replaces_a_larger_one_leaves_no_shard_of_it(tmp_path):
+    lines = []
+    for n, shard_tokens in ((40, 10), (12, 10)):
+        writer = Writer(tmp_path, Bytes(), f'set of {n}', shard_tokens, say=lines.append)
+        for _ in range(n // 4):
+            writer.add('train', range(4))
+        writer.finish()
+    assert lines == [f'{tmp_path} holds a data set from set of 40, which will be replaced']
+    assert sorted(path.name for path in tmp_path.glob('*.bin')) == ['train.bin']
+
+
+def test_a_data_set_of_many_files_raises_the_limit_of_open_files(tmp_path):
+    writer = Writer(tmp_path, Bytes(), 'x', shard_tokens=5)
+    for _ in range(300):
+        writer.add('train', range(5))
+    writer.finish()
+    code = (
+        'import resource, sys\n'
+        'from nanoloop.datasets import Split, read_meta\n'
+        'resource.setrlimit(resource.RLIMIT_NOFILE, (200, int(sys.argv[2])))\n'
+        'split = Split(sys.argv[1], read_meta(sys.argv[1]), "train", 4, 256)\n'
+        'print(len(split.open_files))'
+    )
+    for hard, expected in ((1000, '300'), (250, 'and this process may open 250: see `ulimit -n`')):
+        call = [sys.executable, '-c', code, str(tmp_path), str(hard)]
+        run = subprocess.run(call, cwd=ROOT, capture_output=True, text=True)
+        assert expected in run.stdout + run.stderr

@@ -231,7 +231,8 @@ def test_a_place_that_is_ignored_is_told(monkeypatch):
     assert 'are ignored' not in machine.setup(TrainConfig(device='cpu', compile=False)).line
     monkeypatch.setenv('RANK', '1')
     assert (
-        'RANK and WORLD_SIZE in the environment are ignored' in machine.setup(TrainConfig(device='cpu')).line
+        'are ignored: without WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT)'
+        in machine.setup(TrainConfig(device='cpu')).line
     )
 
 

@@ -85,3 +85,19 @@ def test_what_cannot_be_drawn_is_told(call, tmp_path):
     assert status == 2 and 'expected a file in a folder that exists, .png, .pdf, .svg' in err
     status, _, err = call(plot.main, f'--png={tmp_path}/a.png')
     assert status == 2 and "unknown key 'png', did you mean 'image'?" in err
+
+
+@pytest.mark.parametrize('names', ['a,', ',a', 'a+', 'a++b', ''])
+def test_an_empty_name_between_runs_is_refused(call, names):
+    status, _, err = call(plot.main, f'--out_dir={names}')
+    assert status == 2 and 'the name of a folder before and after each , and +' in err
+
+
+def test_a_comparison_does_not_replace_the_picture_of_one_run(call, flags, tmp_path, drawn):
+    call(main, *flags)
+    call(main, *flags, f'--out_dir={tmp_path}/b')
+    for folders, image in (
+        (f'{tmp_path}/out', 'log.png'),
+        (f'{tmp_path}/out,{tmp_path}/b', 'comparison.png'),
+    ):
+        assert call(plot.main, f'--out_dir={folders}')[1].endswith(f'drawn: {tmp_path}/out/{image}\n')

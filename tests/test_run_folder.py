@@ -1,5 +1,6 @@
 """A run's folder belongs to one run at a time, and its log holds what happened to the run that it is of."""
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -8,8 +9,9 @@ import sys
 import types
 
 import pytest
+import torch
 
-from nanoloop import run_folder
+from nanoloop import checkpoint, run_folder
 from nanoloop.checks import UserError
 from nanoloop.files import NOT_SUPPORTED, sync_folder
 from train import main
@@ -126,3 +128,18 @@ def test_a_commit_is_marked_where_files_differ_from_it(monkeypatch):
     outputs = iter(['abc\n', ' M model.py\n', 'abc\n', ''])
     monkeypatch.setattr(run_folder.subprocess, 'check_output', lambda *args, **keys: next(outputs))
     assert [run_folder.git_commit() for _ in range(2)] == ['abc+', 'abc']
+
+
+def test_a_full_disk_is_told_as_such(tmp_path, monkeypatch):
+    """torch.save itself ends with a message about its own file format."""
+
+    @contextlib.contextmanager
+    def on_a_full_disk(path, mode):
+        with open('/dev/full', mode) as file:
+            yield file
+
+    monkeypatch.setattr(checkpoint, 'replace_file', on_a_full_disk)
+    log = types.SimpleNamespace(open=lambda: None, file=open(tmp_path / 'log', 'wb'), wandb_id='')
+    for size in (10, 10**6):
+        with pytest.raises(OSError, match='cannot be saved: No space left on device; the last'):
+            checkpoint.save_checkpoint(tmp_path, dict(x=torch.zeros(size)), log, best=False)

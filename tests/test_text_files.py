@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from nanoloop.prepare import write_text
-from nanoloop.text_files import find_texts, hold_out, kind_of_content
+from nanoloop.text_files import UNMARKED, find_texts, hold_out, kind_of_content
 from nanoloop.tokenizer import Bytes
 
 TEXT = 'to be or not to be\n' * 20
@@ -69,7 +69,9 @@ def test_a_folder_that_is_the_data_set_gives_the_same_set_again(notes):
         (TEXT.encode('utf-16'), 'text'),
         (TEXT.encode('utf-32'), 'text'),
         (TEXT.encode('utf-8-sig'), 'text'),
-        (TEXT.encode('utf-16-le'), 'binary'),
+        (TEXT.encode('utf-16-le'), UNMARKED),
+        (TEXT.encode('utf-16-be'), UNMARKED),
+        (bytes(range(256)) * 4, 'binary'),
         (b'caf\xe9', 'not UTF-8'),
         ('\u00e9'.encode()[:1], 'not UTF-8'),
         (b'caf\xe9\x01', 'binary'),
@@ -128,3 +130,18 @@ def test_files_given_in_two_ways_are_held_out_alike(tmp_path, monkeypatch):
         Path(name).write_text('text ' * 100)
     relative, absolute = (hold_out([Path('a'), folder / 'b'], 0.5) for folder in (Path('.'), tmp_path))
     assert [*relative.values()] == [*absolute.values()]
+
+
+def test_what_a_folder_leaves_out_is_counted_with_a_hint(tmp_path):
+    (tmp_path / 'a.txt').write_text(TEXT)
+    (tmp_path / 'b.jsonl').write_text('{}')
+    (tmp_path / 'c.txt').write_bytes(TEXT.encode('utf-16-le'))
+    lines = []
+    assert find_texts(tmp_path, any_bytes=True, say=lines.append) == [tmp_path / 'a.txt']
+    left_out = '1 UTF-16 without a byte order mark (c.txt), 1 table (b.jsonl); --column=NAME takes the tables'
+    assert lines == [f'{tmp_path}: 1 texts; left out: {left_out}']
+    with pytest.raises(ValueError, match='c.txt is UTF-16 without a byte order mark'):
+        find_texts(tmp_path / 'c.txt')
+    (tmp_path / 'a.txt').unlink()
+    with pytest.raises(ValueError, match='there is no text .* in it; .*; --column=NAME takes the tables'):
+        find_texts(tmp_path)

@@ -300,7 +300,8 @@ def test_a_run_on_other_data_is_told_and_its_best_loss_begins_anew(call, flags, 
     _, out, _ = call(main, *resume, f'--dataset={sets["hard"]}', '--max_iters=48', '--eval_interval=4')
     hashes = [load(out_dir / name)['data']['sha256'] for name in ('best-before-40.pt', 'best.pt')]
     told = [f'{name} (sha256 {sha256[:8]})' for name, sha256 in zip(('easy', 'hard'), hashes, strict=True)]
-    assert f'changed: data was {told[0]}, is {told[1]}; the best loss' in out and hashes[0] != hashes[1]
+    assert f'changed: data was {told[0]}, is {told[1]}\n' in out and hashes[0] != hashes[1]
+    assert 'the best loss and the patience begin anew' in out
     assert float(out.split('best val loss ')[1][:6]) > 0.6 and load(out_dir / 'best.pt')['iter_num'] > 40
     shutil.copytree(sets['hard'], tmp_path / 'moved')  # the same tokens
     _, out, _ = call(main, *resume, f'--dataset={tmp_path}/moved', '--max_iters=50')
@@ -309,7 +310,7 @@ def test_a_run_on_other_data_is_told_and_its_best_loss_begins_anew(call, flags, 
     del old['data']  # as older versions wrote it: they know the name only
     torch.save(old, out_dir / 'ckpt.pt')
     _, out, _ = call(main, *resume, f'--dataset={sets["easy"]}', '--max_iters=52')
-    assert 'changed: data was another data set' in out
+    assert 'the best loss and the patience begin anew' in out
 
 
 # -----------------------------------------------------------------------------
@@ -405,6 +406,56 @@ def test_starting_from_scratch_deletes_no_earlier_run(call, flags, tmp_path):
     assert (earlier / 'best.pt').exists()
     assert (earlier / 'ckpt.pt').read_bytes() == old and len(losses(earlier)) == 4
     assert len(losses(tmp_path / 'out')) == 12
+
+
+def test_a_run_that_ends_before_its_first_step_leaves_the_earlier_one(call, flags, tmp_path, monkeypatch):
+    call(main, *flags, '--max_iters=4')
+    before = {path.name: path.read_bytes() for path in (tmp_path / 'out').iterdir()}
+    real = train.train_step
+
+    def stop(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(train, 'train_step', stop)
+    status, out, err = call(main, *flags, '--seed=2')
+    assert status == 130 and 'there is nothing new to save' in err and 'earlier run' not in out
+    assert {path.name: path.read_bytes() for path in (tmp_path / 'out').iterdir()} == before
+    monkeypatch.setattr(train, 'train_step', real)
+    status, out, err = call(main, *flags, '--init_from=auto', '--max_iters=4')
+    assert status == 0 and 'resuming at step 4 of 4: nothing is left to do, a larger max_iters goes on' in out
+
+
+def test_earlier_runs_are_named_where_there_is_nothing_to_resume(call, flags, tmp_path):
+    for n in range(1, 12):
+        (tmp_path / 'out' / f'run-{n}').mkdir(parents=True)
+    earlier = f'earlier runs: ..., {tmp_path}/out/run-9, {tmp_path}/out/run-10, {tmp_path}/out/run-11'
+    status, _, err = call(main, *flags, '--init_from=resume')
+    assert status == 2 and f'there is none; {earlier}\n' in err
+    status, _, err = call(main, *flags, '--init_from=auto', '--max_iters=1')
+    assert status == 0 and f'a new run begins, there is no checkpoint in {tmp_path}/out; {earlier}\n' in err
+
+
+def test_with_other_loops_the_best_loss_begins_anew(call, flags, tmp_path):
+    call(main, *flags, '--max_iters=4', '--eval_interval=2', '--patience=9')
+    before = load(tmp_path / 'out' / 'ckpt.pt')
+    torch.save(before | dict(stale=5), tmp_path / 'out' / 'ckpt.pt')
+    resume = [f'--out_dir={tmp_path}/out', '--init_from=resume']
+    more = ['--max_iters=5', '--eval_interval=1', '--learning_rate=0', '--min_lr=0']
+    _, out, _ = call(main, *resume, *more, '--n_loop=1')
+    assert out.count('changed: n_loop was') == 1 and 'the best loss and the patience begin anew' in out
+    last = load(tmp_path / 'out' / 'ckpt.pt')
+    assert last['best_val_loss'] != before['best_val_loss']
+    assert (last['iter_num'], last['stale']) == (5, 1)  # step 4 was evaluated again, and was the best
+    assert (tmp_path / 'out' / 'best-before-4.pt').exists()
+    _, out, _ = call(main, *resume, '--eval_only=True', '--n_loop=3')
+    assert 'changed: n_loop was 1, is 3' in out and 'begin anew' not in out
+
+
+def test_evaluating_random_weights_is_told(call, flags, tmp_path):
+    assert 'random weights: --init_from=resume' in call(main, *flags, '--eval_only=True')[1]
+    call(main, *flags, '--max_iters=1')
+    out = call(main, *flags, '--eval_only=True', '--init_from=resume')[1]
+    assert 'random weights' not in out
 
 
 def test_a_second_run_is_kept_out(call, flags, tmp_path):

@@ -32,7 +32,7 @@ from nanoloop.prepare_script import (
     parse,
     prepare_tables,
 )
-from nanoloop.text_files import find_texts
+from nanoloop.text_files import TABLE_FILE, find_texts
 from nanoloop.tokenizer import choose_tokenizer, read_text
 
 DATA = Path(__file__).resolve().parents[1]
@@ -51,10 +51,12 @@ FLAGS = {
 def main(argv):
     args = parse(argv, __doc__, FLAGS)
     folder, source = DATA / args.name, ', '.join(path.name for path in args.input)
-    if args.column or all({'.parquet', '.jsonl'} & set(path.suffixes) for path in args.input):
+    if args.column or all(TABLE_FILE.fullmatch(path.name) for path in args.input):
+        check(args.pattern == '*', 'pattern', args.pattern, 'none: tables are given as --input DIR/*.jsonl')
         prepare_tables(args, folder, args.input, say=print_line)
         return
-    check(not args.max_documents, 'max_documents', args.max_documents, 'none: the files are no tables')
+    for key in ('max_documents', 'processes'):
+        check(getattr(args, key) is None, key, getattr(args, key), 'none: the files are no tables')
     options = dict(any_bytes=args.tokenizer == 'byte', say=print_line)
     paths = [text for path in args.input for text in find_texts(path, args.pattern, folder, **options)]
     tokenizer = choose_tokenizer(args.tokenizer, lambda: map(read_text, paths))
