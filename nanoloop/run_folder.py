@@ -52,20 +52,20 @@ def archive_previous_run(out_dir, say=None):
 
 def earlier_runs(out_dir):
     """Returns a text that names the folders of earlier runs in out_dir, '' if there are none."""
-    folders = sorted(Path(out_dir).glob('run-*'), key=lambda path: (len(path.name), path.name))
+    folders = sorted(Path(out_dir).glob('run-[0-9]*'), key=lambda path: (len(path.name), path.name))
     shown = ', '.join(map(str, folders[-3:]))
     return f'earlier runs: {"..., " * (len(folders) > 3)}{shown}' if folders else ''
 
 
 def set_best_aside(out_dir, step, say=None):
-    """Renames a best.pt whose loss is of other data: later losses cannot be compared with it."""
+    """Renames a best.pt whose loss is of other data or loops: later ones cannot be compared with it."""
     best, numbers = out_dir / 'best.pt', ('', *(f'-{n}' for n in range(2, 10**3)))
     names = (out_dir / f'best-before-{step}{number}.pt' for number in numbers)
     if best.exists():
         new = next(name for name in names if not name.exists())
         os.replace(best, new)
         if say:
-            say(f'best.pt is of the data before: it is now {new}')
+            say(f'best.pt is of before this change: it is now {new}')
 
 
 class Log:

@@ -1001,3 +1001,23 @@ def test_a_data_set_of_many_files_raises_the_limit_of_open_files(tmp_path):
         call = [sys.executable, '-c', code, str(tmp_path), str(hard)]
         run = subprocess.run(call, cwd=ROOT, capture_output=True, text=True)
         assert expected in run.stdout + run.stderr
+
+
+def test_a_progress_bar_without_a_terminal_is_drawn_no_more():
+    class Bar:
+        n, disable = 3, False
+
+        def update(self, more):
+            raise OSError(errno.EIO, 'Input/output error')
+
+    bar = Bar()
+    hub.advance(bar, 5)
+    assert bar.disable
+
+
+def test_the_documents_of_a_stream_are_not_counted_before_they_are_read(tmp_path, monkeypatch):
+    monkeypatch.setenv('HF_HOME', str(tmp_path / 'hf'))
+    pytest.importorskip('datasets')
+    path = tables(tmp_path, text=['a', 'b'])['jsonl']
+    stream = local_documents([path], streaming=True, max_documents=9).read('train', 0)
+    assert stream[1] is None and len(list(stream[0])) == 2

@@ -55,7 +55,7 @@ def test_the_best_of_other_data_is_set_aside_and_never_overwritten(tmp_path):
         run_folder.set_best_aside(tmp_path, 20, said.append)
     names = ['best-before-20.pt', 'best-before-20-2.pt', 'best-before-20-3.pt']
     assert [(tmp_path / name).read_text() for name in names] == ['first', 'second', 'third']
-    assert said[0] == f'best.pt is of the data before: it is now {tmp_path}/best-before-20.pt'
+    assert said[0] == f'best.pt is of before this change: it is now {tmp_path}/best-before-20.pt'
     run_folder.set_best_aside(tmp_path, 20, said.append)  # there is none
     assert len(said) == 3
 

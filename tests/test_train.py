@@ -425,6 +425,21 @@ def test_a_run_that_ends_before_its_first_step_leaves_the_earlier_one(call, flag
     assert status == 0 and 'resuming at step 4 of 4: nothing is left to do, a larger max_iters goes on' in out
 
 
+def test_the_log_is_there_after_the_first_step(call, flags, tmp_path, monkeypatch):
+    steps, real = [], train.train_step
+
+    def crash_at_the_second(*args):
+        steps.append(1)
+        if len(steps) > 1:
+            raise OSError('crash')
+        return real(*args)
+
+    monkeypatch.setattr(train, 'train_step', crash_at_the_second)
+    assert call(main, *flags)[0] == 1
+    keys = [set(record) for record in read_log(tmp_path / 'out')]
+    assert 'val/loss' in keys[0] and 'train/loss' in keys[1] and len(keys) == 2
+
+
 def test_earlier_runs_are_named_where_there_is_nothing_to_resume(call, flags, tmp_path):
     for n in range(1, 12):
         (tmp_path / 'out' / f'run-{n}').mkdir(parents=True)
