@@ -105,20 +105,23 @@ OBJECTIVE = {
 
 def try_rule(name, rule, n_loop, c):
     """Calls a loss rule once. Raises RuntimeError, with its name, for a mistake of its author."""
-    loops = rule.loops(n_loop)
-    rising = isinstance(loops, tuple) and loops == tuple(sorted(set(loops)))
-    if not (rising and loops and 0 <= loops[0] <= loops[-1] < n_loop):
-        raise RuntimeError(f'objective {name}: loops={loops!r}, expected rising indices of {n_loop} loops')
-    ce = torch.ones(len(loops), 2, 3)  # (R, B, T)
+    hint = ''
     try:
+        loops = rule.loops(n_loop)
+        rising = isinstance(loops, tuple) and loops == tuple(sorted(set(loops)))
+        if not (rising and loops and 0 <= loops[0] <= loops[-1] < n_loop):
+            raise IndexError(f'loops={loops!r}, expected rising indices of {n_loop} loops')
+        ce = torch.ones(len(loops), 2, 3)  # (R, B, T)
+        hint = '' if rule.trains_gate else '; its gates are None without trains_gate'
         loss, extra = rule.loss(ce, 0.5 * ce if rule.trains_gate else None, loops, c)
         results = dict(extra, loss=loss)
     except Exception as error:  # of any kind: it is its author's code
-        hint = '' if rule.trains_gate else '; its gates are None without trains_gate'
         raise RuntimeError(f'objective {name}: {type(error).__name__}: {error}{hint}') from error
     for what, x in results.items():
-        if x.shape != (2, 3):
-            raise RuntimeError(f'objective {name}: its {what} has shape {tuple(x.shape)}, not (B, T)')
+        shape = getattr(x, 'shape', None)  # of a number: None
+        if shape != (2, 3):
+            got = x if shape is None else f'shape {tuple(shape)}'
+            raise RuntimeError(f'objective {name}: its {what} has {got}, not shape (B, T)')
     if 'loss' in extra:
         raise RuntimeError(f"objective {name}: a logged value cannot be called 'loss'")
 
@@ -144,7 +147,6 @@ class TrainingLoss(nn.Module):
     def __init__(self, model, c):
         super().__init__()
         self.model, self.c, self.rule = model, c, OBJECTIVE[c.objective]
-        try_rule(c.objective, self.rule, max(model.config.n_loop, self.rule.min_loops), c)
 
     def forward(self, idx, targets, n_loop, weights=None):
         """Returns the loss and {name: a number}, detached.
@@ -255,6 +257,8 @@ def check_loops(c, config):
     c: the run's keys; config: the model's GPTConfig.
     """
     rule, sampling = OBJECTIVE[c.objective], LOOP_SAMPLING[c.loop_sampling]
+    for n in {rule.min_loops, max(rule.min_loops, c.n_loop)}:
+        try_rule(c.objective, rule, n, c)
     bounded = sampling.largest(c.n_loop) < math.inf
     check(c.loop_max or bounded, 'loop_max', c.loop_max, f'a number with loop_sampling={c.loop_sampling}')
     meaningless = sampling.fixed and c.loop_max is not None

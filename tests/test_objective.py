@@ -22,6 +22,7 @@ from nanoloop.objective import (
     LOOP_SAMPLING,
     OBJECTIVE,
     TrainingLoss,
+    check_loops,
     exit_distribution,
     loops_at,
     set_trained_parts,
@@ -435,10 +436,10 @@ def test_mistakes_of_an_entrys_author_are_told(monkeypatch):
     with pytest.raises(RuntimeError, match="optimizer new: there is no group 'matrix'"):
         make_optimizers(model, TrainConfig(optimizer='new'))
     monkeypatch.setitem(OBJECTIVE, 'new', OBJECTIVE['step']._replace(loss=lambda ce, *_: (ce, {})))
-    with pytest.raises(RuntimeError, match=r'objective new: its loss has shape \(4, 2, 3\)'):
-        TrainingLoss(model, TrainConfig(objective='new'))(*batch(), 4)
     for changes, told in (
-        (dict(loss=lambda ce, *_: (ce[0], dict(w=ce.mean()))), r'its w has shape \(\), not \(B, T\)'),
+        (dict(loss=lambda ce, *_: (ce, {})), r'its loss has shape \([14], 2, 3\)'),
+        (dict(loss=lambda ce, *_: (ce[0], dict(w=ce.mean()))), r'its w has shape \(\), not shape \(B, T\)'),
+        (dict(loss=lambda ce, *_: (ce[0], dict(w=0.5))), r'its w has 0.5, not shape \(B, T\)'),
         (dict(loss=lambda ce, *_: (ce[0], dict(loss=ce[0]))), "cannot be called 'loss'"),
         (dict(loss=lambda ce, *_: ce[0]), 'TypeError: cannot convert'),
         (dict(loss=lambda ce, gates, *_: ((ce * gates).mean(0), {})), 'TypeError.*None without trains_gate'),
@@ -447,12 +448,14 @@ def test_mistakes_of_an_entrys_author_are_told(monkeypatch):
             r'loops=\(3, 2, 1, 0\), expected rising indices of 4 loops',
         ),
         (dict(loops=lambda n: (-2, -1)), 'expected rising indices'),
-        (dict(loops=lambda n: n - 1), 'loops=3, expected rising'),
+        (dict(loops=lambda n: n - 1), 'loops=[03], expected rising'),
         (dict(loops=lambda n: (n,)), 'expected rising'),
+        (dict(loops=lambda n: (1 // (n - 1),)), 'ZeroDivisionError'),  # at the least number of loops only
+        (dict(loops=lambda n: (n.missing,)), 'AttributeError'),
     ):
         monkeypatch.setitem(OBJECTIVE, 'new', OBJECTIVE['step']._replace(**changes))
         with pytest.raises(RuntimeError, match=f'objective new: .*{told}'):
-            TrainingLoss(model, TrainConfig(objective='new'))
+            check_loops(types.SimpleNamespace(**vars(TrainConfig(objective='new')), n_loop=4), model.config)
     monkeypatch.setitem(LOOP_GROWTH, 'new', lambda progress: 4 * progress)
     c = TrainConfig(loop_growth='new', loop_warmup=10)
     with pytest.raises(RuntimeError, match='loop_growth new: 2.0 is no share of n_loop'):
