@@ -1,0 +1,51 @@
+"""
+Reads small tables of texts whole: JSON lines and parquet. Needs no torch.
+"""
+
+import json
+from pathlib import Path
+
+from nanoloop.checks import UserError, check, missing_package
+from nanoloop.tokenizer import read_text
+
+
+def read_jsonl(path):
+    """Returns the objects of a file of JSON lines without its blank lines. Raises UserError for a bad line."""
+    rows = []
+    for number, line in enumerate(read_text(path).split('\n'), 1):  # not splitlines: a text may have U+2028
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f'{path}, line {number} is no JSON: {error}') from None
+        if not isinstance(row, dict):
+            raise UserError(
+                f'{path}, line {number}: expected an object {{"name": value, ...}}, got {line[:40]}'
+            )
+        rows.append(row)
+    return rows
+
+
+def read_parquet(path):
+    """Returns the rows of a parquet file, a dict each. Raises UserError if it cannot be read."""
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise missing_package('a parquet file', 'eval', 'datasets') from None  # which needs pyarrow
+    try:
+        return parquet.read_table(path).to_pylist()
+    except (OSError, ArrowException) as error:
+        raise UserError(f'{path} cannot be read: {" ".join(str(error).split())}') from None
+
+
+READERS = {'.jsonl': read_jsonl, '.parquet': read_parquet}
+
+
+def read_table(path, key):
+    """Returns the rows of a file by the ending of its name. key: the flag that names the file."""
+    suffix = Path(path).suffix
+    check(suffix in READERS, key, str(path), f'a file {" or ".join(READERS)}')
+    rows = READERS[suffix](path)
+    check(rows, key, str(path), 'a file with rows, it has none')
+    return rows
