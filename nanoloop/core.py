@@ -55,15 +55,23 @@ def render_continuation(row, delimiter, shots=''):
     return [prompt.strip(), prompt + row['continuation']]
 
 
-def starts_after_prefix(sequences):
-    """Returns where each of several token sequences begins to differ from the others."""
-    return [common_prefix(sequences)] * len(sequences)
+def score_choices(sequences):
+    """Scores every choice from the first token that is not the same in all of them."""
+    start, last = common_prefix(sequences), min(map(len, sequences)) - 1
+    return [(ids, min(start, last)) for ids in sequences], start > last
 
 
-def starts_of_suffix(sequences):
-    """Returns where the end that several token sequences have in common begins in each."""
+def score_suffix(sequences):
+    """Scores the tokens that all sequences have in common at their end."""
     length = common_prefix([ids[::-1] for ids in sequences])
-    return [len(ids) - length for ids in sequences]
+    return [(ids, max(1, len(ids) - max(1, length))) for ids in sequences], length == 0
+
+
+def score_continuation(sequences):
+    """Scores the tokens that the continuation adds to the prompt, or changes in it."""
+    prompt, ids = sequences
+    start = common_prefix(sequences)
+    return [(ids, min(start, len(ids) - 1))], start < len(prompt)
 
 
 def choose(item, ces, predicted):
@@ -86,15 +94,18 @@ def match(item, ces, predicted):
 class Kind(NamedTuple):
     """How the questions of a kind are rendered and judged."""
 
-    render: Callable  # (row, delimiter, shots) -> prompts; of a shot the right one is taken
-    starts: Callable  # token sequences of the prompts -> the first scored token of each
+    render: Callable  # (row, delimiter, shots) -> prompts
+    # token sequences of the prompts -> (those to score and the first scored token of each, merged): merged is
+    # true if a scored token begins before the answer, since one token belongs to both, or one choice is the
+    # start of another; at least one token of each is scored
+    score: Callable
     judge: Callable  # see Evaluation
 
 
 HOW = dict(
-    multiple_choice=Kind(render_choices, starts_after_prefix, choose),
-    schema=Kind(render_schema, starts_of_suffix, choose),
-    language_modeling=Kind(render_continuation, starts_after_prefix, match),
+    multiple_choice=Kind(render_choices, score_choices, choose),
+    schema=Kind(render_schema, score_suffix, choose),
+    language_modeling=Kind(render_continuation, score_continuation, match),
 )
 assert HOW.keys() == KINDS.keys()
 
@@ -108,9 +119,10 @@ def context_limit(config):
 
 
 def crop(ids, start, limit):
-    """Returns (the last `limit` ids, where the scored ones start among them, whether some of these are gone)."""
+    """Returns (a Text of the last `limit` ids, scored from start on, whether some scored ones are gone)."""
     gone = max(0, len(ids) - limit) if limit else 0
-    return ids[gone:], max(1, start - gone), start - gone < 1
+    ids, start = ids[gone:], start - gone
+    return Text(ids, slice(max(1, start), len(ids))), start < 1
 
 
 class Questions(Sequence):
@@ -118,6 +130,7 @@ class Questions(Sequence):
 
     def __init__(self, task, rows, seeds, tokenizer, limit):
         self.task, self.rows, self.seeds, self.tokenizer, self.limit = task, rows, seeds, tokenizer, limit
+        self.kind, self.has_choices = HOW[task.kind], KINDS[task.kind].options is not None
 
     def __len__(self):
         return len(self.rows) * len(self.seeds)
@@ -136,34 +149,28 @@ class Questions(Sequence):
 
     def prompts(self, index, seed):
         """Returns the texts of a question, its shots in front."""
-        render, delimiter = HOW[self.task.kind].render, self.task.delimiter
-        shots = (self.rows[i] for i in self.draw_shots(index, seed))
-        texts = [render(row, delimiter)[row.get('gold', -1)] + '\n\n' for row in shots]
-        return render(self.rows[index], delimiter, ''.join(texts))
+        shots = ''
+        for row in (self.rows[i] for i in self.draw_shots(index, seed)):
+            answer = row['gold'] if self.has_choices else -1
+            shots += self.kind.render(row, self.task.delimiter)[answer] + '\n\n'
+        return self.kind.render(self.rows[index], self.task.delimiter, shots)
 
     def render(self, index, seed):
         """Returns the Item of a question.
 
-        At least one token of each text is scored. `merged` in the item's info says that a scored token begins
-        before the answer: it belongs to both in this tokenizer, or one choice is the start of another. `cut`
-        says that tokens of an answer do not fit in the model's context.
+        Its info has `merged` as Kind says, and `cut` if tokens of an answer do not fit in the model's context.
         """
-        row, bos = self.rows[index], [self.tokenizer.eot_token]
-        sequences = [bos + self.tokenizer.encode(text) for text in self.prompts(index, seed)]
-        starts, last = HOW[self.task.kind].starts(sequences), min(map(len, sequences)) - 1
+        bos = [self.tokenizer.eot_token]
+        spans, merged = self.kind.score(
+            [bos + self.tokenizer.encode(text) for text in self.prompts(index, seed)]
+        )
+        cropped = [crop(ids, start, self.limit) for ids, start in spans]
+        texts, cuts = [text for text, _ in cropped], [cut for _, cut in cropped]
         info = dict(index=index, seed=seed) if self.task.n_shots else dict(index=index)
-        if 'gold' in row:
-            info['gold'], merged = row['gold'], max(starts) > last
+        info |= {key: True for key, flag in (('merged', merged), ('cut', any(cuts))) if flag}
+        if self.has_choices:
+            info['gold'] = self.rows[index]['gold']
         else:
-            merged = starts[0] < len(sequences[0])
-            sequences, starts, last = sequences[-1:], starts[-1:], len(sequences[-1]) - 1
-        cropped = [
-            crop(ids, min(start, last), self.limit) for ids, start in zip(sequences, starts, strict=True)
-        ]
-        texts = [Text(ids, slice(start, len(ids))) for ids, start, _ in cropped]
-        flags = dict(merged=merged, cut=any(cut for _, _, cut in cropped))
-        info |= {key: True for key, value in flags.items() if value}
-        if 'gold' not in row:
             info['target'] = texts[0].ids[texts[0].scored]
         return Item(texts, info)
 

@@ -10,7 +10,7 @@ from nanoloop.tokenizer import read_text
 
 
 def read_jsonl(path):
-    """Returns the objects of a file of JSON lines without its blank lines. Raises UserError for a bad line."""
+    """Returns the objects of a file of JSON lines, blank lines left out. Raises UserError for a bad line."""
     rows = []
     for number, line in enumerate(read_text(path).split('\n'), 1):  # not splitlines: a text may have U+2028
         if not line.strip():
