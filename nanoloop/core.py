@@ -158,7 +158,7 @@ class Questions(Sequence):
     def render(self, index, seed):
         """Returns the Item of a question.
 
-        Its info has `merged` as Kind says, and `cut` if tokens of an answer do not fit in the model's context.
+        Its info has `merged`, see Kind, and `cut` if tokens of an answer do not fit in the model's context.
         """
         bos = [self.tokenizer.eot_token]
         spans, merged = self.kind.score(

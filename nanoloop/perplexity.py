@@ -3,7 +3,7 @@ WikiText and LAMBADA, each by two conventions whose numbers do not compare.
 
     wikitext       lm-evaluation-harness: detokenised pages, rolling windows of block_size that begin with the
                    end-of-text token, every token scored once; ppl = exp(nll / words), bpb of the page's bytes
-    wikitext_rows  every line begins with the end-of-text token, all lines are one sequence, cut into blocks of
+    wikitext_rows  all lines as one sequence, the end-of-text token in front of each, cut into blocks of
                    block_size tokens; ppl = exp(nll / tokens)
     lambada        lm-evaluation-harness: the last word behind the text before it, no token in front of it;
                    ppl = exp(mean over texts of the nll of the word)
@@ -64,29 +64,35 @@ def hash_text(text):
     return hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:8]
 
 
-def read_pages(path):
-    """Returns (the pages of WikiText, a short hash): texts that begin with their title, ` = Title = `.
+def read_wikitext(path):
+    """Returns (the raw text of WikiText, its pages, a short hash). A page begins with a title, ` = Title = `.
 
     path: a raw text, or a table with a column page, or with a column text of lines; '' = from the hub.
     """
     if path and Path(path).suffix not in READERS:
         text = read_text(path)
-        return split_pages(text.split('\n')), hash_text(text)
-    rows, source = read_rows(path, 'wikitext')
-    column = next((name for name in ('page', 'text') if name in rows[0]), None)
-    check(column, 'wikitext', path, f'a column page or text, it has {", ".join(rows[0])}')
-    for number, row in enumerate(rows, 1):
-        check(isinstance(row.get(column), str), f'{path}, row {number}: {column}', row.get(column), 'a text')
-    if column == 'page':
-        return [row['page'] for row in rows if row['page'].strip()], source
-    # tables of lines have '' for a blank line, ' ' in the raw text
-    return split_pages([row['text'].removesuffix('\n') or ' ' for row in rows]), source
+        source, pages = hash_text(text), split_pages(text)
+    else:
+        rows, source = read_rows(path, 'wikitext')
+        column = next((name for name in ('page', 'text') if name in rows[0]), '')
+        check(column, 'wikitext', path, f'a file with page or text, it has {", ".join(rows[0])}')
+        for number, row in enumerate(rows, 1):
+            where = f'{path}, row {number}: {column}'
+            check(isinstance(row.get(column), str), where, row.get(column), 'a text')
+        texts = [row[column] for row in rows]
+        if column == 'page':
+            text, pages = '\n'.join(texts), [page for page in texts if page.strip()]
+        else:  # tables of lines have '' for a blank line, ' ' in the raw text
+            text = ''.join((line.removesuffix('\n') or ' ') + '\n' for line in texts)
+            pages = split_pages(text)
+    check(pages, 'wikitext', path, 'a file with text, it is blank')
+    return text, pages, source
 
 
-def split_pages(lines):
-    """Returns the pages in the lines of a raw text: each begins with the line of its title."""
+def split_pages(text):
+    """Returns the pages of a raw text: each begins with the line of its title."""
     pages = [[]]
-    for line in lines:
+    for line in text.split('\n'):
         if is_title(line):
             pages.append([])
         pages[-1].append(line)
@@ -148,8 +154,8 @@ def rolling_windows(ids, first, size):
 
 
 def wikitext(c, tokenizer, config, say):
-    """Returns the Evaluation of WikiText by the harness's convention, in a list. See the head of this file."""
-    pages, source = read_pages(c.wikitext)
+    """Returns the Evaluation of WikiText by the harness's convention, in a list: see the head of the file."""
+    _, pages, source = read_wikitext(c.wikitext)
     items = []
     for number, page in enumerate(pages[: c.max_per_task]):
         windows = rolling_windows(tokenizer.encode(detokenise(page)), tokenizer.eot_token, config.block_size)
@@ -163,8 +169,9 @@ def wikitext(c, tokenizer, config, say):
 
 def wikitext_rows(c, tokenizer, config, say):
     """Returns the Evaluation of WikiText as one sequence of lines, in a list. See the head of this file."""
-    pages, source = read_pages(c.wikitext)
-    lines = [f'{line}\n' if line.strip() else '' for page in pages for line in page.split('\n')]
+    text, _, source = read_wikitext(c.wikitext)
+    # as in the tables of the hub, a blank line is ''
+    lines = [f'{line}\n' if line.strip() else '' for line in text.removesuffix('\n').split('\n')]
     ids = [i for line in lines for i in (tokenizer.eot_token, *tokenizer.encode(line))]
     size = config.block_size
     blocks = [ids[start : start + size + 1] for start in range(0, len(ids) - size, size)][: c.max_per_task]
@@ -179,7 +186,7 @@ def sum_losses(item, ces, predicted):
     return dict(item.info, nll=float(ces[0].sum()), tokens=len(ces[0]))
 
 
-def column(records, key):
+def values(records, key):
     """Returns the values of a key in all records, 0 where there is none, float64 (n,)."""
     return np.array([record.get(key, 0) for record in records], dtype=np.float64)
 
@@ -193,7 +200,7 @@ def summarise_pages(records):
     """Returns word perplexity and bits per byte of the records of windows; an item is a page."""
     page = [record['page'] for record in records]
     nll, tokens, words, size = (
-        np.bincount(page, column(records, key)) for key in ('nll', 'tokens', 'words', 'bytes')
+        np.bincount(page, values(records, key)) for key in ('nll', 'tokens', 'words', 'bytes')
     )
     loss, error = ratio_and_error(nll, tokens)
     return dict(
@@ -209,8 +216,8 @@ def summarise_pages(records):
 
 def summarise_blocks(records):
     """Returns token perplexity of the records of blocks."""
-    loss, error = ratio_and_error(column(records, 'nll'), column(records, 'tokens'))
-    tokens = int(column(records, 'tokens').sum())
+    loss, error = ratio_and_error(values(records, 'nll'), values(records, 'tokens'))
+    tokens = int(values(records, 'tokens').sum())
     note = 'ppl per token, lines as one sequence'
     return dict(loss=loss, loss_se=error, ppl=exponential(loss), tokens=tokens, note=note)
 
@@ -263,9 +270,9 @@ def judge_word(item, ces, predicted):
 
 def summarise_words(records, per_text):
     """Returns accuracy and perplexity, per text or per token of the words."""
-    nll, tokens = column(records, 'nll'), column(records, 'tokens')
+    nll, tokens = values(records, 'nll'), values(records, 'tokens')
     loss, loss_error = ratio_and_error(nll, tokens)
-    accuracy, error = mean_and_error(column(records, 'correct'))
+    accuracy, error = mean_and_error(values(records, 'correct'))
     return dict(
         loss=loss,
         loss_se=loss_error,
