@@ -230,7 +230,7 @@ def combine(rows):
         values = [part or [value] * n_seeds for part, value in zip(by_seed, centered, strict=True)]
         columns['seed_sd'] = float(np.mean(values, axis=0).std(ddof=1))
     notes = [f'standard error {np.sqrt(np.square(scale * error).sum()) / len(rows):.4f}']
-    present = {row['task'].split('/')[-1] for row in rows}
+    present = {row['task'].removeprefix('core/') for row in rows}
     named = dict.fromkeys(label for row in rows for label in find_note(row, 'without'))
     left_out = [label for label in named if label not in present]
     if left_out:

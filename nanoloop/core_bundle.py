@@ -10,6 +10,7 @@ import hashlib
 import http.client
 import io
 import os
+import re
 import shutil
 import tempfile
 import urllib.error
@@ -144,6 +145,8 @@ def read_entry(entry, number, folder, baselines):
     for key in ('label', 'dataset_uri', 'icl_task_type', 'continuation_delimiter'):
         check(isinstance(entry.get(key), str) and entry[key], f'{where}: {key}', entry.get(key), 'a text')
     label, kind, shots = entry['label'], entry['icl_task_type'], entry.get('num_fewshot')
+    plain = re.fullmatch(r'[\w.-]+', label)  # labels stand in names of rows and in lists of them
+    check(plain, f'{where}: label', label, 'letters, digits, _ . and -')
     where = f'{folder / "core.yaml"}, {label}'
     check(kind in KINDS, f'{where}: icl_task_type', kind, f'one of {", ".join(KINDS)}')
     fits = isinstance(shots, list) and shots and type(shots[0]) is int and shots[0] >= 0
@@ -162,7 +165,10 @@ def read_baselines(path):
     names = table.fieldnames or []
     if not set(columns) <= set(names):
         raise UserError(f'{path}: expected the columns {" and ".join(columns)}, got {", ".join(names)[:200]}')
-    return {row[columns[0]]: row[columns[1]] for row in table}
+    try:
+        return {row[columns[0]]: row[columns[1]] for row in table}
+    except csv.Error as error:
+        raise UserError(f'{path} is no table: {error}') from None
 
 
 def read_percent(text, where):
