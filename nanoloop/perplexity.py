@@ -102,7 +102,7 @@ def split_pages(text):
 
 def is_title(line):
     """Returns whether a line is ` = Title = `, which begins a page; ` = = Section = = ` does not."""
-    line = line.replace('= = =', '===').replace('= =', '==').strip()
+    line = line.replace('= =', '==').strip()
     return line.startswith('= ') and line.endswith(' =')
 
 

@@ -13,6 +13,7 @@ from model import GPTConfig
 from nanoloop import core as module
 from nanoloop import core_bundle
 from nanoloop.core import combine, core
+from nanoloop.tables import read_jsonl
 from nanoloop.tokenizer import Bytes, Characters, HuggingFace
 
 pytest.importorskip('yaml')
@@ -314,6 +315,21 @@ def test_contexts_of_very_unlike_length_and_like_ones():
     )
     assert score([[0, 5], [0, 5]]) == ([([0, 5], 1)] * 2, False)
     assert score([[0, 5], [0, 6, 7]]) == ([([0, 5], 1), ([0, 6, 7], 2)], True)
+    assert module.score_continuation([[0, 5], [0, 5]]) == ([([0, 5], 1)], False)
+
+
+def test_a_task_without_mistakes_has_no_error():
+    perfect = dict(task='core/a', accuracy=1.0, accuracy_se=0.0, centered=1.0, items=9)
+    other = dict(task='core/b', accuracy=0.5, accuracy_se=0.1, centered=0.0, items=9)
+    result = combine([perfect, other])
+    assert result == dict(centered=0.5, items=18, note='standard error 0.1000')
+
+
+def test_a_line_of_json_ends_at_a_newline_only(tmp_path):
+    rows = [dict(text='a\u2028b\x85c'), dict(text='d')]
+    text = '\n\n'.join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / 'a.jsonl').write_text(text)
+    assert [row['text'] for row in read_jsonl(tmp_path / 'a.jsonl')] == ['a\u2028b\x85c', 'd']
 
 
 def test_what_decides_the_items_is_in_the_settings(bundle):

@@ -105,11 +105,13 @@ def test_lines_are_one_sequence_cut_into_blocks(tmp_path):
     evaluation, _, columns = evaluate(wikitext_rows, model=cost, **flags)
     lines = RAW.split('\n')[:-1]
     sequence = ''.join('^' + (f'{line}\n' if line.strip() else '') for line in lines)
-    blocks = [sequence[i : i + 17] for i in range(0, len(sequence) - 16, 16)]
-    assert len(blocks) > 4 and (len(sequence) - 1) // 16 == len(blocks)
-    assert [tokenizer.decode(item.texts[0].ids) for item in evaluation.items] == blocks
+    for size in range(3, 25):  # the tail is dropped, however long it is
+        blocks = [sequence[i : i + size + 1] for i in range(0, len(sequence) - size, size)]
+        assert (len(sequence) - 1) // size == len(blocks) > 2
+        items = evaluate(wikitext_rows, block_size=size, **flags)[0].items
+        assert [tokenizer.decode(item.texts[0].ids) for item in items] == blocks
     assert all(item.texts[0].scored == slice(1, 17) for item in evaluation.items)
-    ids = tokenizer.encode(sequence)[1 : 1 + 16 * len(blocks)]
+    ids = tokenizer.encode(sequence)[1 : 1 + 16 * len(evaluation.items)]
     assert columns['loss'] == pytest.approx(cost(ids)[0].mean()) and columns['tokens'] == len(ids)
     assert columns['ppl'] == pytest.approx(math.exp(columns['loss'])) and 'per token' in columns['note']
     assert len(evaluate(wikitext_rows, **flags, max_per_task=3)[0].items) == 3
@@ -176,6 +178,17 @@ def test_a_long_context_loses_its_start_with_learned_positions(examples):
         evaluation, records, _ = evaluate(lambada, lambada=examples, pos=pos, block_size=size)
         assert [len(item.texts[0].ids) for item in evaluation.items] == lengths  # the last is only a target
         assert [record['correct'] for record in records] == [int(pos == 'rope'), 1, 1, 1]
+
+
+def test_a_word_that_merges_with_its_context_is_scored_whole(tmp_path):
+    class Merging(Bytes):
+        def encode(self, text):
+            return [sum(part.encode()) for part in re.findall(': t|.', text)]
+
+    (tmp_path / 'a.jsonl').write_text('{"text": "Q: t"}\n')
+    evaluation, _, _ = evaluate(lambada, tokenizer=Merging(), lambada=str(tmp_path / 'a.jsonl'))
+    text = evaluation.items[0].texts[0]
+    assert text.ids == [ord('Q'), sum(b': t')] and text.scored == slice(1, 2)
 
 
 def test_the_file_of_core_is_taken_as_well(tmp_path):
