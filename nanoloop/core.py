@@ -295,6 +295,6 @@ def why_not_encoded(tokenizer, rows, task):
         letters.update(*(row[name] for name in fields.texts), *row.get(fields.options, ()))
     try:
         tokenizer.encode(''.join(sorted(letters)))
-    except (UserError, UnicodeError) as error:
+    except UserError as error:
         return str(error)
     return ''

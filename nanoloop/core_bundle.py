@@ -214,5 +214,5 @@ def find_problem(row, fields):
 
 def hash_task(task, rows):
     """Returns a short hash of all that decides the results of a task beside the flags."""
-    digest = hashlib.sha256(repr((*task._replace(path=''), rows)).encode('utf-8', 'surrogatepass'))
+    digest = hashlib.sha256(repr((*task._replace(path=''), rows)).encode())
     return digest.hexdigest()[:8]

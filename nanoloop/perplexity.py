@@ -61,7 +61,7 @@ def read_rows(path, key):
 
 def hash_text(text):
     """Returns a short hash of a text."""
-    return hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:8]
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def read_wikitext(path):

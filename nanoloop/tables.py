@@ -3,10 +3,13 @@ Reads small tables of texts whole: JSON lines and parquet. Needs no torch.
 """
 
 import json
+import re
 from pathlib import Path
 
 from nanoloop.checks import UserError, check, missing_package
 from nanoloop.tokenizer import read_text
+
+HALF = re.compile(r'\\u[dD][89a-fA-F]')  # how JSON may write a half of a surrogate pair
 
 
 def read_jsonl(path):
@@ -19,12 +22,22 @@ def read_jsonl(path):
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise UserError(f'{path}, line {number} is no JSON: {error}') from None
+        if HALF.search(line) and not is_unicode(row):
+            raise UserError(f'{path}, line {number}: expected texts, it has half of a surrogate pair')
         if not isinstance(row, dict):
             raise UserError(
                 f'{path}, line {number}: expected an object {{"name": value, ...}}, got {line[:40]}'
             )
         rows.append(row)
     return rows
+
+
+def is_unicode(value):
+    """Returns whether all texts in a JSON value have a form in UTF-8: no tokenizer takes the others."""
+    try:
+        return bool(json.dumps(value, ensure_ascii=False).encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def read_parquet(path):

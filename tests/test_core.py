@@ -327,6 +327,8 @@ def test_a_task_without_mistakes_has_no_error():
 
 def test_a_line_of_json_ends_at_a_newline_only(tmp_path):
     rows = [dict(text='a\u2028b\x85c'), dict(text='d')]
+    (tmp_path / 'b.jsonl').write_text(json.dumps(dict(text='\U0001f600')))  # as two escapes
+    assert read_jsonl(tmp_path / 'b.jsonl') == [dict(text='\U0001f600')]
     text = '\n\n'.join(json.dumps(row, ensure_ascii=False) for row in rows)
     (tmp_path / 'a.jsonl').write_text(text)
     assert [row['text'] for row in read_jsonl(tmp_path / 'a.jsonl')] == ['a\u2028b\x85c', 'd']
@@ -380,6 +382,11 @@ def test_wrong_keys_are_told(bundle, changed, told):
         ('eval_meta_data.csv', 'Eval Task,Random baseline\ntexts,100\n', "='100', expected percent"),
         ('eval_data/a/texts.jsonl', '{"a": 1}\n\n{', 'line 3 is no JSON'),
         ('eval_data/a/texts.jsonl', '[1]', r'line 1: expected an object .*, got \[1\]'),
+        (
+            'eval_data/a/texts.jsonl',
+            r'{"context": "\ud83d\ude00 \ud83d"}',
+            'line 1: expected texts, it has half',
+        ),
         ('eval_data/a/texts.jsonl', '', 'has 0 questions, expected more than its 2 shots'),
         ('eval_data/a/texts.jsonl', '{"continuation": "a"}', 'question 1: expected context, a text'),
         ('eval_data/a/texts.jsonl', '{"context": "a", "continuation": " "}', 'a text that is not blank'),
