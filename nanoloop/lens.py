@@ -64,9 +64,9 @@ def most_likely(model, x, k):
 
 
 class Lens(NamedTuple):
-    """What a model predicts at every position of B rows of T tokens after each of R loops, all in all of them.
+    """What a model predicts at every position after each loop. Loops are counted from 1.
 
-    exits: computed with exits, in which the earlier tokens left early, too. Loops are counted from 1.
+    Every token takes all loops, but for `exits`: there the earlier tokens have left early, too.
     """
 
     tokens: torch.Tensor  # (R, B, T, k), the k most likely next tokens, the most likely first
@@ -124,7 +124,7 @@ def read_view(model, idx, n_loop, k):
 
 @torch.no_grad()
 def exit_loops(model, idx, early_exit, n_loop=None):
-    """Returns the number of loops of each token when the decoder reads idx (B, T) with an EarlyExit, (B, T)."""
+    """Returns how many loops the decoder gives each token of idx (B, T) with an EarlyExit, (B, T)."""
     decoder, loops = Decoder(model, *idx.shape, n_loop, early_exit=early_exit), []
     for piece in idx.split(decoder.cache.chunk, dim=1):
         decoder.prefill(piece)
