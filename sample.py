@@ -145,11 +145,11 @@ def print_lens(c, model, tokenizer, prompt, early_exit, about):
     idx = torch.tensor([prompt], device=model.lm_head.weight.device)  # (1, T)
     lens = predictions_by_loop(model, idx, c.n_loop, c.lens, early_exit, say=print_error)
     view = LensView(lens, prompt, tokenizer, early_exit)
-    for line in view.lines():
-        print(line)
-    if c.lens_html:
+    if c.lens_html:  # before the lines, of which head may read the first only
         view.write(c.lens_html, about)
         print_error(f'written: {c.lens_html}, {len(prompt):,} positions')
+    for line in view.lines():
+        print(line)
 
 
 @command

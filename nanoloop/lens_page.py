@@ -54,7 +54,8 @@ def token_text(tokenizer, token):
     text = tokenizer.decode_bytes([token]).decode('utf-8', 'surrogateescape')
     if unicodedata.category(text[:1] or ' ').startswith('M'):  # an accent would sit on the quote
         text = '\N{DOTTED CIRCLE}' + text
-    return re.sub(r'\\udc([89a-f][0-9a-f])', lambda byte: f'<0x{byte[1].upper()}>', repr(text))
+    # repr writes a backslash as two, and a byte that is no UTF-8 as \udce2
+    return re.sub(r'\\\\|\\udc(..)', lambda m: f'<0x{m[1].upper()}>' if m[1] else m[0], repr(text))
 
 
 def columns(text):
@@ -86,11 +87,10 @@ class LensView:
     def __init__(self, lens, prompt, tokenizer, early_exit=None):
         self.prompt, self.n_loop, self.policy = prompt, len(lens.tokens), ''
         if early_exit is not None:
-            self.policy = f'exit={early_exit.name} at {early_exit.threshold:g}'
+            self.policy = f'{early_exit.name} at {early_exit.threshold:g}'
             self.policy += f', min_loops={early_exit.min_loops}' * (early_exit.min_loops > 1)
-        self.tokens, self.p, change = (
-            x[:, 0].transpose(0, 1).tolist() for x in lens[:3]
-        )  # [T][R][k], [T][R]
+        # [T][R][k] twice, [T][R]
+        self.tokens, self.p, change = (x[:, 0].transpose(0, 1).tolist() for x in lens[:3])
         self.kept = lens.kept[0].tolist()  # [T]
         self.exits = None if lens.exits is None else lens.exits[0].tolist()  # [T]
         self.change = [[f'{x:.2g}' for x in loops] for loops in change]
@@ -106,10 +106,12 @@ class LensView:
         digits = len(str(len(self.prompt) - 1))
         if first:
             yield f'the last {PRINTED} of {len(self.prompt):,} positions; a page (lens_html) has all'
-        yield "= the last loop's prediction, kept from here on; * the prompt's next token" + (
-            f'; exit: {self.policy} leaves after this loop' if self.exits else ''
-        )
-        exit_title = '  exit' if self.exits else ''
+        legend = "= the last loop's prediction, kept from here on; * the prompt's next token"
+        exit_title = ''
+        if self.exits:
+            legend += f'; exit: a token leaves by {self.policy} after this loop'
+            exit_title = '  exit'
+        yield legend
         yield f'{"":{digits}}  {fit("token", width)}  loop   change{exit_title}  predictions'
         for t in range(first, len(self.prompt)):
             start = f'{t:{digits}}  {fit(self.texts[self.prompt[t]], width)}'
@@ -147,19 +149,17 @@ class LensView:
             exits=self.exits, hues=[round(self.hue(i + 1)) for i in range(self.n_loop)],
             p=[[[f'{100 * p:.1f}' for p in best] for best in loops] for loops in self.p],
         )  # fmt: skip
-        loops = range(1, self.n_loop + 1)
+        text, loops = json.dumps(data, separators=(',', ':')), range(1, self.n_loop + 1)
         template = Template(Path(__file__).with_suffix('.html').read_text(encoding='utf-8'))
         return template.substitute(
             about=html.escape(about),
             n_tokens=f'{len(self.prompt):,}',
-            policy=f'Exit: the loop after which {html.escape(self.policy)} leaves.' if self.exits else '',
+            policy=f'Exit: the loop after which it leaves by {self.policy}.' if self.exits else '',
             exit_title='<th>exit</th>' if self.exits else '',
             legend=''.join(f'<b style="--hue:{self.hue(i):.0f}">{i}</b>' for i in loops),
             rows='\n'.join(self.rows()),
-            # JSON may hold these three as escapes, and then no token can end the script
-            data=re.sub(
-                '[<>&]', lambda char: f'\\u{ord(char[0]):04x}', json.dumps(data, separators=(',', ':'))
-            ),
+            # in JSON these three can stand as escapes: no token ends the script
+            data=re.sub('[<>&]', lambda char: f'\\u{ord(char[0]):04x}', text),
         )
 
     def write(self, path, about):
