@@ -154,7 +154,7 @@ class LensView:
         return template.substitute(
             about=html.escape(about),
             n_tokens=f'{len(self.prompt):,}',
-            policy=f'Exit: the loop after which it leaves by {self.policy}.' if self.exits else '',
+            policy=f'Exit: the loop after which a token leaves by {self.policy}.' if self.exits else '',
             exit_title='<th>exit</th>' if self.exits else '',
             legend=''.join(f'<b style="--hue:{self.hue(i):.0f}">{i}</b>' for i in loops),
             rows='\n'.join(self.rows()),
