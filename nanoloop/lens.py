@@ -81,8 +81,8 @@ def predictions_by_loop(model, idx, n_loop=None, k=5, early_exit=None, say=None)
     """Returns the Lens of idx (B, T).
 
     n_loop: None = the model's. k: number of predictions, see top_predictions. early_exit: an EarlyExit; None
-    = no exits. Beyond block_size a layer sees the last block_size keys. With learned positions a token is
-    then predicted from what nanoloop/generate.py has in view, which say is told.
+    = no exits. Beyond block_size a layer sees the last block_size keys. With learned positions the model
+    starts anew there, as in nanoloop/generate.py, and say is called with a line that tells it.
     """
     T, c = idx.size(1), model.config
     in_view = [tokens_in_view(t, c.block_size) if POS[c.pos].learned else t for t in range(1, T + 1)]
@@ -93,8 +93,8 @@ def predictions_by_loop(model, idx, n_loop=None, k=5, early_exit=None, say=None)
         )
     parts = []
     for start, group in itertools.groupby(range(T), lambda t: t + 1 - in_view[t]):
-        first, *others = group
-        view, old = idx[:, start : (others or [first])[-1] + 1], first - start
+        positions = list(group)
+        view, old = idx[:, start : positions[-1] + 1], positions[0] - start
         part = list(read_view(model, view, n_loop, k))
         if early_exit is not None:
             part.append(exit_loops(model, view, early_exit, n_loop)[None])  # (1, B, T)
