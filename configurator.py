@@ -31,7 +31,7 @@ from nanoloop.checks import UserError, check, find_table, hints_of, split_hint, 
 from nanoloop.helptext import help_text
 
 TOOLS = types.ModuleType | types.FunctionType | types.BuiltinFunctionType | type  # a config file's own things
-PATHS = ('out_dir', 'dataset', 'init_from', 'image', 'to')  # keys in which ~ is the home folder
+PATHS = ('out_dir', 'dataset', 'init_from', 'image', 'to', 'lens_html')  # keys in which ~ is the home folder
 # keys of nanoGPT and of earlier versions that have another name here
 RENAMED = {'n_layer': ('n_prelude', 'n_block', 'n_coda'), 'png': ('image',)}
 

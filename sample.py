@@ -2,13 +2,14 @@
 Samples from a trained model.
 
     python sample.py --out_dir=out-quickstart --start="def " --num_samples=3 --n_loop=8
+    python sample.py --out_dir=out-quickstart --start="def main(" --lens=5 --lens_html=lens.html
 
-The text and a line of dashes per sample go to stdout, everything else to stderr. A model's name is the folder
+The text and a line of dashes per sample go to stdout, everything else to stderr. With lens it is a table: the
+most likely next tokens after every loop, at each position of the prompt. A model's name is the folder
 of a run, the path of a checkpoint, a folder written by export.py, gpt2 to gpt2-xl, a folder with the GPT-2 of
 transformers, or ouro:FOLDER with Ouro's safetensors.
 """
 
-import codecs
 import sys
 import time
 from dataclasses import dataclass
@@ -24,8 +25,11 @@ from nanoloop.checks import Above, AtMost, Choice, Count, Name, NotNegative, Siz
 from nanoloop.decode import Stats, cast_linears_
 from nanoloop.early_exit import EXIT, EarlyExit
 from nanoloop.generate import Generation
+from nanoloop.lens import predictions_by_loop
+from nanoloop.lens_page import LensView, check_lens
 from nanoloop.machine import autocast, choose_compile, choose_device, choose_dtype
 from nanoloop.signals import exit_on_sigterm
+from nanoloop.text_stream import TextStream
 from nanoloop.tokenizer import read_text
 
 
@@ -56,6 +60,9 @@ class SampleConfig:
     warm_start: bool = False  # start a token's loop from the state of the token before it, an approximation
     speculate: Size = 0  # tokens that are drafted, then verified together; 0 = off
     draft_loops: Count = 1  # number of loops for a drafted token; needs speculate
+    # lens: shows predictions instead of samples
+    lens: Annotated[Size, AtMost(100)] = 0  # number of predictions per position of start and loop; 0 = off
+    lens_html: str = ''  # file .html for the lens as a page with all positions; needs lens
     # machine
     device: str = 'auto'  # auto (cuda, else mps, else cpu), cpu, cuda, cuda:N or mps
     dtype: str = 'auto'  # type of matrix products: auto, float32, bfloat16 or float16
@@ -71,40 +78,9 @@ class SampleConfig:
             check(self.exit_threshold is None, 'exit_threshold', self.exit_threshold, 'None without an exit')
             check(self.min_loops == 1, 'min_loops', self.min_loops, '1 without an exit')
         check(self.speculate or self.draft_loops == 1, 'draft_loops', self.draft_loops, '1 without speculate')
+        check_lens(self)
         plain = not (self.exit or self.speculate)
         check(plain or not self.compile, 'compile', True, 'False with an exit or speculate')
-
-
-class TextStream:
-    """Turns the tokens of one sample into text, and ends it before the text `stop`.
-
-    done: the sample has ended, because of stop or because rest() was called.
-    """
-
-    def __init__(self, tokenizer, stop):
-        self.tokenizer, self.stop = tokenizer, stop
-        self.decoder = codecs.getincrementaldecoder('utf-8')('replace')  # a character can take several tokens
-        self.text, self.printed, self.done = '', 0, False
-
-    def add(self, token):
-        """Takes a token. Returns the new text, without an end that may become `stop` or half a character."""
-        return '' if self.done else self.grow(self.decoder.decode(self.tokenizer.decode_bytes([token])))
-
-    def rest(self):
-        """Ends the sample. Returns the text that was held back."""
-        return '' if self.done else self.grow(self.decoder.decode(b'', final=True), last=True)
-
-    def grow(self, text, last=False):
-        """Appends text. Returns what can now be printed; last: nothing follows."""
-        self.text += text
-        stop_at = self.text.find(self.stop) if self.stop else -1
-        self.done = stop_at >= 0 or last
-        end = len(self.text) if stop_at < 0 else stop_at
-        if not self.done:  # the longest end of the text that is a beginning of stop
-            lengths = range(len(self.stop) - 1, 0, -1)
-            end -= next((n for n in lengths if self.text.endswith(self.stop[:n])), 0)
-        new, self.printed = self.text[self.printed : end], end
-        return new
 
 
 def print_samples(tokens, texts, start, live):
@@ -136,11 +112,11 @@ def print_samples(tokens, texts, start, live):
 
 
 def describe(checkpoint, config, n_loop):
-    """Tells which checkpoint is sampled from, with how many loops, and with how many it was trained."""
+    """Returns a line on the checkpoint, the number of loops, and the numbers that it was trained with."""
     step, trained = int(checkpoint['iter_num']), checkpoint.get('loops_trained', [config.n_loop])
     at_step = f'step {step}, ' if step else ''
     note = '' if n_loop in trained else f', trained with {", ".join(map(str, trained))}'
-    print_error(f'{checkpoint["path"]}: {at_step}n_loop {n_loop}{note}')
+    return f'{checkpoint["path"]}: {at_step}n_loop {n_loop}{note}'
 
 
 def read_prompt(start, tokenizer, vocab_size):
@@ -164,6 +140,18 @@ def report(c, n_tokens, seconds, stats):
         print_error(f'loops per token: {mean} ({shares})')
 
 
+def print_lens(c, model, tokenizer, prompt, early_exit, about):
+    """Prints what every loop predicts at each position of the prompt (T ids), and writes it as a page."""
+    idx = torch.tensor([prompt], device=model.lm_head.weight.device)  # (1, T)
+    lens = predictions_by_loop(model, idx, c.n_loop, c.lens, early_exit, say=print_error)
+    view = LensView(lens, prompt, tokenizer, early_exit)
+    if c.lens_html:  # before the lines, of which head may read the first only
+        view.write(c.lens_html, about)
+        print_error(f'written: {c.lens_html}, {len(prompt):,} positions')
+    for line in view.lines():
+        print(line)
+
+
 @command
 def main(argv):
     c = configure((SampleConfig,), argv, say=print_error)
@@ -175,17 +163,24 @@ def main(argv):
     checkpoint = find_from_flags(c.init_from, c.out_dir, words=('resume',), prefer=BEST, say=print_error)
     tokenizer = find_tokenizer(checkpoint)
     model, _ = load_checkpoint(checkpoint, device)
-    describe(checkpoint, model.config, c.n_loop or model.config.n_loop)
+    about = describe(checkpoint, model.config, c.n_loop or model.config.n_loop)
+    print_error(about)
     if tokenizer.note:
         print_error(tokenizer.note)
     start, prompt = read_prompt(c.start, tokenizer, model.config.vocab_size)
 
+    early_exit = EarlyExit(c.exit, c.exit_threshold, c.min_loops) if c.exit else None
+    cast_linears_(model, dtype)
+    if c.lens:
+        with autocast(device.type, dtype):
+            print_lens(c, model, tokenizer, prompt, early_exit, about)
+        return
+
     keys = ('temperature', 'top_k', 'top_p', 'n_loop', 'kv_budget', 'warm_start', 'speculate', 'draft_loops')
     options = {key: c[key] for key in keys} | dict(compile=compile)
-    options['early_exit'] = EarlyExit(c.exit, c.exit_threshold, c.min_loops) if c.exit else None
+    options['early_exit'] = early_exit
     options['generator'] = torch.Generator(device).manual_seed(c.seed)
     options['max_tokens'] = len(prompt) + c.max_new_tokens
-    cast_linears_(model, dtype)
     if compile:
         print_error('compiling the step of a token, which pays from about 10,000 tokens on')
     one_by_one = c.stream or c.speculate
