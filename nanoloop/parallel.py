@@ -77,6 +77,14 @@ def sum_over_ranks(m, value):
     return int(reduce_sum(m, torch.tensor([value])))
 
 
+def gather(m, value):
+    """Returns the list of the ranks' values, on every rank. They are pickled: plain values and arrays."""
+    values = [value] * m.world
+    if m.cpu_group is not None:
+        dist.all_gather_object(values, value, group=m.cpu_group)
+    return values
+
+
 def on_rank0(m, work):
     """Calls work() on rank 0 only, while the others wait.
 
