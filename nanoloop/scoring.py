@@ -124,7 +124,7 @@ def score_texts(model, items, policies, m, batch_tokens, reuse):
 
 
 def judge_items(judge, items, scored, place):
-    """Returns the records of items. scored: of all their texts, see score_texts; place: of the policy in it."""
+    """Returns the records of items. scored: see score_texts; place: of the policy among its policies."""
     results = iter(scored)
     records = []
     for item in items:

@@ -89,7 +89,7 @@ def pad(arrays, value):
 
 @torch.inference_mode()
 def losses_by_loops(model, groups, loops, m, batch_tokens):
-    """Returns [(ces, predicted), each (P, k)] per text, for the given numbers of loops, and how many tokens ran.
+    """Returns [(ces, predicted), each (P, k)] per text for numbers of loops, and how many tokens ran.
 
     ces: cross-entropies, float64. predicted: the most likely tokens. groups: lists of texts; those of a group
     share the computation of their common beginning. model: in eval mode. batch_tokens: the most tokens of a
@@ -204,9 +204,7 @@ def read_rows(model, rows, prompts, policy):
     options = dict(n_loop=policy.n_loop, kv_budget=policy.kv_budget, early_exit=policy.early_exit)
     decoder = Decoder(model, len(rows), longest, **options)
     idx = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (n, T)
-    x = model.lm_head.weight.new_zeros(
-        len(rows), longest, model.config.n_embd, dtype=torch.float32
-    )  # (n, T, C)
+    x = model.lm_head.weight.new_zeros(*idx.shape, model.config.n_embd)  # (n, T, C)
     start = 0
     for chunk in idx[:, : max(prompts)].split(decoder.cache.chunk, dim=1):
         counts = [min(max(n - start, 0), chunk.size(1)) for n in prompts]
@@ -216,5 +214,5 @@ def read_rows(model, rows, prompts, policy):
     for step in range(max(len(row) - n for row, n in zip(rows, prompts, strict=True))):
         some = [i for i, row in enumerate(rows) if prompts[i] + step < len(row)]
         columns = [prompts[i] + step for i in some]
-        x[some, columns] = decoder.prefill(idx[some, columns][:, None], some)[:, 0].float()
+        x[some, columns] = decoder.prefill(idx[some, columns][:, None], some)[:, 0]
     return [part[: len(row)] for part, row in zip(x, rows, strict=True)], decoder.stats
