@@ -27,8 +27,9 @@ class Generated:
     """Base class of the tasks. A subclass has these attributes and methods:
 
     version: a number that changes with the rows that are drawn; runs on other versions have other data
-    unit: what the size of a data set counts, a text; default, largest: the sizes without a number and at most
-    level: the name of a difficulty, for --tasks; difficulties are the numbers from 1 to size
+    task: its name in GENERATED; unit: what the size counts, a text
+    default, largest: the size of a name without a number, and the largest one
+    level, level_word: the name of a difficulty, and how its word begins; difficulties are 1 to size
     words: the vocabulary; a word's place is its id, and <bos> is the first
     row_len: the number of tokens of a row
     draw_rows(rng, levels): rows of these difficulties, ids (n, row_len) with <bos> and padding
@@ -115,7 +116,8 @@ class Mano(Generated):
     Source: Physics of Language Models, part 4; one question per row, as in Ouro, arXiv:2510.25741.
     """
 
-    task, version, unit, default, largest, level = 'mano', 1, 'operations', 10, 64, 'l'
+    task, version, unit, default, largest = 'mano', 1, 'operations', 10, 64
+    level, level_word = 'l', '<len_'
     OPERATORS = '+-*'
     BOS, ANSWER, PAD, FIRST_OPERATOR, FIRST_NUMBER = 0, 1, 2, 3, 6
     FIRST_LENGTH = FIRST_NUMBER + MODULUS
@@ -205,7 +207,8 @@ class PHop(Generated):
     guess among the others is right in 1 of 7 rows.
     """
 
-    task, version, unit, default, largest, level = 'p_hop', 1, 'hops', 4, 32, 'hops'
+    task, version, unit, default, largest = 'p_hop', 1, 'hops', 4, 32
+    level, level_word = 'hops', '<hops_'
     LETTERS = 'abcdefgh'
     BOS, ANSWER, FIRST_LETTER = 0, 1, 2
     FIRST_HOPS = FIRST_LETTER + len(LETTERS)
