@@ -202,9 +202,10 @@ class PHop(Generated):
     is where k hops from the last letter end. Source: Sanford et al., arXiv:2402.09268, for the function.
 
     The context is size + 1 blocks. A block has all letters in random order, and no letter follows itself. So
-    k hops never leave the context, no row is rejected, and counting letters says nothing of the answer: by
-    symmetry a fixed letter is right in 1 of 8 rows. One hop never leads to the last letter itself, so a
-    guess among the others is right in 1 of 7 rows.
+    k hops never leave the context, and counting letters says nothing of the answer: by symmetry a fixed letter
+    is right in 1 of 8 rows. Every hop leads into the block before: rows in which one does not, because it starts
+    at the end of that block, are drawn anew. Otherwise the first letter of the last block would be the answer
+    in 1 of 4 rows with one hop. So the letter at a fixed place is right in at most 1 of 7 rows.
     """
 
     task, version, unit, default, largest = 'p_hop', 1, 'hops', 4, 32
@@ -222,8 +223,13 @@ class PHop(Generated):
         return np.full(len(levels), self.row_len - 1)
 
     def draw_rows(self, rng, levels):
-        context = self.draw_contexts(rng, len(levels))  # (n, letters)
-        answers = context[np.arange(len(levels)), self.hop(context, levels)]
+        context, again = np.empty((len(levels), self.row_len - 4), np.int64), np.arange(len(levels))
+        ends = np.empty(len(levels), np.int64)
+        while len(again):
+            context[again] = self.draw_contexts(rng, len(again))
+            ends[again], allowed = self.hop(context[again], levels[again])
+            again = again[~allowed]
+        answers = context[np.arange(len(levels)), ends]
         rows = np.empty((len(levels), self.row_len), np.int64)
         rows[:, 0], rows[:, 1] = self.BOS, self.FIRST_HOPS + levels - 1
         rows[:, 2:-2] = self.FIRST_LETTER + context
@@ -243,14 +249,15 @@ class PHop(Generated):
         return blocks.reshape(n, -1)
 
     def hop(self, context, hops):
-        """Returns the places where `hops` hops from the last letters of contexts (n, N) end, (n,)."""
-        each, places = np.arange(len(context)), np.arange(context.shape[1])
-        at = np.full(len(context), context.shape[1] - 1)
+        """Returns where `hops` hops from the last letters of contexts (n, N) end, and if all change the block."""
+        each, places, A = np.arange(len(context)), np.arange(context.shape[1]), len(self.LETTERS)
+        at, allowed = np.full(len(context), context.shape[1] - 1), np.ones(len(context), bool)
         for i in range(hops.max(initial=0)):
             same = (context == context[each, at][:, None]) & (places < at[:, None])  # (n, N)
-            before = np.where(same, places, -1).max(axis=1)
-            at = np.where(i < hops, before + 1, at)
-        return at
+            to = np.where(same, places, -1).max(axis=1) + 1
+            allowed &= (to // A < at // A) | (i >= hops)
+            at = np.where(i < hops, to, at)
+        return at, allowed
 
     def majority(self, level):
         return 1 / len(self.LETTERS)
