@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from nanoloop import ROOT
-from nanoloop.checks import UserError
+from nanoloop.checks import UserError, check
 from nanoloop.files import hash_json, sha256
 from nanoloop.generated import GENERATED, Generated, GeneratedSplit, find_generated
 from nanoloop.nanogpt_data import nanogpt_meta
@@ -43,8 +43,14 @@ def find_data(dataset):
     """Returns the folder of a data set: data/NAME for a name, the path itself for one with a slash.
 
     For a name of nanoloop/generated.py it returns the Generated, which the functions below take as a folder.
+    Raises UserError for a wrong size of one, and if there is a folder of that name, too.
     """
-    return Path(dataset) if os.sep in dataset else find_generated(dataset) or DATA / dataset
+    if os.sep in dataset:
+        return Path(dataset)
+    folder, generated = DATA / dataset, find_generated(dataset)
+    expected = generated and f'{generated.name} for the generated task, or {folder} for the folder'
+    check(not (generated and folder.is_dir()), 'dataset', dataset, expected)
+    return generated or folder
 
 
 def read_meta(folder):

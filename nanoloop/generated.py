@@ -154,7 +154,9 @@ class Mano(Generated):
             running = depth > 0
             inner = pending[each, depth - 1]  # of the next expression; without meaning where none is left
             branches = running & (inner > 0)
-            ids[:, place] = np.where(branches, operators[:, place], np.where(running, numbers[:, place], self.PAD))
+            ids[:, place] = np.where(
+                branches, operators[:, place], np.where(running, numbers[:, place], self.PAD)
+            )
             left = (split[:, place] * inner).astype(np.int64)
             rows = each[branches]
             pending[rows, depth[rows] - 1] = (inner - 1 - left)[rows]  # the right one comes after the left
@@ -183,7 +185,7 @@ class Mano(Generated):
 
 @functools.cache
 def value_distribution(operations):
-    """Returns the probabilities of the values of Mano's expressions with so many operations, (23,), exactly."""
+    """Returns the exact probabilities of the values of Mano's expressions by their operations, (23,)."""
     if operations == 0:
         return np.full(MODULUS, 1 / MODULUS)
     a, b = np.indices((MODULUS, MODULUS))
@@ -202,10 +204,10 @@ class PHop(Generated):
     is where k hops from the last letter end. Source: Sanford et al., arXiv:2402.09268, for the function.
 
     The context is size + 1 blocks. A block has all letters in random order, and no letter follows itself. So
-    k hops never leave the context, and counting letters says nothing of the answer: by symmetry a fixed letter
-    is right in 1 of 8 rows. Every hop leads into the block before: rows in which one does not, because it starts
-    at the end of that block, are drawn anew. Otherwise the first letter of the last block would be the answer
-    in 1 of 4 rows with one hop. So the letter at a fixed place is right in at most 1 of 7 rows.
+    k hops never leave the context. Counting letters says nothing of the answer, and by symmetry a fixed
+    letter is right in 1 of 8 rows. Every hop leads into the block before: rows in which one leads to the
+    first letter of its own block are drawn anew. Otherwise that letter would be the answer in 1 of 4 rows
+    with one hop. The letter at a fixed place is right in at most 1 of 7 rows.
     """
 
     task, version, unit, default, largest = 'p_hop', 1, 'hops', 4, 32
@@ -241,7 +243,9 @@ class PHop(Generated):
         A, each = len(self.LETTERS), np.arange(n)
         blocks = rng.random((n, self.size + 1, A)).argsort(axis=-1)
         other = rng.integers(1, A, size=(n, self.size + 1))
-        for i in range(1, self.size + 1):  # exchanging the first letter keeps all allowed orders equally likely
+        for i in range(
+            1, self.size + 1
+        ):  # exchanging the first letter keeps all allowed orders equally likely
             block = blocks[:, i]
             rows = each[block[:, 0] == blocks[:, i - 1, -1]]
             places = other[rows, i]
@@ -249,7 +253,7 @@ class PHop(Generated):
         return blocks.reshape(n, -1)
 
     def hop(self, context, hops):
-        """Returns where `hops` hops from the last letters of contexts (n, N) end, and if all change the block."""
+        """Returns where `hops` hops from the last letters of contexts (n, N) end, and if all change block."""
         each, places, A = np.arange(len(context)), np.arange(context.shape[1]), len(self.LETTERS)
         at, allowed = np.full(len(context), context.shape[1] - 1), np.ones(len(context), bool)
         for i in range(hops.max(initial=0)):
@@ -286,8 +290,8 @@ def find_generated(dataset):
 class GeneratedSplit:
     """The windows of one split of a Generated: what datasets.Split is for files. A window is a row.
 
-    Evaluations read rows of a fixed list, the same in every run. Raises UserError for a block_size that is not
-    that of the rows, and for a vocab_size that is too small.
+    Evaluations read rows of a fixed list, the same in every run. Raises UserError for a block_size that is
+    not that of the rows, and for a vocab_size that is too small.
     """
 
     def __init__(self, data, meta, name, block_size, vocab_size):
@@ -322,7 +326,9 @@ class GeneratedSplit:
         targets = np.full((n, self.block_size), -1)
         rows, levels = self.fixed_rows
         numbers = [number for _, number in windows]
-        inputs[: len(numbers)], targets[: len(numbers)] = self.inputs_and_targets(rows[numbers], levels[numbers])
+        inputs[: len(numbers)], targets[: len(numbers)] = self.inputs_and_targets(
+            rows[numbers], levels[numbers]
+        )
         return inputs, targets
 
     def read_window(self, file, number):

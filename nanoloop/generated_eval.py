@@ -39,7 +39,9 @@ def evaluations(task, c, tokenizer, config):
     Raises UserError for a model that was not trained on the task.
     """
     data = find_task(task, c, tokenizer)
-    expected = f'a model with a block_size of at least {data.row_len - 1} for {data.name}, not {config.block_size}'
+    expected = (
+        f'a model with a block_size of at least {data.row_len - 1} for {data.name}, not {config.block_size}'
+    )
     check(data.row_len - 1 <= config.block_size, 'tasks', task, expected)
     n, result = c.windows or QUESTIONS, []
     for level in range(1, data.size + 1):
@@ -65,9 +67,9 @@ def find_task(task, c, tokenizer):
 
 
 def draw_questions(data, level, n):
-    """Returns n rows of a difficulty that belong to val, (n, row_len), without repeats; fewer if there are no more.
+    """Returns n rows of a difficulty that belong to val, (n, row_len), without repeats; all if that is less.
 
-    Fewer rows are the first of more.
+    Fewer rows are the first ones of more.
     """
     rng = np.random.default_rng((int(data.fingerprint('questions')[:15], 16), level))
     rows = np.empty((0, data.row_len), np.int64)

@@ -135,7 +135,7 @@ class Numbers(Tokenizer):
 
 
 class Words(Tokenizer):
-    """One token per word of a list; blanks separate words in a text. spec: {'kind': 'words', 'words': [...]}."""
+    """One token per word of a list; blanks separate words. spec: {'kind': 'words', 'words': [...]}."""
 
     def __init__(self, words):
         self.words = list(words)
@@ -153,7 +153,7 @@ class Words(Tokenizer):
         return [self.ids[word] for word in words]
 
     def decode_bytes(self, ids):
-        """Returns the words of ids, a blank before each; an id past the vocabulary becomes a question mark."""
+        """Returns the words of ids, a blank before each; an id past the list becomes a question mark."""
         return ''.join(f' {self.words[i]}' if i < len(self.words) else ' ?' for i in ids).encode()
 
 

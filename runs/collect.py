@@ -44,7 +44,9 @@ def read_flags(argv):
     for arg in argv:
         name, equals, value = arg.removeprefix('--').partition('=')
         if arg.startswith('-'):
-            check(name in keys and equals, 'argument', arg, f'--{" or --".join(f"{key}=..." for key in KEYS)}')
+            check(
+                name in keys and equals, 'argument', arg, f'--{" or --".join(f"{key}=..." for key in KEYS)}'
+            )
             keys[name] = value
         else:
             folders.append(Path(arg))
@@ -53,13 +55,18 @@ def read_flags(argv):
 
 
 def read_rows(folder, column):
-    """Returns the rows of a folder's eval.csv, dicts. Raises UserError if there are none, or columns are missing."""
+    """Returns the rows of a folder's eval.csv, dicts. Raises UserError if rows or columns are missing."""
     path = folder / 'eval.csv'
     check(path.is_file(), 'folder', str(folder), 'a run with an eval.csv, which eval.py writes')
     with open(path, newline='') as file:
         rows = list(csv.DictReader(file))
     missing = [name for name in (*NEEDED, column) if rows and name not in rows[0]]
-    check(rows and not missing, 'folder', str(folder), f'rows in its eval.csv {missing and f"with {missing}" or ""}')
+    check(
+        rows and not missing,
+        'folder',
+        str(folder),
+        f'rows in its eval.csv {missing and f"with {missing}" or ""}',
+    )
     return rows
 
 
@@ -135,7 +142,9 @@ def main(argv):
     except ValueError as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f'an eval.csv of {", ".join(map(str, folders))} has no number where one is due: {error}') from None
+        raise UserError(
+            f'an eval.csv of {", ".join(map(str, folders))} has no number where one is due: {error}'
+        ) from None
 
 
 if __name__ == '__main__':

@@ -1,5 +1,6 @@
 """Data sets that are made while they are needed: rows, answers, what is held out, training and evaluation."""
 
+import csv
 import itertools
 import os
 import random
@@ -8,17 +9,24 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import sample
 import torch
 from helpers import TINY, load, read_log, same
 
+import sample
 import train
+from configurator import configure
+from model import GPT, GPTConfig
+from nanoloop.baselines import apply_baseline
 from nanoloop.batches import window_batches
+from nanoloop.checkpoint import tokenizer_dict
 from nanoloop.checks import UserError
+from nanoloop.count import flops, parameters
 from nanoloop.datasets import find_data, identify, open_split, read_meta
 from nanoloop.generated import GENERATED, HELD_OUT, value_distribution
 from nanoloop.generated_eval import combine, draw_questions, majority_in, mano, p_hop
 from nanoloop.tokenizer import make_tokenizer
+from runs import collect
+from train import TrainConfig
 
 NAMES = ['mano:1', 'mano:4', 'mano:10', 'p_hop:1', 'p_hop:3']
 LETTERS = 'abcdefgh'
@@ -82,7 +90,7 @@ def test_rows_of_p_hop_are_answered_by_search(name):
 
 
 def test_contexts_of_p_hop_are_uniform_among_the_allowed_ones():
-    """With three letters: 6 first blocks, each with 4 second blocks that do not begin as the first one ends."""
+    """With three letters: 6 first blocks, each with 4 second blocks that do not begin as it ends."""
     data = GENERATED['p_hop'](1)
     data.LETTERS = 'abc'
     contexts = data.draw_contexts(np.random.default_rng(0), 24000)
@@ -139,7 +147,9 @@ def test_no_letter_is_a_better_guess_in_p_hop(level):
 
 @pytest.mark.parametrize('name', NAMES)
 def test_train_and_val_have_no_question_in_common(name):
-    train_rows, val_rows = ({tuple(row) for row in rows_of(name, 2000, split)[1]} for split in ('train', 'val'))
+    train_rows, val_rows = (
+        {tuple(row) for row in rows_of(name, 2000, split)[1]} for split in ('train', 'val')
+    )
     assert not train_rows & val_rows
 
 
@@ -197,13 +207,20 @@ def test_any_number_of_ranks_draws_the_same_rows():
         return [next(batches) for _ in range(2 // world)]
 
     alone, pair = step_5(0, 1), step_5(0, 2) + step_5(1, 2)
-    assert all(torch.equal(a.idx, b.idx) and torch.equal(a.targets, b.targets) for a, b in zip(alone, pair, strict=True))
+    assert all(
+        torch.equal(a.idx, b.idx) and torch.equal(a.targets, b.targets)
+        for a, b in zip(alone, pair, strict=True)
+    )
     assert not torch.equal(alone[0].idx, alone[1].idx)
 
 
-@pytest.mark.parametrize('name', ['mano:0', 'mano:', 'mano:x', 'mano:-1', 'mano:65', 'mano:1e3', 'p_hop:\u0663', 'p_hop:33'])
+@pytest.mark.parametrize(
+    'name', ['mano:0', 'mano:', 'mano:x', 'mano:-1', 'mano:65', 'mano:1e3', 'p_hop:\u0663', 'p_hop:33']
+)
 def test_a_wrong_size_is_told_in_one_line(name):
-    with pytest.raises(UserError, match=f'dataset={re.escape(repr(name))}, expected (mano|p_hop):N with at most N'):
+    with pytest.raises(
+        UserError, match=f'dataset={re.escape(repr(name))}, expected (mano|p_hop):N with at most N'
+    ):
         find_data(name)
 
 
@@ -214,6 +231,20 @@ def test_a_wrong_name_is_told_with_the_generated_ones():
 
 def test_a_path_with_a_slash_is_a_folder():
     assert find_data(f'.{os.sep}mano').name == 'mano' and find_data('mano').name == 'mano:10'
+
+
+def test_a_folder_with_the_name_of_a_task_is_not_replaced_silently(monkeypatch, tmp_path):
+    monkeypatch.setattr('nanoloop.datasets.DATA', tmp_path)
+    (tmp_path / 'mano').mkdir()
+    with pytest.raises(
+        UserError, match="dataset='mano', expected mano:10 for the generated task, or .*/mano for"
+    ):
+        find_data('mano')
+    assert find_data('mano:10').size == 10 and find_data(f'{tmp_path}/mano') == tmp_path / 'mano'
+
+
+def test_a_checkpoint_without_tokenizer_takes_none_from_a_generated_name():
+    assert tokenizer_dict(dict(config=dict(dataset='mano'), model_args=dict(vocab_size=31))) is None
 
 
 def test_identity_is_name_and_version(monkeypatch):
@@ -243,7 +274,13 @@ def test_training_resumes_bit_for_bit_and_sample_answers(call, tmp_path):
     assert same(a['model'], b['model']) and a['model_args']['block_size'] == 8
     assert read_log(tmp_path / 'a')[-1]['val/loss'] == read_log(tmp_path / 'b')[-1]['val/loss']
     prompt = '<bos> <len_2> + * 3 4 5 <ans>'
-    argv = [f'--out_dir={tmp_path}/a', f'--start={prompt}', '--max_new_tokens=1', '--temperature=0', '--device=cpu']
+    argv = [
+        f'--out_dir={tmp_path}/a',
+        f'--start={prompt}',
+        '--max_new_tokens=1',
+        '--temperature=0',
+        '--device=cpu',
+    ]
     status, out, err = call(sample.main, *argv)
     assert status == 0, err
     assert re.fullmatch(re.escape(prompt) + r' \S+\n-+\n', out)
@@ -316,7 +353,9 @@ def test_records_and_means():
             for item, guess in zip(evaluation.items, guesses, strict=True)
         ]
         row = evaluation.summarise(records)
-        right = np.array([guess == item.info['answer'] for item, guess in zip(evaluation.items, guesses, strict=True)])
+        right = np.array(
+            [guess == item.info['answer'] for item, guess in zip(evaluation.items, guesses, strict=True)]
+        )
         assert records[0] == dict(correct=int(right[0]), losses=[0.5], predicted=[guesses[0]])
         assert row['accuracy'] == right.mean() and row['items'] == 50 and row['loss'] == 0.5
         assert row['accuracy_se'] == pytest.approx(right.std(ddof=1) / 50**0.5)
@@ -339,3 +378,80 @@ def test_a_model_of_other_data_is_refused():
         evaluations(mano, 'mano:2', block_size=7)
     assert len(evaluations(mano, 'mano:4', dataset='mano:2')[1]) == 2
     assert len(evaluations(mano, 'mano:4', dataset='wikitext103')[1]) == 4
+
+
+# -----------------------------------------------------------------------------
+# the comparison: config/mano_*.py and runs/collect.py
+
+
+def test_the_configurations_of_mano_are_baselines_of_each_other():
+    """Equal data and training; as many parameters, or as many FLOPs; as --baseline would make them."""
+    looped, same_params, same_flops = (
+        configure((TrainConfig, GPTConfig), [f'config/mano_{name}.py', '--vocab_size=32'], say=None)
+        for name in ('looped', 'same_params', 'same_flops')
+    )
+    models = [GPT(c.build(GPTConfig)) for c in (looped, same_params, same_flops)]
+    sizes, costs = [parameters(m)['total'] for m in models], [flops(m) for m in models]
+    assert sizes[0] == sizes[1] < sizes[2] / 3 and costs[0] == costs[2] != costs[1]
+    assert find_data(looped.dataset).row_len == looped.block_size + 1
+    for name, c in dict(same_params=same_params, same_flops=same_flops).items():
+        made = type(looped)(looped)
+        made['baseline'] = name
+        apply_baseline(made)
+        expected = c | dict(out_dir=made.out_dir, baseline=name, window_pattern=made.window_pattern)
+        assert dict(made) == expected
+
+
+COLUMNS = 'task loops policy loss accuracy flops_per_token items note step checkpoint'.split()
+
+
+def write_eval(folder, rows):
+    folder.mkdir()
+    with open(folder / 'eval.csv', 'w', newline='') as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        for task, loops, accuracy, note in rows:
+            row = dict(task=task, loops=loops, accuracy=accuracy, note=note, loss=2.5, flops_per_token=1234)
+            writer.writerow(row)
+
+
+def majority(share):
+    return f'majority answer {share} %'
+
+
+def test_collect_prints_means_and_deviations_over_seeds(call, tmp_path):
+    for seed, (easy, hard) in enumerate([(0.9, 0.1), (1.0, 0.2), (0.95, 0.3)], start=1):
+        rows = [('mano/l=10', 4, hard, majority(7.0)), ('mano/l=2', 4, 0.0, majority(6.2))]
+        rows += [('mano/l=2', 4, easy, majority(6.2)), ('loss', 4, '', ''), ('mano', 4, 0.5, majority(6.6))]
+        write_eval(tmp_path / f'looped-{seed}', rows)
+    write_eval(tmp_path / 'plain-1', [('mano/l=2', 1, 0.25, majority(6.2))])
+    folders = [str(path) for path in sorted(tmp_path.iterdir())]
+    status, out, err = call(collect.main, *folders)
+    assert status == 0, err
+    head, looped, plain, last = (re.split(' {2,}', line.strip()) for line in out.splitlines())
+    assert head == ['configuration', 'loops', 'n', 'parameters', 'FLOPs/token', 'l=2', 'l=10', 'mean']
+    assert looped == ['looped', '4', '3', '?', '1234', '95.0 ±5.0', '20.0 ±10.0', '50.0 ±0.0']
+    assert plain == ['plain', '1', '1', '?', '1234', '25.0'] and last == [
+        'majority answer',
+        '6.2',
+        '7.0',
+        '6.6',
+    ]
+    status, out, _ = call(collect.main, *folders, '--column=loss')
+    assert status == 0 and '2.5000 ±0.0000' in out and 'majority' not in out
+
+
+@pytest.mark.parametrize('argv, told', [
+    ([], "argument='', expected folders of runs"),
+    (['absent'], "folder='absent', expected a run with an eval.csv"),
+    (['run', '--task=core'], "task='core', expected one with accuracy in run/eval.csv"),
+    (['run', '--column=speed'], "folder='run', expected rows in its eval.csv with ['speed']"),
+    (['run', '--tasks=mano'], "argument='--tasks=mano', expected --task=... or --column=..."),
+    (['broken'], 'has no number where one is due'),
+])  # fmt: skip
+def test_collect_tells_mistakes_in_one_line(call, tmp_path, monkeypatch, argv, told):
+    monkeypatch.chdir(tmp_path)
+    write_eval(tmp_path / 'run', [('mano/l=1', 1, 0.5, majority(5.7))])
+    write_eval(tmp_path / 'broken', [('mano/l=1', 1, 'x', majority(5.7))])
+    status, _, err = call(collect.main, *argv)
+    assert status == 2 and told in err and err.count('\n') == 1
