@@ -185,7 +185,8 @@ def tokenizer_dict(checkpoint):
         return checkpoint['tokenizer']
     dataset = checkpoint.get('config', {}).get('dataset', '')
     folder = find_data(dataset)
-    if dataset and any((folder / name).exists() for name in ('meta.json', 'meta.pkl')):
+    is_folder = dataset and isinstance(folder, Path)  # others are generated, see datasets.find_data
+    if is_folder and any((folder / name).exists() for name in ('meta.json', 'meta.pkl')):
         return read_meta(folder)['tokenizer']
     is_gpt2 = checkpoint['model_args']['vocab_size'] in (50257, 50304)  # 50304: padded to a multiple of 64
     return dict(kind='tiktoken', name='gpt2') if is_gpt2 else None

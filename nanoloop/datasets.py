@@ -10,6 +10,7 @@ Reads data sets. A data set is a folder, data/NAME, with token files and meta.js
                           of the settings of its preparation
 
 nanoGPT's folders, with meta.pkl or without any meta, are read, too. nanoloop/prepare.py writes data sets.
+A name of nanoloop/generated.py, such as mano:10, is a data set without files.
 """
 
 import contextlib
@@ -22,8 +23,9 @@ from pathlib import Path
 import numpy as np
 
 from nanoloop import ROOT
-from nanoloop.checks import UserError
+from nanoloop.checks import UserError, check
 from nanoloop.files import hash_json, sha256
+from nanoloop.generated import GENERATED, Generated, GeneratedSplit, find_generated
 from nanoloop.nanogpt_data import nanogpt_meta
 from nanoloop.tokenizer import make_tokenizer
 
@@ -38,8 +40,17 @@ MOVING = 'unfinished/moving'  # exists while new files replace old ones: if it s
 
 
 def find_data(dataset):
-    """Returns the folder of a data set: data/NAME for a name, the path itself for one with a slash."""
-    return Path(dataset) if os.sep in dataset else DATA / dataset
+    """Returns the folder of a data set: data/NAME for a name, the path itself for one with a slash.
+
+    For a name of nanoloop/generated.py it returns the Generated, which the functions below take as a folder.
+    Raises UserError for a wrong size of one, and if there is a folder of that name, too.
+    """
+    if os.sep in dataset:
+        return Path(dataset)
+    folder, generated = DATA / dataset, find_generated(dataset)
+    expected = generated and f'{generated.name} for the generated task, or {folder} for the folder'
+    check(not (generated and folder.is_dir()), 'dataset', dataset, expected)
+    return generated or folder
 
 
 def read_meta(folder):
@@ -47,13 +58,15 @@ def read_meta(folder):
 
     Raises UserError with the command that prepares the data if there is no whole data set.
     """
+    if isinstance(folder, Generated):
+        return folder.meta()
     folder = Path(folder)
     if folder.is_file():
         command = f'python data/text/prepare.py --input {folder}'
         raise UserError(f'dataset={str(folder)!r} is a file, run: {command}')
     if not folder.is_dir():
         names = {path.parent.name for file in ('prepare.py', 'meta.json') for path in DATA.glob(f'*/{file}')}
-        known = ', '.join(sorted(names))
+        known = ', '.join([*sorted(names), *(f'{name}:N' for name in GENERATED)])
         raise UserError(f'dataset={folder.name!r}: there is no folder {folder}, expected one of {known}')
     if (folder / 'meta.json').exists():
         meta = read_meta_json(folder / 'meta.json')
@@ -119,6 +132,14 @@ def identify(folder, meta):
     return dict(source=meta.get('source'), sha256=hash_json(content))
 
 
+def describe(folder, meta):
+    """Returns the line that a run says about its data set."""
+    if isinstance(folder, Generated):
+        return folder.describe()
+    sizes = ' and '.join(f'{meta["splits"][name]["tokens"]:,} ({name})' for name in ('train', 'val'))
+    return f'data set {folder.name}: {sizes} tokens of kind {meta["tokenizer"]["kind"]}'
+
+
 def hash_ends(path, size=2**20):
     """Returns the SHA-256 of a file's first and last `size` bytes: files of nanoGPT come without a hash."""
     with open(path, 'rb') as file:
@@ -146,6 +167,13 @@ def allow_open_files(n):
     if hard != resource.RLIM_INFINITY and needed > hard:
         raise UserError(f'the data set has {n} files, and this process may open {hard}: see `ulimit -n`')
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+def open_split(folder, *arguments):
+    """Returns the Split of a folder, or the GeneratedSplit of a Generated. arguments: see Split."""
+    if isinstance(folder, Generated):
+        return GeneratedSplit(folder, *arguments)
+    return Split(folder, *arguments)
 
 
 class Split:

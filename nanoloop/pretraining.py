@@ -14,7 +14,7 @@ from nanoloop import LOCAL_RANK
 from nanoloop.batches import window_batches
 from nanoloop.checkpoint import checkpoint_paths, configure_checkpoint, find_from_flags, load_checkpoint
 from nanoloop.checks import check
-from nanoloop.datasets import Split, find_data, identify, read_meta
+from nanoloop.datasets import describe, find_data, identify, open_split, read_meta
 from nanoloop.evaluate import evaluate
 from nanoloop.objective import check_loops
 from nanoloop.parallel import max_over_ranks
@@ -43,7 +43,8 @@ def pretraining(c, m, checkpoint, stopped, say):
     check(n % world == 0, 'gradient_accumulation_steps', n, expected)
     folder, meta = prepare_data(c, m, say)
     config = settle_config(c, meta, checkpoint)
-    splits = {name: Split(folder, meta, name, c.block_size, c.vocab_size) for name in ('train', 'val')}
+    sizes = c.block_size, c.vocab_size
+    splits = {name: open_split(folder, meta, name, *sizes) for name in ('train', 'val')}
     # only now is memory taken: what a user can get wrong has been refused before
     changes = {key: c[key] for key in given_keys(c)}
     model = GPT(config) if checkpoint is None else load_checkpoint(checkpoint, **changes)[0]
@@ -51,8 +52,7 @@ def pretraining(c, m, checkpoint, stopped, say):
     if m.compile:
         for block in model.blocks():
             block.compile()
-    sizes = ' and '.join(f'{meta["splits"][name]["tokens"]:,} ({name})' for name in splits)
-    say(f'data set {folder.name}: {sizes} tokens of kind {meta["tokenizer"]["kind"]}')
+    say(describe(folder, meta))
     if c.vocab_size > 2 * meta['vocab_size']:
         say(f'vocab_size={c.vocab_size} is far above the {meta["vocab_size"]} of the data')
     batches = window_batches(splits['train'], c, m)
@@ -131,6 +131,8 @@ def settle_config(c, meta, checkpoint):
     """
     if checkpoint is None:
         c['vocab_size'] = c.vocab_size if 'vocab_size' in c.given else meta['vocab_size']
+        if 'row_len' in meta and 'block_size' not in c.given:
+            c['block_size'] = meta['row_len'] - 1
         config = c.build(GPTConfig)
     else:
         config, *_ = configure_checkpoint(checkpoint, **{key: c[key] for key in given_keys(c)})

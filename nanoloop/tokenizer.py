@@ -134,6 +134,29 @@ class Numbers(Tokenizer):
         return b''.join(b' %d' % i for i in ids)
 
 
+class Words(Tokenizer):
+    """One token per word of a list; blanks separate words. spec: {'kind': 'words', 'words': [...]}."""
+
+    def __init__(self, words):
+        self.words = list(words)
+        self.spec = dict(kind='words', words=self.words)
+        self.ids = {word: i for i, word in enumerate(self.words)}
+        self.token_bytes = [0] * len(self.words)  # a word is a symbol: there are no bits per byte
+        self.eot_token = self.ids.get('<bos>', 0)
+
+    def encode(self, text, special=False):
+        """Returns the ids of a text's words. Raises UserError for words that are not in the vocabulary."""
+        words = text.split()
+        if unknown := [word for word in dict.fromkeys(words) if word not in self.ids]:
+            names, known = (' '.join(part) for part in (unknown[:20], self.words[:60]))
+            raise UserError(f'words that the tokenizer does not know: {names}; it knows {known}')
+        return [self.ids[word] for word in words]
+
+    def decode_bytes(self, ids):
+        """Returns the words of ids, a blank before each; an id past the list becomes a question mark."""
+        return ''.join(f' {self.words[i]}' if i < len(self.words) else ' ?' for i in ids).encode()
+
+
 # -----------------------------------------------------------------------------
 # byte-pair encodings of the libraries tiktoken and tokenizers
 
@@ -296,7 +319,7 @@ class HuggingFace(Tokenizer):
 # -----------------------------------------------------------------------------
 # from a spec, a file or a name to a tokenizer
 
-TOKENIZERS = {'char': Characters, 'byte': Bytes, 'ids': Numbers}
+TOKENIZERS = {'char': Characters, 'byte': Bytes, 'ids': Numbers, 'words': Words}
 TOKENIZERS |= {'tiktoken': Tiktoken, 'tokenizers': HuggingFace}
 
 

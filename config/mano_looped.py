@@ -1,0 +1,35 @@
+# Mano, arithmetic in F_23 in prefix notation, with one layer that is looped 4 times. The answer is one token.
+# Compare with mano_same_params.py (one layer) and mano_same_flops.py (four layers); runs/mano.sh trains all.
+# The data needs no preparation: rows are drawn when they are needed, see nanoloop/generated.py.
+#   python train.py config/mano_looped.py
+
+out_dir = 'out-mano-looped'
+dataset = 'mano:10'  # 1 to 10 operations
+block_size = 24  # a row of mano:10 has 2 * 10 + 5 tokens
+max_iters = 4000
+eval_interval = 1000
+eval_iters = 8  # 2,048 rows
+log_interval = 100
+sample_tokens = 0
+batch_size = 256
+
+# 0 + 1x4 + 0: the state starts from the embeddings, and its gradient passes all loops
+n_prelude, n_block, n_coda, n_loop = 0, 1, 0, 4
+bptt_k = None
+input_injection = 'passthrough'
+state_init = 'prelude'
+n_head = 4
+n_embd = 128
+norm = 'rmsnorm'
+pos = 'rope'
+qk_norm = True
+tie_weights = False
+
+optimizer = 'muon'
+matrix_lr = 0.02
+learning_rate = 3e-3  # of embeddings and head
+min_lr = 0.0
+lr_schedule = 'linear'
+warmdown_frac = 0.5
+warmup_iters = 100
+weight_decay = 0.0
