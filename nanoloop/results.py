@@ -13,7 +13,18 @@ from pathlib import Path
 
 from nanoloop.checks import UserError
 
-VALUES = ('loss', 'loss_se', 'ppl', 'bpb', 'accuracy', 'accuracy_se', 'centered', 'seed_sd', 'items', 'tokens')
+VALUES = (
+    'loss',
+    'loss_se',
+    'ppl',
+    'bpb',
+    'accuracy',
+    'accuracy_se',
+    'centered',
+    'seed_sd',
+    'items',
+    'tokens',
+)
 COLUMNS = ('task', 'loops', 'policy', *VALUES, 'mean_loops', 'flops_per_token', 'seconds', 'note', 'settings')
 COLUMNS += ('dtype', 'step', 'run', 'checkpoint')
 KEY = ('task', 'loops', 'policy', 'settings', 'dtype', 'step')  # two lines with the same ones are the same
@@ -54,7 +65,7 @@ class Results:
     """
 
     def __init__(self, path, run):
-        self.path, self.rows = Path(path), []
+        self.path, self.run, self.rows = Path(path), run, []
         if not self.path.parent.is_dir():
             raise UserError(f'csv={str(path)!r}, expected a file in a folder that exists')
         if self.path.exists():
@@ -62,7 +73,9 @@ class Results:
         others = {row['run'] for row in self.rows} - {run}
         if others:
             checkpoint = next(row['checkpoint'] for row in self.rows if row['run'] in others)
-            raise UserError(f'{path} has results of another run ({checkpoint}): --csv=FILE names another file')
+            raise UserError(
+                f'{path} has results of another run ({checkpoint}): --csv=FILE names another file'
+            )
 
     def find(self, row):
         """Returns the finished line with the KEY of a row, the last one if there are several, else None."""
@@ -70,8 +83,12 @@ class Results:
         return next((old for old in reversed(self.rows) if [old[column] for column in KEY] == wanted), None)
 
     def add(self, row):
-        """Appends a row, {column: value}, in one write. Returns it as a line."""
-        line = {column: as_text(row.get(column)) for column in COLUMNS}
+        """Adds a row, {column: value}. Returns it as a line."""
+        self.rows.append({column: as_text(row.get(column)) for column in COLUMNS})
+        return self.rows[-1]
+
+    def write(self, line):
+        """Appends a line to the file, in one write."""
         text = io.StringIO(newline='')
         writer = csv.DictWriter(text, COLUMNS, lineterminator='\n')
         with open(self.path, 'a+b', buffering=0) as file:
@@ -80,12 +97,10 @@ class Results:
                 writer.writeheader()
             writer.writerow(line)
             file.write(text.getvalue().encode())
-        self.rows.append(line)
-        return line
 
 
 def cut_half_line(file):
-    """Removes what follows the last line end of an open file: a machine that failed in the middle of a line."""
+    """Removes what follows the last line end of an open file, from a machine that failed while it wrote."""
     file.seek(0)
     content = file.read()
     file.truncate(content.rfind(b'\n') + 1)
