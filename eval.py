@@ -151,7 +151,7 @@ def main(argv):
     step = int(checkpoint['iter_num'])
     say(f'{checkpoint["path"]}: step {step}, rows in {results.path}')
     base = dict(dtype=str(m.dtype)[6:], step=step, run=results.run, checkpoint=checkpoint['path'])
-    evaluator = Evaluator(model, m, policies, results, base, c.batch_tokens, c.items, Progress)
+    evaluator = Evaluator(model, m, policies, results, base, c.batch_tokens, c['items'], Progress)
     rows = [row for name in tasks for row in evaluator.run(name, tasks[name], loaded[name])]
     leave(m)
     if RANK == 0:
