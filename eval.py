@@ -18,8 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # ours come first, also with python -P
 from configurator import command, configure, print_error, print_line
+from model import GPT
 from nanoloop import RANK
 from nanoloop.checkpoint import (
     BEST,
@@ -100,6 +103,11 @@ def make_policies(c, config):
     for budget in read_numbers(c.kv_budget):
         check(budget <= most, 'kv_budget', c.kv_budget, f'at most the {most} loops')
         policies.append(Policy(most, kv_budget=budget))
+    with torch.device('meta'):  # takes no memory
+        model = GPT(config)
+    for policy in policies:
+        if policy.early_exit is not None:
+            policy.early_exit.check_model(model, policy.n_loop)
     return policies
 
 
@@ -131,6 +139,8 @@ def main(argv):
     tasks = choose_names('tasks', c.tasks, TASKS)
     if c.plot:
         check_plotting()
+    folder_exists = Path(c['items'] or '.').parent.is_dir()
+    check(folder_exists, 'items', c['items'], 'a file in a folder that exists')
     # first all that can be wrong, then the weights
     check_tokenizer(c.out_dir if c.init_from == 'resume' else c.init_from)
     checkpoint = find_from_flags(c.init_from, c.out_dir, words=('resume',), prefer=BEST, say=say)
@@ -144,9 +154,6 @@ def main(argv):
     m = setup(SimpleNamespace(**c, compile=False, deterministic=False, peak_flops=None, seed=0))
     results.rows = gather(m, results.rows)[0]  # before rank 0 adds any
     model, _ = load_checkpoint(checkpoint, m.device)
-    for policy in policies:
-        if policy.early_exit is not None:
-            policy.early_exit.check_model(model, policy.n_loop)
     say(m.line)
     step = int(checkpoint['iter_num'])
     say(f'{checkpoint["path"]}: step {step}, rows in {results.path}')

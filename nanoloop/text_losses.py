@@ -175,7 +175,9 @@ def losses_by_policy(model, texts, policy, m, batch_tokens):
     rows, results, loops_taken = [pack([text]) for text in texts], [None] * len(texts), None
     for batch in batches([len(row.idx) for row in rows], batch_tokens):
         chosen = [rows[i] for i in batch]
-        prompts = [int(row.columns.min()) if one_by_one else len(row.idx) for row in chosen]
+        prompts = [
+            int(row.columns.min(initial=len(row.idx))) if one_by_one else len(row.idx) for row in chosen
+        ]
         with m.autocast():
             x, stats = read_rows(
                 model, [m.to_device(torch.from_numpy(row.idx)) for row in chosen], prompts, policy
