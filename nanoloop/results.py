@@ -13,7 +13,18 @@ from pathlib import Path
 
 from nanoloop.checks import UserError
 
-VALUES = ('loss', 'loss_se', 'ppl', 'bpb', 'accuracy', 'accuracy_se', 'centered', 'seed_sd', 'items', 'tokens')
+VALUES = (
+    'loss',
+    'loss_se',
+    'ppl',
+    'bpb',
+    'accuracy',
+    'accuracy_se',
+    'centered',
+    'seed_sd',
+    'items',
+    'tokens',
+)
 COLUMNS = ('task', 'loops', 'policy', *VALUES, 'mean_loops', 'flops_per_token', 'seconds', 'note', 'settings')
 COLUMNS += ('dtype', 'step', 'run', 'checkpoint')
 KEY = ('task', 'loops', 'policy', 'settings', 'dtype', 'step')  # two lines with the same ones are the same
@@ -62,7 +73,9 @@ class Results:
         others = {row['run'] for row in self.rows} - {run}
         if others:
             checkpoint = next(row['checkpoint'] for row in self.rows if row['run'] in others)
-            raise UserError(f'{path} has results of another run ({checkpoint}): --csv=FILE names another file')
+            raise UserError(
+                f'{path} has results of another run ({checkpoint}): --csv=FILE names another file'
+            )
 
     def find(self, row):
         """Returns the finished line with the KEY of a row, the last one if there are several, else None."""
