@@ -5,12 +5,13 @@ import itertools
 import os
 import random
 import re
+import subprocess
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, load, read_log, same
+from helpers import ROOT, TINY, load, read_log, same
 
 import sample
 import train
@@ -400,6 +401,32 @@ def test_the_configurations_of_mano_are_baselines_of_each_other():
         apply_baseline(made)
         expected = c | dict(out_dir=made.out_dir, baseline=name, window_pattern=made.window_pattern)
         assert dict(made) == expected
+
+
+def commands(folder, script, **environment):
+    """Runs a script of runs/ with programs that print their arguments. Returns the lines."""
+    for name in ('python', 'srun'):
+        (folder / name).write_text(f'#!/bin/sh\necho {"python " * (name == "python")}"$@"\n')
+        (folder / name).chmod(0o755)
+    env = dict(PATH=f'{folder}:/usr/bin:/bin', SLURM_SUBMIT_DIR=str(folder), **environment)
+    argv = ['bash', str(ROOT / 'runs' / script), '--max_iters=7']
+    return subprocess.run(argv, env=env, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+def test_the_jobs_of_the_array_are_the_runs_of_the_script(tmp_path):
+    alone = commands(tmp_path, 'mano.sh')
+    array = re.search('--array=0-([0-9]+)', (ROOT / 'runs' / 'mano.sbatch').read_text())
+    jobs = [
+        line
+        for i in range(int(array[1]) + 1)
+        for line in commands(tmp_path, 'mano.sbatch', SLURM_ARRAY_TASK_ID=str(i))
+    ]
+    assert len(set(jobs)) == 18 and sorted(jobs) == sorted(alone[:-1])
+    first = 'python train.py config/mano_looped.py --seed=1 --out_dir=out-mano/looped-1 --init_from=auto'
+    assert jobs[:2] == [f'{first} --max_iters=7', 'python eval.py --out_dir=out-mano/looped-1 --tasks=mano']
+    assert all((ROOT / line.split()[2]).is_file() for line in jobs if 'train.py' in line)
+    folders = {word.split('=')[1] for line in jobs for word in line.split() if 'out_dir' in word}
+    assert alone[-1].startswith('python runs/collect.py ') and set(alone[-1].split()[2:]) == folders
 
 
 COLUMNS = 'task loops policy loss accuracy flops_per_token items note step checkpoint'.split()
