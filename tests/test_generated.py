@@ -379,6 +379,7 @@ def test_a_model_of_other_data_is_refused():
         evaluations(mano, 'mano:2', block_size=7)
     assert len(evaluations(mano, 'mano:4', dataset='mano:2')[1]) == 2
     assert len(evaluations(mano, 'mano:4', dataset='wikitext103')[1]) == 4
+    assert len(evaluations(mano, 'mano:4', dataset='p_hop:2')[1]) == 4
 
 
 # -----------------------------------------------------------------------------
