@@ -424,9 +424,17 @@ def test_the_jobs_of_the_array_are_the_runs_of_the_script(tmp_path):
     ]
     assert len(set(jobs)) == 18 and sorted(jobs) == sorted(alone[:-1])
     first = 'python train.py config/mano_looped.py --seed=1 --out_dir=out-mano/looped-1 --init_from=auto'
-    assert jobs[:2] == [f'{first} --max_iters=7', 'python eval.py --out_dir=out-mano/looped-1 --tasks=mano']
+    assert jobs[:2] == [
+        f'{first} --max_iters=7',
+        'python eval.py --out_dir=out-mano/looped-1/ckpt.pt --tasks=mano',
+    ]
     assert all((ROOT / line.split()[2]).is_file() for line in jobs if 'train.py' in line)
-    folders = {word.split('=')[1] for line in jobs for word in line.split() if 'out_dir' in word}
+    folders = {
+        word.split('=')[1].removesuffix('/ckpt.pt')
+        for line in jobs
+        for word in line.split()
+        if 'out_dir' in word
+    }
     assert alone[-1].startswith('python runs/collect.py ') and set(alone[-1].split()[2:]) == folders
 
 
