@@ -8,8 +8,8 @@ for seed in 1 2 3; do
     for model in looped same_params same_flops; do
         folder="out-mano/$model-$seed"
         python train.py "config/mano_$model.py" --seed="$seed" --out_dir="$folder" --init_from=auto "$@"
-        # ckpt.pt, the last one: the val loss of best.pt is lowest before the few questions with one operation, which
-        # training repeats, are learned by heart
+        # the last checkpoint: best.pt is of an early step, before the few questions with one
+        # operation are learned by heart
         python eval.py --out_dir="$folder/ckpt.pt" --tasks=mano
         folders+=("$folder")
     done
