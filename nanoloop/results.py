@@ -134,11 +134,14 @@ def as_text(value):
 def format_table(rows):
     """Returns the lines of a table of results, aligned: what was measured, with standard errors."""
     titles = [title for title, (column, *_) in SHOWN.items() if any(row[column] for row in rows)]
+    note_before = ''
     lines = [['task', 'n_loop', 'policy', *titles, 'items', 'GFLOP/token', 'note']]
     for row in rows:
         gflops = f'{float(row["flops_per_token"]) / 1e9:.4g}' if row['flops_per_token'] else ''
         values = [format_value(row, *SHOWN[title]) for title in titles]
-        lines.append([row['task'], row['loops'], row['policy'], *values, row['items'], gflops, row['note']])
+        note = '' if row['note'] == note_before else row['note']  # shown where it changes
+        note_before = row['note']
+        lines.append([row['task'], row['loops'], row['policy'], *values, row['items'], gflops, note])
     used = [i for i, cells in enumerate(zip(*lines[1:], strict=True)) if any(cells)]
     widths = {i: max(len(line[i]) for line in lines) for i in used}
     return ['  '.join(line[i].ljust(widths[i]) for i in used).rstrip() for line in lines]
@@ -153,9 +156,9 @@ def format_value(row, column, error, form):
 
 
 def against_one_loop(rows):
-    """Returns a line per task that has plain results for one loop and for more: what the loops give."""
+    """Returns what the loops give: a line per task that has results for one loop and for more."""
     lines = []
-    for task in dict.fromkeys(row['task'] for row in rows):
+    for task in dict.fromkeys(row['task'] for row in rows if '/' not in row['task']):
         plain = {int(row['loops']): row for row in rows if row['task'] == task and not row['policy']}
         if len(plain) < 2 or 1 not in plain:
             continue
