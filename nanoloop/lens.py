@@ -15,7 +15,7 @@ import torch
 
 from model import HEAD_CHUNK, POS, upcast
 from nanoloop.decode import Decoder
-from nanoloop.early_exit import EarlyExit, ExitInputs, diff
+from nanoloop.early_exit import EXIT, EarlyExit, ExitInputs, diff
 from nanoloop.generate import tokens_in_view
 from nanoloop.machine import onednn_for
 
@@ -107,7 +107,9 @@ def predictions_by_loop(model, idx, n_loop=None, k=5, early_exit=None, say=None)
 
 def read_view(model, idx, n_loop, k):
     """Returns tokens, p and change, see Lens, for idx (B, T), all in view."""
-    never = EarlyExit('kl', 0.0)  # gives the decoder a coda after every loop
+    # a rule that reads the prediction gives the decoder a coda after every loop; at `never` no token exits
+    name, rule = next(entry for entry in EXIT.items() if entry[1].needs_logits)
+    never = EarlyExit(name, rule.never)
     decoder = Decoder(model, *idx.shape, n_loop, early_exit=never)
     pieces = []
     for piece in idx.split(decoder.cache.chunk, dim=1):

@@ -37,7 +37,8 @@ def open_out_dir(out_dir, say=None):
 
 def archive_previous_run(out_dir, say=None):
     """Moves the files of an earlier run to out_dir/run-N, if it has saved a checkpoint."""
-    paths = [out_dir / name for name in ('ckpt.pt', 'prev.pt', 'best.pt', 'log.jsonl', 'eval.jsonl')]
+    paths = [out_dir / name for name in ('ckpt.pt', 'prev.pt', 'best.pt', 'log.jsonl')]
+    paths += [out_dir / name for name in ('eval.jsonl', 'eval.csv', 'eval.png')]
     paths += sorted(out_dir.glob('best-before-*.pt'))
     paths = [path for path in paths if path.exists()]
     if not any(path.suffix == '.pt' for path in paths):  # a log alone: Log overwrites it
