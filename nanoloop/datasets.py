@@ -17,6 +17,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import resource
 from pathlib import Path
 
@@ -138,6 +139,16 @@ def describe(folder, meta):
         return folder.describe()
     sizes = ' and '.join(f'{meta["splits"][name]["tokens"]:,} ({name})' for name in ('train', 'val'))
     return f'data set {folder.name}: {sizes} tokens of kind {meta["tokenizer"]["kind"]}'
+
+
+def name_source(source):
+    """Returns the words for a data set's source, a JSON value of its meta.json."""
+    if isinstance(source, dict) and isinstance(source.get('data_files'), list):
+        names = [os.path.basename(re.sub(r'\[([*?[])\]', r'\1', str(file))) for file in source['data_files']]
+        return f'{", ".join(names[:3])}{f" and {len(names) - 3:,} more" * (len(names) > 3)}'
+    if isinstance(source, dict | list):
+        return ' '.join(map(str, source.values() if isinstance(source, dict) else source))
+    return str(source or 'another program')
 
 
 def hash_ends(path, size=2**20):

@@ -101,15 +101,15 @@ def hash_json(value):
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def lock_folder(folder, against, say=None, wait=False):
+def lock_folder(folder, against, say=None, wait=False, name='.lock'):
     """Locks a folder against a second process that calls this. Raises BlockingIOError if it is locked.
 
     wait: wait until it is not. Returns the lock: it ends when it is closed, and with the process, however
     that ends. Returns None if the file system has no locks; say is then called with a line that says against
-    what the folder is not locked.
+    what the folder is not locked. name: of the file that is locked.
     """
     try:
-        lock = open(Path(folder) / '.lock', 'w')
+        lock = open(Path(folder) / name, 'w')
         fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         return lock
     except BlockingIOError:

@@ -33,6 +33,14 @@ class PlainUnpickler(pickle.Unpickler):
         return super().find_class(module, name) if (module, name) in HARMLESS else Unread
 
 
+def nanogpt_files(folder):
+    """Returns the names of nanoGPT's files in a folder, none if meta.json says what is there."""
+    if (folder / 'meta.json').exists():
+        return []
+    names = [name for name in ('meta.pkl', 'train.bin', 'val.bin') if (folder / name).is_file()]
+    return names if names != ['meta.pkl'] else []
+
+
 def nanogpt_meta(folder):
     """Returns the meta of a folder of nanoGPT. Without a meta.pkl its tokens are GPT-2's."""
     meta = dict(dtype='uint16', source='nanoGPT', vocab_size=50257, splits={})

@@ -9,20 +9,23 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
-import urllib.request
 from pathlib import Path
 
 import numpy as np
 
 from nanoloop.checks import UserError, check
-from nanoloop.datasets import DTYPES, MOVING
-from nanoloop.files import hash_json, lock_folder, replace_file, sha256, sync, sync_folder, write_json
+from nanoloop.datasets import DTYPES, MOVING, name_source
+from nanoloop.files import hash_json, lock_folder, sha256, sync, sync_folder, write_json
+from nanoloop.nanogpt_data import nanogpt_files
 from nanoloop.text_files import hold_out
 from nanoloop.tokenizer import read_text
 
 SHARD_TOKENS = 10**8
 FEW_TOKENS = 1024  # a smaller split limits block_size as one is likely to choose it
+NEW_META = 'meta.new'  # in unfinished/: meta.json of the set that is about to move
+SHARD_NAME = re.compile(r'[^/]+\.bin')
 PIECE_CHARS = 2**22  # text encoded at a time, so that a large file needs little memory
 
 
@@ -58,9 +61,8 @@ class Writer:
             say(f'{self.folder} was prepared by the other process')
             self.release_lock()
             return
-        if say and (old := self.finished_meta()):
-            made_of = old.get('source') or 'another program'
-            say(f'{self.folder} holds a data set from {made_of}, which will be replaced')
+        if say and (old := self.name_earlier()):
+            say(f'{self.folder} holds {old}, which will be replaced')
         mixed = (self.folder / MOVING).exists()  # until this set is finished, the files there are of two sets
         if not resume:
             shutil.rmtree(self.unfinished, ignore_errors=True)
@@ -94,10 +96,22 @@ class Writer:
         return bool(meta) and all(meta.get(key) == value for key, value in self.origin().items())
 
     def finished_meta(self):
-        """Returns meta.json of the whole data set in the folder, {} if there is none."""
-        with contextlib.suppress(OSError, ValueError):
-            return json.loads((self.folder / 'meta.json').read_bytes())
+        """Returns meta.json of the whole data set in the folder, {} if there is none or it is another's."""
+        with contextlib.suppress(OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
+            meta = json.loads((self.folder / 'meta.json').read_bytes())
+            names = [file['name'] for values in meta['splits'].values() for file in values['files']]
+            if names and all(SHARD_NAME.fullmatch(name) for name in names):  # nothing else is ever removed
+                return meta
         return {}
+
+    def name_earlier(self):
+        """Returns words for what finish() will replace in the folder, '' if it is nothing."""
+        if meta := self.finished_meta():
+            return f'a data set from {name_source(meta.get("source"))}'
+        if (self.folder / 'meta.json').exists():
+            return 'a meta.json of another program'
+        mixed = (self.folder / MOVING).exists()  # by a preparation that was interrupted
+        return "a data set in nanoGPT's form" if nanogpt_files(self.folder) and not mixed else ''
 
     def origin(self):
         """Returns the values of meta.json that say what the set was made from."""
@@ -200,8 +214,13 @@ class Writer:
         say: called with a line per split. more: further keys of meta.json.
         """
         self.save(self.done)
+        longest = {split: max(shards, default=0) for split, shards in self.state['splits'].items()}
+        least = more.get('row_len') or 2  # tokens of the shortest window, with its last target
+        for split, tokens in longest.items():
+            if tokens < least:
+                counts = f'{tokens} tokens of {split}, a window needs {least}'
+                raise UserError(f'{self.folder.name}: {counts}: take more text, or another --val_share')
         splits = {split: self.describe(split) for split in self.state['splits']}
-        self.move_files(splits)
         meta = dict(
             vocab_size=len(self.tokenizer.token_bytes),
             max_id=self.state['max_id'],
@@ -210,13 +229,17 @@ class Writer:
             splits=splits,
             **self.origin(),
         )
-        write_json(self.folder / 'meta.json', dict(meta, **more))
+        write_json(self.unfinished / NEW_META, dict(meta, **more))
+        self.move_files(splits)
+        os.replace(self.unfinished / NEW_META, self.folder / 'meta.json')
+        sync_folder(self.folder)
         shutil.rmtree(self.unfinished)
         self.release_lock()
         for split in sorted(splits) if say else ():  # train, val
             tokens, kind = splits[split]['tokens'], self.tokenizer.spec['kind']
-            few = ', enough for block_size up to' if tokens <= FEW_TOKENS else ''
-            say(f'{self.folder.name}: {split} has {tokens:,} tokens ({kind}){few and f"{few} {tokens - 1}"}')
+            few = longest[split] <= FEW_TOKENS and not more.get('row_len')
+            enough = f', enough for block_size up to {longest[split] - 1}' * few
+            say(f'{self.folder.name}: {split} has {tokens:,} tokens ({kind}){enough}')
 
     def describe(self, split):
         """Returns the entry of a split in meta.json."""
@@ -230,13 +253,16 @@ class Writer:
 
     def move_files(self, splits):
         """Moves the shards to the names in splits, meta.json's entry; an earlier set there ends with this."""
+        earlier = self.finished_meta().get('splits', {}).values()
+        old = [file['name'] for values in earlier for file in values['files']] or nanogpt_files(self.folder)
+        new = [file['name'] for values in splits.values() for file in values['files']]
+        # masks of the earlier set do not fit the new tokens; a run that reads its shards has them open
+        old = [*self.folder.glob('*.mask'), *(self.folder / name for name in ('meta.json', *old))]
+        for path in (*old, *(self.folder / name for name in new)):
+            check(not path.is_dir(), 'folder', str(path), 'a file there: move this folder away')
         (self.folder / MOVING).touch()
         (self.unfinished / 'state.json').unlink()  # from here on an interrupted preparation begins anew
-        earlier = self.finished_meta().get('splits', {}).values()
-        names = [file['name'] for values in earlier for file in values['files']]
-        (self.folder / 'meta.json').unlink(missing_ok=True)
-        # masks of the earlier set do not fit the new tokens; a run that reads its shards has them open
-        for path in (*self.folder.glob('*.mask'), *(self.folder / name for name in names)):
+        for path in old:
             path.unlink(missing_ok=True)
         for split, values in splits.items():
             for i, file in enumerate(values['files']):
@@ -292,6 +318,8 @@ def write_text(
             if exists:
                 add_text(writer, split, piece, special, path)
                 writer.add(split, end)
+    for split in ('train', 'val'):
+        writer.state['splits'].setdefault(split, [])  # finish() refuses one that is empty
     writer.finish(say, **more)
 
 
@@ -318,20 +346,3 @@ def split_text(text, size):
         end = text.find('\n', start + size) + 1 or len(text)
         yield text[start:end]
         start = end
-
-
-def fetch(url, path):
-    """Downloads url to path unless it is there. Returns path. Raises UserError if it cannot be downloaded."""
-    if path.exists():
-        return path
-    with lock_folder(path.parent, 'a second download', wait=True) or contextlib.nullcontext():
-        if path.exists():
-            return path
-        try:
-            with urllib.request.urlopen(url, timeout=60) as answer, replace_file(path, 'wb') as file:
-                shutil.copyfileobj(answer, file)
-                if file.tell() != int(answer.headers.get('Content-Length', file.tell())):
-                    raise OSError('the connection ended early')
-        except OSError as error:
-            raise UserError(f'{url} cannot be downloaded ({error}): give the file with --input') from None
-    return path

@@ -1,11 +1,16 @@
 """
-What the scripts data/NAME/prepare.py share: how they read their flags, and those of sets of the hub.
+What the scripts data/NAME/prepare.py share: how they read their flags, sets of the hub, and the
+download of a text.
 """
 
+import contextlib
+import shutil
+import urllib.request
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 from nanoloop.checks import UserError
+from nanoloop.files import lock_folder, replace_file
 from nanoloop.hub import HubDocuments, local_documents, write_hub
 from nanoloop.prepare import SHARD_TOKENS
 from nanoloop.tokenizer import choose_tokenizer
@@ -95,3 +100,29 @@ def write_documents(args, folder, documents, splits, say, eot):
         say=say,
         **options,
     )
+
+
+def fetch(url, path, say):
+    """Downloads url to path unless it is there. Returns path. Raises UserError if it cannot be downloaded.
+
+    say: called with a line if another process is downloading it; this one waits.
+    """
+    if path.exists():
+        return path
+    options = dict(say=say, name='.download.lock')  # a preparation of the folder has a lock of its own
+    try:
+        lock = lock_folder(path.parent, 'a second download', **options)
+    except BlockingIOError:
+        say(f'{path} is being downloaded by another process, waiting for it')
+        lock = lock_folder(path.parent, 'a second download', wait=True, **options)
+    with lock or contextlib.nullcontext():
+        if path.exists():
+            return path
+        try:
+            with urllib.request.urlopen(url, timeout=60) as answer, replace_file(path, 'wb') as file:
+                shutil.copyfileobj(answer, file)
+                if file.tell() != int(answer.headers.get('Content-Length', file.tell())):
+                    raise OSError('the connection ended early')
+        except OSError as error:
+            raise UserError(f'{url} cannot be downloaded ({error}): give the file with --input') from None
+    return path

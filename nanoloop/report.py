@@ -9,6 +9,7 @@ from datetime import timedelta
 
 import torch
 
+from nanoloop.datasets import name_source
 from nanoloop.generate import stream
 from nanoloop.machine import matmul_rate
 from nanoloop.tokenizer import make_tokenizer
@@ -138,7 +139,7 @@ def other_measure(state, c, extra):
         keys.append('dataset')
     changed = [was_is(key, state['config'][key], c[key]) for key in keys if state['config'][key] != c[key]]
     if old is not None and old['sha256'] != new['sha256']:
-        known = [f'{data["source"]} (sha256 {data["sha256"][:8]})' for data in (old, new)]
+        known = [f'{name_source(data["source"])} (sha256 {data["sha256"][:8]})' for data in (old, new)]
         changed.append(was_is('data', *known))
     return changed
 

@@ -18,7 +18,9 @@ CONTROL = bytes(set(range(32)) - set(b'\b\t\n\v\f\r\x1b'))  # characters that a 
 UNMARKED, TABLE = 'UTF-16 without a byte order mark', 'table'  # kinds of files
 TABLE_FILE = re.compile(r'.+\.(parquet|jsonl|jsonl\.gz)')
 COLUMN_HINT = '; --column=NAME takes the tables'
-OWN_FILE = re.compile(r'\w+?(_\d{5})?\.(bin|mask)|meta\.(json|pkl)|max_id\.json|prepare\.py|\.lock|.*\.tmp')
+OWN_FILE = re.compile(
+    r'\w+?(_\d{5})?\.(bin|mask)|meta\.(json|pkl)|max_id\.json|prepare\.py|(\.download)?\.lock|.*\.tmp'
+)
 
 
 def find_texts(path, pattern='*', data_folder=None, any_bytes=False, say=None):

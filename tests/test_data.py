@@ -21,9 +21,9 @@ from helpers import ROOT
 
 import sample
 import train
-from nanoloop import hub, prepare, pretraining
+from nanoloop import hub, prepare, prepare_script, pretraining
 from nanoloop.datasets import Split, identify, read_meta
-from nanoloop.files import hash_json, replace_file
+from nanoloop.files import hash_json, lock_folder, replace_file
 from nanoloop.hub import HubDocuments, local_documents, write_hub
 from nanoloop.nanogpt_data import nanogpt_meta
 from nanoloop.prepare import Writer, write_text
@@ -303,12 +303,13 @@ def test_every_file_is_on_the_disk_before_the_set_counts(tmp_path, monkeypatch):
     real = os.replace
 
     def fsync(fd):
-        synced[os.readlink(f'/proc/self/fd/{fd}')] = os.fstat(fd).st_size
+        synced[os.fstat(fd).st_ino] = os.fstat(fd).st_size
 
     def replace(source, target):
         moved.append(str(target))
-        assert synced[str(source)] == os.stat(source).st_size
-        assert not str(target).endswith('meta.json') or str(tmp_path) in synced  # the files' names, too
+        assert synced[os.stat(source).st_ino] == os.stat(source).st_size
+        named = tmp_path.stat().st_ino in synced  # the files' names are, too
+        assert not str(target).endswith('meta.json') or named
         real(source, target)
 
     monkeypatch.setattr(os, 'fsync', fsync)
@@ -776,13 +777,33 @@ def test_a_download_that_ends_early_is_not_kept(tmp_path, monkeypatch, length, w
     class Answer(io.BytesIO):
         headers = {} if length is None else {'Content-Length': str(length)}
 
-    monkeypatch.setattr(prepare.urllib.request, 'urlopen', lambda url, timeout: Answer(b'hello'))
+    monkeypatch.setattr(prepare_script.urllib.request, 'urlopen', lambda url, timeout: Answer(b'hello'))
     if whole:
-        assert prepare.fetch('http://x', tmp_path / 'input.txt').read_bytes() == b'hello'
+        assert prepare_script.fetch('http://x', tmp_path / 'input.txt', print).read_bytes() == b'hello'
     else:
         with pytest.raises(ValueError, match='ended early.*--input'):
-            prepare.fetch('http://x', tmp_path / 'input.txt')
+            prepare_script.fetch('http://x', tmp_path / 'input.txt', print)
     assert (tmp_path / 'input.txt').exists() == whole
+
+
+def test_a_second_download_waits_with_a_line_and_a_preparation_does_not_stop_it(tmp_path, monkeypatch):
+    path, lines = tmp_path / 'input.txt', []
+    answer = io.BytesIO(b'hello')
+    answer.headers = {}
+    monkeypatch.setattr(prepare_script.urllib.request, 'urlopen', lambda url, timeout: answer)
+    writer = Writer(tmp_path, Bytes(), 'x')  # another process prepares the folder meanwhile
+    first = lock_folder(tmp_path, 'x', name='.download.lock')
+
+    def say(line):
+        lines.append(line)
+        path.write_text('done by the other')
+        first.close()
+
+    assert prepare_script.fetch('http://x', path, say).read_text() == 'done by the other'
+    assert lines == [f'{path} is being downloaded by another process, waiting for it']
+    path.unlink()
+    assert prepare_script.fetch('http://x', path, say).read_text() == 'hello' and len(lines) == 1
+    writer.release_lock()
 
 
 def test_a_meta_without_what_the_files_tell_is_completed(tmp_path):
@@ -983,6 +1004,141 @@ def test_a_set_that_replaces_a_larger_one_leaves_no_shard_of_it(tmp_path):
         writer.finish()
     assert lines == [f'{tmp_path} holds a data set from set of 40, which will be replaced']
     assert sorted(path.name for path in tmp_path.glob('*.bin')) == ['train.bin']
+
+
+def words_on(folder):
+    """What a Writer and a preparation of 60 bytes tell of what lies in a folder."""
+    (folder / 'a.txt').write_text('text, ' * 10)
+    lines = []
+    write_text(folder, [folder / 'a.txt'], Bytes(), 'a.txt', say=lines.append)
+    assert read_meta(folder)['splits']['train']['tokens'] == 54
+    return [line for line in lines if 'will be replaced' in line]
+
+
+@pytest.mark.parametrize(
+    'content',
+    [
+        '{"splits": {"train": {"num_examples": 3}}}',
+        '{"splits": ["train"]}',
+        '{"splits": {"train": {"files": [{"name": "../other.bin"}]}}}',
+        '{"splits": {"train": {"files": [{"name": 3}]}}}',
+        '{"splits": {}}',
+        '[1]',
+        'null',
+        'no JSON',
+    ],
+)
+def test_a_meta_json_of_another_program_costs_no_work(tmp_path, content):
+    (tmp_path / 'other.bin').touch()
+    folder = tmp_path / 'mine'
+    folder.mkdir()
+    (folder / 'meta.json').write_text(content)
+    assert words_on(folder) == [f'{folder} holds a meta.json of another program, which will be replaced']
+    assert (tmp_path / 'other.bin').exists()
+
+
+@pytest.mark.parametrize('name', ['meta.json', 'train.bin', 'train.mask'])
+def test_a_folder_in_the_way_is_told_before_anything_moves(tmp_path, name):
+    numbers(tmp_path, 20, split='val')
+    (tmp_path / 'meta.json').rename(tmp_path / 'old.json')
+    (tmp_path / name).mkdir()
+    writer = Writer(tmp_path, Bytes(), 'x')
+    writer.add('train', range(9))
+    with pytest.raises(ValueError, match=f'{name}., expected a file there: move this folder away'):
+        writer.finish()
+    assert not (tmp_path / 'unfinished' / 'moving').exists() and (tmp_path / 'val.bin').exists()
+    (tmp_path / name).rmdir()
+    del writer
+    again = Writer(tmp_path, Bytes(), 'x')  # nothing was lost
+    again.finish()
+    assert read_meta(tmp_path)['splits']['train']['tokens'] == 9
+
+
+def test_a_set_that_cannot_be_described_replaces_nothing(tmp_path):
+    numbers(tmp_path, 20)
+    writer = Writer(tmp_path, Bytes(), 'x')
+    writer.add('train', range(9))
+    with pytest.raises(TypeError):
+        writer.finish(note=object())
+    assert read_meta(tmp_path)['source'] == 'numbers' and (tmp_path / 'unfinished' / 'state.json').exists()
+
+
+def test_a_set_of_nanogpt_is_replaced_whole_and_with_a_line(tmp_path):
+    for split in ('train', 'val'):
+        np.arange(9, dtype='<u2').tofile(tmp_path / f'{split}.bin')
+    (tmp_path / 'meta.pkl').write_bytes(pickle.dumps(dict(vocab_size=9)))
+    writer = Writer(tmp_path, Bytes(), 'x', shard_tokens=5)
+    for _ in range(2):
+        writer.add('train', range(5))
+    writer.finish()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        '.lock',
+        'meta.json',
+        'train_00000.bin',
+        'train_00001.bin',
+    ]
+    (tmp_path / 'other').mkdir()
+    np.arange(9, dtype='<u2').tofile(tmp_path / 'other' / 'train.bin')
+    assert words_on(tmp_path / 'other') == [
+        f"{tmp_path}/other holds a data set in nanoGPT's form, which will be replaced"
+    ]
+    (tmp_path / 'meta').mkdir()
+    (tmp_path / 'meta' / 'meta.pkl').write_text('of another program')
+    assert words_on(tmp_path / 'meta') == [] and (tmp_path / 'meta' / 'meta.pkl').exists()
+
+
+@pytest.mark.parametrize(
+    'source, words',
+    [
+        (dict(path='json', data_files=['/d/a[[]1].jsonl', '/d/b.jsonl']), 'a[1].jsonl, b.jsonl'),
+        (dict(path='json', data_files=list('abcde')), 'a, b, c and 2 more'),
+        (dict(path='Salesforce/wikitext', name='raw'), 'Salesforce/wikitext raw'),
+        ('a.txt', 'a.txt'),
+        (None, 'another program'),
+    ],
+)
+def test_the_source_of_a_set_is_told_in_words(tmp_path, source, words):
+    lines = []
+    for say in (None, lines.append):
+        writer = Writer(tmp_path, Bytes(), source, say=say)
+        writer.add('train', [1, 2])
+        writer.finish()
+    assert lines == [f'{tmp_path} holds a data set from {words}, which will be replaced']
+
+
+def test_the_longest_file_limits_block_size(tmp_path):
+    lines = []
+    for sizes, more in (((5, 9, 6), {}), ((900, 900), {}), ((2000, 9), {}), ((6,), dict(row_len=3))):
+        writer = Writer(tmp_path, Bytes(), 'x', shard_tokens=1)
+        for size in sizes:
+            writer.add('train', [1] * size)
+        writer.finish(lines.append, **more)
+    start, enough = f'{tmp_path.name}: train has', ', enough for block_size up to'
+    assert lines == [
+        f'{start} 20 tokens (byte){enough} 8',
+        f'{start} 1,800 tokens (byte){enough} 899',
+        f'{start} 2,009 tokens (byte)',
+        f'{start} 6 tokens (byte)',
+    ]
+
+
+@pytest.mark.parametrize(
+    'text, share, told',
+    [
+        ('0123456789', 0.1, '1 tokens of val, a window needs 2: take more text, or another --val_share'),
+        ('01', 0.9, '0 tokens of train, a window needs 2'),
+        ('0123', 0.5, ''),
+    ],
+)
+def test_a_split_that_cannot_be_trained_on_replaces_nothing(tmp_path, text, share, told):
+    numbers(tmp_path, 20)
+    (tmp_path / 'a').write_text(text)
+    if told:
+        with pytest.raises(ValueError, match=told):
+            write_text(tmp_path, [tmp_path / 'a'], Bytes(), 'x', share)
+    else:
+        write_text(tmp_path, [tmp_path / 'a'], Bytes(), 'x', share)
+    assert read_meta(tmp_path)['source'] == ('numbers' if told else 'x')
 
 
 def test_a_data_set_of_many_files_raises_the_limit_of_open_files(tmp_path):

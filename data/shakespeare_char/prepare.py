@@ -10,8 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
 from configurator import command, print_line
-from nanoloop.prepare import fetch, write_text
-from nanoloop.prepare_script import TEXT_FLAGS, parse
+from nanoloop.prepare import write_text
+from nanoloop.prepare_script import TEXT_FLAGS, fetch, parse
 from nanoloop.tokenizer import Characters, read_text
 
 FOLDER = Path(__file__).resolve().parent
@@ -21,7 +21,7 @@ URL = 'https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshake
 @command
 def main(argv):
     args = parse(argv, __doc__, TEXT_FLAGS)
-    path = args.input or fetch(URL, FOLDER / 'input.txt')
+    path = args.input or fetch(URL, FOLDER / 'input.txt', print_line)
     write_text(FOLDER, [path], Characters(sorted(set(read_text(path)))), URL, args.val_share, say=print_line)
 
 
