@@ -16,6 +16,7 @@ A name of nanoloop/generated.py, such as mano:10, is a data set without files.
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import resource
@@ -172,12 +173,20 @@ def ceil_div(a, b):
 def allow_open_files(n):
     """Raises this process's limit of open files by n. Raises UserError if that is not allowed."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = n + (len(os.listdir('/dev/fd')) if os.path.isdir('/dev/fd') else 64) + SPARE_FILES
-    if soft == resource.RLIM_INFINITY or needed <= soft:
+    highest = math.inf if hard == resource.RLIM_INFINITY else hard
+    is_open = len(os.listdir('/dev/fd')) - 1 if os.path.isdir('/dev/fd') else 64  # -1: this listing
+    least = n + is_open
+    if soft == resource.RLIM_INFINITY or least + SPARE_FILES <= soft:
         return
-    if hard != resource.RLIM_INFINITY and needed > hard:
-        raise UserError(f'the data set has {n} files, and this process may open {hard}: see `ulimit -n`')
-    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    for limit in (min(least + SPARE_FILES, highest), least) if least <= highest else ():
+        # the kernel's own limit may be lower than an infinite hard one, as on macOS
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, limit), hard))
+            return
+    if least > soft:
+        most = soft if hard == resource.RLIM_INFINITY else hard
+        files = f'the data set has {n} files, {is_open} others are open'
+        raise UserError(f'{files}, and this process may open {most}: see `ulimit -n`')
 
 
 def open_split(folder, *arguments):

@@ -3,6 +3,7 @@ Writes data sets from documents in tables: of the Hugging Face hub, or in parque
 processes encode them. Needs no torch.
 """
 
+import contextlib
 import functools
 import glob
 import multiprocessing
@@ -17,7 +18,7 @@ import numpy as np
 
 from nanoloop.checks import UserError, check, missing_package
 from nanoloop.prepare import SHARD_TOKENS, Writer, check_space
-from nanoloop.text_files import count_kinds, hash_fraction
+from nanoloop.text_files import OF_SET, count, count_kinds, hash_fraction, kind_of_file
 from nanoloop.tokenizer import make_tokenizer
 
 DOCUMENTS_PER_SAVE = 8192  # an interruption loses the work on as many documents at most
@@ -27,6 +28,7 @@ FEW_DOCUMENTS = 10**5  # so many are sorted, to hold out an exact number of them
 
 FORMATS = {'.parquet': 'parquet', '.jsonl': 'json', '.json': 'json', '.csv': 'csv'}  # of load_dataset
 FORMATS |= {f'{suffix}.gz': 'json' for suffix in ('.jsonl', '.json')}
+TEXT_HINT = '; a text is for data/text/prepare.py --input, without --column'
 
 
 class HubDocuments:
@@ -40,7 +42,7 @@ class HubDocuments:
     def __init__(self, path, column='text', streaming=False, max_documents=None, files=(), **load):
         check(max_documents is None or max_documents >= 1, 'max_documents', max_documents, 'at least 1')
         try:
-            from datasets import load_dataset
+            import datasets
         except ImportError as error:
             raise missing_package('a table of documents', 'data', error.name) from None
         self.column, self.streaming, self.max_documents = column, streaming, max_documents
@@ -49,20 +51,18 @@ class HubDocuments:
         stats = [(str(file), file.stat()) for file in files]
         self.made_from = dict(column=column, max_documents=max_documents)
         self.made_from['files'] = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
-        self.load = functools.partial(load_dataset, path, streaming=streaming, **load)
+        self.load = functools.partial(datasets.load_dataset, path, streaming=streaming, **load)
+        if files:  # its lines on a broken file say no more than ours; those on a download stay
+            datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+            datasets.disable_progress_bars()
         self.rows = {}  # the rows of each split that was opened
 
     def open(self, split):
         """Returns the rows of a split. Raises UserError if there is no such data set, file or column."""
         if split in self.rows:
             return self.rows[split]
-        try:
+        with self.reading():
             rows = self.load(split=split)
-        except Exception as error:  # datasets raises many types for a file that is none of its kind
-            if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
-                raise  # the network or the disk
-            reason = ' '.join(str(error.__cause__ or error).split())[:300] or 'it has no rows'
-            raise UserError(f'{self.name} cannot be read: {reason}') from None
         columns = rows.column_names or [self.column]  # unknown until the first row in some streams
         check(self.column in columns, 'column', self.column, f'one of {", ".join(columns)}')
         kind = getattr((rows.features or {}).get(self.column), 'dtype', 'string')
@@ -75,7 +75,23 @@ class HubDocuments:
         rows, most = self.open(split), self.max_documents
         total = None if self.streaming else min(len(rows), most or len(rows))
         last = None if most is None else max(0, most - first)
-        return islice((row[self.column] for row in rows.skip(first)), last), total
+        return islice(self.column_of(rows.skip(first)), last), total
+
+    def column_of(self, rows):
+        """Yields the documents of rows; a stream finds only then what is wrong with them."""
+        with self.reading():
+            yield from (row[self.column] for row in rows)
+
+    @contextlib.contextmanager
+    def reading(self):
+        """Turns what the library raises into a UserError, which has all that its own lines would tell."""
+        try:
+            yield
+        except Exception as error:  # datasets raises many types for a file that is none of its kind
+            if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+                raise  # the network or the disk
+            reason = ' '.join(str(error.__cause__ or error).split())[:300] or 'it has no rows'
+            raise UserError(f'{self.name} cannot be read: {reason}') from None
 
     def texts(self, splits):
         """Yields all documents of several splits."""
@@ -124,16 +140,18 @@ def find_tables(path, say=None):
     files, known = [], ', '.join(FORMATS)
     for found in paths:
         if not found.is_dir():
-            check(table_format(found), 'input', str(found), f'a table, {known}; a text has no --column')
+            check(table_format(found), 'input', str(found), f'a table, {known}{TEXT_HINT}')
             files.append(found)
             continue
         inside = [file for file in sorted(found.rglob('*')) if file.is_file()]
-        tables = [file for file in inside if table_format(file) and file.name[0] not in '._']
-        others = {file: 'other' for file in inside if file not in set(tables)}
-        if others and say:
-            say(f'{found}: {len(tables):,} tables; left out: {count_kinds(found, others)}')
+        kinds = {file: 'hidden' if file.name[0] == '_' else kind_of_file(file, found) for file in inside}
+        tables = [file for file in inside if table_format(file) and kinds[file] not in ('hidden', OF_SET)]
+        left_out = count_kinds(found, {file: kinds[file] for file in inside if file not in set(tables)})
         if not tables:
-            raise UserError(f'--input {path}: there is no table in it, {known}')
+            left_out = f'; left out: {left_out or "nothing"}'
+            raise UserError(f'--input {path}: there is no table in it, {known}{left_out}{TEXT_HINT}')
+        if left_out and say:
+            say(f'{found}: {count(len(tables), "table")}; left out: {left_out}')
         files += tables
     return files
 
@@ -248,8 +266,10 @@ def add_documents(writer, pool, documents, split, our_split, val_share, has_val,
     texts, total = documents.read(split, first)
     if total is None and first == 0:  # a stream: it may be a short one
         start = list(islice(texts, DOCUMENTS_PER_SAVE))
-        total = len(start) if len(start) < DOCUMENTS_PER_SAVE else None
+        total = len(start) if len(start) < DOCUMENTS_PER_SAVE else documents.max_documents
         texts = chain(start, texts)
+    totals = done.setdefault('totals', {})  # saved: a later part of a stream has to be divided alike
+    total = totals.setdefault(split, total)
     held_out = (lambda i: False) if has_val else choose_documents(val_share, total)
     with tqdm(desc=split, initial=first, total=total, unit=' documents', disable=not say) as bar:
         while group := list(islice(texts, DOCUMENTS_PER_SAVE)):  # the pool does not run ahead of the group
@@ -294,7 +314,7 @@ def choose_documents(share, total):
 
 def sum_documents(writer):
     """Returns the number of documents that are done, those left out among them."""
-    return sum(n for name, n in (writer.done or {}).items() if name != 'left out')
+    return sum(n for name, n in (writer.done or {}).items() if name not in ('left out', 'totals'))
 
 
 def finish(writer, say):

@@ -10,14 +10,16 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from nanoloop.checks import UserError
+from nanoloop.checks import UserError, check
 from nanoloop.tokenizer import text_encoding
 
 BLOCK_BYTES = 2**20  # read at a time
 CONTROL = bytes(set(range(32)) - set(b'\b\t\n\v\f\r\x1b'))  # characters that a text does not have
-UNMARKED, TABLE = 'UTF-16 without a byte order mark', 'table'  # kinds of files
+CONTROL_CHARS = re.compile('[\\0-\\x08\\x0e-\\x1f\\x7f-\\x84\\x86-\\x9f]')
+UNMARKED, TABLE, OF_SET = 'UTF-16 without a byte order mark', 'table', 'of a data set'  # kinds of files
+NOUNS = 'text', TABLE, 'broken link'  # kinds that have a plural
 TABLE_FILE = re.compile(r'.+\.(parquet|jsonl|jsonl\.gz)')
-COLUMN_HINT = '; --column=NAME takes the tables'
+COLUMN_HINT = '; --column=NAME takes the tables instead'
 OWN_FILE = re.compile(
     r'\w+?(_\d{5})?\.(bin|mask)|meta\.(json|pkl)|max_id\.json|prepare\.py|(\.download)?\.lock|.*\.tmp'
 )
@@ -39,8 +41,7 @@ def find_texts(path, pattern='*', data_folder=None, any_bytes=False, say=None):
             raise UserError(f'--input {path} is {kind}, expected a text in UTF-8')
     elif path.is_dir():
         has_shards.cache_clear()
-        files = [file for file in sorted(path.rglob(pattern)) if file.is_file() or is_broken_link(file)]
-        kinds = {file: kind_of_file(file, path, data_folder) for file in files}
+        kinds = {file: kind_of_file(file, path, data_folder) for file in files_below(path, pattern)}
     else:
         raise UserError(f'--input {path}: there is no such file or folder')
     kept = ('text', 'not UTF-8') if path.is_dir() else tuple(kinds.values())
@@ -48,12 +49,13 @@ def find_texts(path, pattern='*', data_folder=None, any_bytes=False, say=None):
     texts = [file for file, kind in kinds.items() if kind in kept]
     left_out = count_kinds(path, {file: kind for file, kind in kinds.items() if kind not in kept})
     if not texts:
-        raise UserError(
-            f'--input {path}: there is no text {pattern} in it; left out: {left_out or "nothing"}'
-            f'{tables and COLUMN_HINT or ""}'
-        )
+        others = {file: f'not named {pattern}' for file in files_below(path, '*') if file not in kinds}
+        others = {file: 'hidden' if is_hidden(file, path) else kind for file, kind in others.items()}
+        left_out = count_kinds(path, others | kinds) or 'nothing'
+        hint = COLUMN_HINT if tables else ''
+        raise UserError(f'--input {path}: there is no text {pattern} in it; left out: {left_out}{hint}')
     if left_out and say:
-        say(f'{path}: {len(texts):,} texts; left out: {left_out}{tables and COLUMN_HINT or ""}')
+        say(f'{path}: {count(len(texts), "text")}; left out: {left_out}{tables and COLUMN_HINT or ""}')
     others = [file for file in texts if kinds[file] in ('binary', 'not UTF-8', UNMARKED)]
     if others and not any_bytes:
         raise UserError(f'--input: {others[0]} is not UTF-8: --tokenizer=byte takes its bytes as they are')
@@ -62,11 +64,26 @@ def find_texts(path, pattern='*', data_folder=None, any_bytes=False, say=None):
     return texts
 
 
+def files_below(folder, pattern):
+    """Returns the files of a pattern below a folder, and the links to nothing, sorted."""
+    check(pattern, 'pattern', pattern, 'names below the folder, such as *.md')
+    try:
+        return [file for file in sorted(folder.rglob(pattern)) if file.is_file() or is_broken_link(file)]
+    except (ValueError, NotImplementedError):  # a whole path
+        raise UserError(f'pattern={pattern!r}, expected names below the folder, such as *.md') from None
+
+
+def count(n, noun):
+    """Returns a number with its noun, in the plural unless it is 1."""
+    return f'{n:,} {noun}{"s" * (n != 1)}'
+
+
 def count_kinds(folder, kinds):
     """Returns a text that counts {path: kind}, with an example of each kind, such as `2 hidden (.git/x)`."""
     examples = {kind: path for path, kind in reversed(kinds.items())}
     counts = sorted(Counter(kinds.values()).items())
-    return ', '.join(f'{n:,} {kind} ({os.path.relpath(examples[kind], folder)})' for kind, n in counts)
+    words = {kind: count(n, kind) if kind in NOUNS else f'{n:,} {kind}' for kind, n in counts}
+    return ', '.join(f'{words[kind]} ({os.path.relpath(examples[kind], folder)})' for kind in words)
 
 
 def is_broken_link(path):
@@ -74,12 +91,16 @@ def is_broken_link(path):
     return path.is_symlink() and not path.exists()
 
 
+def is_hidden(path, folder):
+    """Returns whether a file, or a folder between it and `folder`, is hidden or a cache of Python."""
+    return any(part[0] == '.' or part == '__pycache__' for part in path.relative_to(folder).parts)
+
+
 def kind_of_file(path, folder, data_folder=None):
     """Returns 'text', 'not UTF-8', or why a file below a folder is no text."""
-    parts = path.relative_to(folder).parts
     if is_of_data_set(path, data_folder):
-        return 'of a data set'
-    if any(part.startswith('.') or part == '__pycache__' for part in parts):
+        return OF_SET
+    if is_hidden(path, folder):
         return 'hidden'
     if is_broken_link(path):
         return 'broken link'
@@ -128,9 +149,13 @@ def kind_of_content(path):
 
 
 def looks_like_utf16(start):
-    """Returns whether a file's first bytes are like a western text in UTF-16: every second one is 0."""
+    """Returns whether a file's first bytes are like a western text in UTF-16: every second one is 0.
+
+    So are those of token ids below 256; read as a text they nearly always have control characters.
+    """
     zeros = [part.count(0) / max(1, len(part)) for part in (start[::2], start[1::2])]
-    return len(start) >= 16 and max(zeros) > 0.5 and min(zeros) < 0.02
+    text = start.decode('utf-16-be' if zeros[0] > zeros[1] else 'utf-16-le', 'ignore')
+    return len(start) >= 16 and max(zeros) > 0.5 and min(zeros) < 0.02 and not CONTROL_CHARS.search(text)
 
 
 # -----------------------------------------------------------------------------

@@ -21,7 +21,8 @@ from helpers import ROOT
 
 import sample
 import train
-from nanoloop import hub, prepare, prepare_script, pretraining
+from nanoloop import datasets, hub, prepare, prepare_script, pretraining
+from nanoloop.checks import UserError
 from nanoloop.datasets import Split, identify, read_meta
 from nanoloop.files import hash_json, lock_folder, replace_file
 from nanoloop.hub import HubDocuments, local_documents, write_hub
@@ -500,9 +501,15 @@ def test_what_is_no_table_is_told_before_the_work(tmp_path):
     (tmp_path / 'texts' / 'a.txt').write_text('x')
     for given, told in [
         ([tmp_path / 'none.parquet'], 'none.parquet: there is no such file or folder'),
-        ([tmp_path / 'b.txt'], r'b.txt., expected a table, .parquet, .*; a text has no --column'),
+        (
+            [tmp_path / 'b.txt'],
+            r'b.txt., expected a table, .parquet, .*; a text is for data/text/prepare.py --input',
+        ),
         ([tmp_path / 'b.csv.gz'], 'expected a table, .parquet'),
-        ([tmp_path / 'texts'], r'texts: there is no table in it, .parquet'),
+        (
+            [tmp_path / 'texts'],
+            r'texts: there is no table in it, .parquet.*left out: 1 text \(a.txt\); a text is for data/text',
+        ),
         ([paths['csv'], paths['parquet']], r"input=\['csv', 'parquet'\], expected files of one format"),
         ([tmp_path / 'broken.parquet'], 'broken.parquet cannot be read'),
     ]:
@@ -514,11 +521,13 @@ def test_what_is_no_table_is_told_before_the_work(tmp_path):
     (tmp_path / 'folder').mkdir()
     for i in range(3):
         shutil.copy(paths['jsonl'], tmp_path / 'folder' / f'{i}.jsonl')
-    shutil.copy(tmp_path / '.hidden.jsonl', tmp_path / 'folder')
+    for name in ('.hidden.jsonl', 'texts/a.txt'):
+        shutil.copy(tmp_path / name, tmp_path / 'folder')
+    shutil.copy(tmp_path / 'texts' / 'a.txt', tmp_path / 'folder' / 'b.txt')
     for name in ('folder', 'folder/*.jsonl'):
         lines = []
         assert local_documents([tmp_path / name], 'body', lines.append).read('train', 0)[1] == 6
-        told = [f'{tmp_path}/folder: 3 tables; left out: 1 other (.hidden.jsonl)']
+        told = [f'{tmp_path}/folder: 3 tables; left out: 1 hidden (.hidden.jsonl), 2 texts (a.txt)']
         assert lines == (told if name == 'folder' else [])
 
 
@@ -566,13 +575,87 @@ def test_any_number_of_documents_has_some_held_out(total, share):
         assert all(many(i) == (hub.hash_fraction(str(i)) < share) for i in range(99))
 
 
+class Stream:
+    """HubDocuments that are read over the network."""
+
+    column = 'text'
+
+    def __init__(self, length, max_documents=None):
+        self.length, self.max_documents = length, max_documents
+
+    def read(self, split, first):
+        return (str(i) for i in range(first, min(self.length, self.max_documents or self.length))), None
+
+
+class Plain:
+    """A pool of processes that encodes here, in tokens of one byte."""
+
+    def map(self, function, texts, chunksize):
+        return ((list(text.encode()) + [10], '') for text in texts)
+
+
+@pytest.mark.parametrize(
+    'length, most, share, expected',
+    [
+        (5000, None, None, 50),
+        (5000, 9000, None, 50),
+        (300, 9000, None, 30),
+        (99999, 9000, None, 50),
+        (99999, 20000, None, 50),
+        (99999, 9000, 0.3, 2700),
+        (8192, 8192, 0.1, 819),
+    ],
+)
+def test_a_stream_has_the_documents_held_out_that_a_table_has(tmp_path, length, most, share, expected):
+    writer = Writer(tmp_path, Bytes(), 'x')
+    hub.add_documents(writer, Plain(), Stream(length, most), 'train', 'train', share, False, None)
+    assert hub.sum_documents(writer) == min(length, most or length)
+    hub.finish(writer, None)
+    assert (np.fromfile(tmp_path / 'val.bin', '<u2') == 10).sum() == expected
+
+
+def test_the_rest_of_a_stream_is_divided_as_its_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, 'DOCUMENTS_PER_SAVE', 100)
+    content = []
+    for stops in (False, True):
+        folder = tmp_path / str(stops)
+        writer = Writer(folder, Bytes(), 'x')
+        if stops:
+
+            def save(self, done, real=Writer.save):
+                real(self, done)
+                if done['train'] == 200:
+                    raise KeyboardInterrupt
+
+            with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+                m.setattr(Writer, 'save', save)
+                hub.add_documents(writer, Plain(), Stream(999, 500), 'train', 'train', None, False, None)
+            writer.release_lock()
+            writer = Writer(folder, Bytes(), 'x')
+        hub.add_documents(writer, Plain(), Stream(999, 500), 'train', 'train', None, False, None)
+        hub.finish(writer, None)
+        content.append([(folder / f'{split}.bin').read_bytes() for split in ('train', 'val')])
+    assert content[0] == content[1] and content[0][1].count(b'\n') == 50
+
+
+@pytest.mark.parametrize('streaming', [False, True])
+def test_a_broken_table_is_told_in_one_line(tmp_path, monkeypatch, capfd, streaming):
+    monkeypatch.setenv('HF_HOME', str(tmp_path / 'hf'))
+    pytest.importorskip('datasets')
+    (tmp_path / 'a.jsonl').write_text('{"text": "a"}\n{"text": broken\n')
+    capfd.readouterr()
+    with pytest.raises(ValueError, match='a.jsonl cannot be read: JSON parse error') as caught:
+        list(local_documents([tmp_path / 'a.jsonl'], streaming=streaming).texts(['train']))
+    assert caught.type is UserError and capfd.readouterr() == ('', '')
+
+
 def test_documents_without_text_and_those_that_cannot_be_encoded_are_counted(tmp_path):
     class Pool:
         def map(self, function, texts, chunksize):
             return [(None, 'too long') if text == 'long' else (list(text.encode()), '') for text in texts]
 
     class Documents:
-        column = 'text'
+        column, max_documents = 'text', None
 
         def read(self, split, first):
             return iter(['ab', None, 'long', 'cd', 'ef'][first:]), None
@@ -1153,10 +1236,43 @@ def test_a_data_set_of_many_files_raises_the_limit_of_open_files(tmp_path):
         'split = Split(sys.argv[1], read_meta(sys.argv[1]), "train", 4, 256)\n'
         'print(len(split.open_files))'
     )
-    for hard, expected in ((1000, '300'), (250, 'and this process may open 250: see `ulimit -n`')):
+    for hard, expected in ((1000, '300'), (310, '300'), (250, 'may open 250: see `ulimit -n`')):
         call = [sys.executable, '-c', code, str(tmp_path), str(hard)]
         run = subprocess.run(call, cwd=ROOT, capture_output=True, text=True)
         assert expected in run.stdout + run.stderr
+
+
+@pytest.mark.parametrize(
+    'n, soft, hard, kernel, limit',
+    [
+        (2, 64, 64, 999, 64),  # what is there is enough, if not for the spare ones
+        (2, 100, 512, 999, 140),
+        (100, 64, 512, 999, 238),
+        (100, 64, 120, 999, 120),
+        (100, 64, -1, 120, 110),
+        (20, 64, -1, 64, 64),
+        (100, 64, 109, 999, 'has 100 files, 10 others are open, and this process may open 109: see'),
+        (100, 64, -1, 64, 'and this process may open 64'),
+    ],
+)
+def test_the_limit_of_open_files_is_raised_as_far_as_it_can_be(monkeypatch, n, soft, hard, kernel, limit):
+    limits = [soft]
+
+    def setrlimit(kind, values):
+        if not 0 <= values[0] <= kernel:
+            raise ValueError('current limit exceeds maximum limit')
+        limits.append(values[0])
+
+    assert datasets.resource.RLIM_INFINITY == -1
+    monkeypatch.setattr(datasets.resource, 'getrlimit', lambda kind: (soft, hard))
+    monkeypatch.setattr(datasets.resource, 'setrlimit', setrlimit)
+    monkeypatch.setattr(datasets.os, 'listdir', lambda path: range(11))
+    if isinstance(limit, str):
+        with pytest.raises(ValueError, match=limit):
+            datasets.allow_open_files(n)
+        return
+    datasets.allow_open_files(n)
+    assert limits[-1] == limit
 
 
 def test_a_progress_bar_without_a_terminal_is_drawn_no_more():

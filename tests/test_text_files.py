@@ -1,4 +1,5 @@
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,8 @@ def test_a_folder_that_is_the_data_set_gives_the_same_set_again(notes):
         (TEXT.encode('utf-8-sig'), 'text'),
         (TEXT.encode('utf-16-le'), UNMARKED),
         (TEXT.encode('utf-16-be'), UNMARKED),
+        (np.array([3, 0, 27, 9, 65, 32, 11, 40], '<u2').tobytes() * 9, 'binary'),  # tokens of characters
+        (np.array([65, 66, 129, 32], '>u2').tobytes() * 9, 'binary'),
         (bytes(range(256)) * 4, 'binary'),
         (b'caf\xe9', 'not UTF-8'),
         ('\u00e9'.encode()[:1], 'not UTF-8'),
@@ -138,10 +141,24 @@ def test_what_a_folder_leaves_out_is_counted_with_a_hint(tmp_path):
     (tmp_path / 'c.txt').write_bytes(TEXT.encode('utf-16-le'))
     lines = []
     assert find_texts(tmp_path, any_bytes=True, say=lines.append) == [tmp_path / 'a.txt']
-    left_out = '1 UTF-16 without a byte order mark (c.txt), 1 table (b.jsonl); --column=NAME takes the tables'
-    assert lines == [f'{tmp_path}: 1 texts; left out: {left_out}']
+    left_out = '1 UTF-16 without a byte order mark (c.txt), 1 table (b.jsonl)'
+    left_out += '; --column=NAME takes the tables instead'
+    assert lines == [f'{tmp_path}: 1 text; left out: {left_out}']
     with pytest.raises(ValueError, match='c.txt is UTF-16 without a byte order mark'):
         find_texts(tmp_path / 'c.txt')
     (tmp_path / 'a.txt').unlink()
-    with pytest.raises(ValueError, match='there is no text .* in it; .*; --column=NAME takes the tables'):
+    with pytest.raises(
+        ValueError, match='there is no text .* in it; .*; --column=NAME takes the tables instead'
+    ):
         find_texts(tmp_path)
+
+
+def test_files_that_a_pattern_leaves_out_are_counted(notes):
+    told = r'no text \*.rst in it; left out: 3 hidden \(.git/config\), 10 not named \*.rst \(a.txt\)$'
+    with pytest.raises(ValueError, match=told):
+        find_texts(notes, '*.rst')
+    for pattern in ('', '/tmp/*.txt'):
+        with pytest.raises(
+            ValueError, match=f'pattern=.{re.escape(pattern)}., expected names below the folder'
+        ):
+            find_texts(notes, pattern)
