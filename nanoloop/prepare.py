@@ -286,13 +286,15 @@ def write_text(
     say=None,
     special=False,
     shard_tokens=SHARD_TOKENS,
+    held_out=None,
     **more,
 ):
     """Prepares a data set from text files.
 
     About val_share of the text is held out: the end of a single file; of several files, some are held out
     whole, see hold_out, and the tokenizer's eot_token ends each. special: special tokens may be written in
-    the text. say: called with a line about what is done. more: see Writer.finish.
+    the text. say: called with a line about what is done. held_out: what hold_out returns,
+    if it is chosen already. more: see Writer.finish.
     Raises UserError if there is no text, or one that the tokenizer cannot encode.
     """
     check(0 < val_share < 1, 'val_share', val_share, 'a number above 0 and below 1')
@@ -307,7 +309,7 @@ def write_text(
     if writer.done_by_another:
         return
     check_space(folder, size / max(1, np.mean(tokenizer.token_bytes)) * writer.dtype.itemsize)
-    parts = hold_out(paths, val_share)
+    parts = held_out or hold_out(paths, val_share, say)
     end = [tokenizer.eot_token] if len(paths) > 1 else []
     for path in paths:
         text, part = read_text(path, tokenizer.text_errors), parts.get(path, 0)

@@ -10,10 +10,13 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
+
 from nanoloop.checks import UserError, check
 from nanoloop.tokenizer import text_encoding
 
 BLOCK_BYTES = 2**20  # read at a time
+FEW_FILES = 16  # all 2**16 sets of so many files are tried
 CONTROL = bytes(set(range(32)) - set(b'\b\t\n\v\f\r\x1b'))  # characters that a text does not have
 CONTROL_CHARS = re.compile('[\\0-\\x08\\x0e-\\x1f\\x7f-\\x84\\x86-\\x9f]')
 UNMARKED, TABLE, OF_SET = 'UTF-16 without a byte order mark', 'table', 'of a data set'  # kinds of files
@@ -168,18 +171,70 @@ def hash_fraction(name):
     return int(digest[:12], 16) / 16**12
 
 
-def hold_out(paths, share):
+def hold_out(paths, share, say=None):
+    """Returns {path: its part, above 0 and at most 1, that is for validation}: the end of the file.
+
+    They are those of hold_out_by_name, unless whole files of other sizes are closer to `share` of the bytes
+    by more than a tenth of it. say: called with a line if whole files are farther off than that.
+    """
+    sizes, parts = {path: path.stat().st_size for path in paths}, hold_out_by_name(paths, share)
+    total = sum(sizes.values())
+    held = sum(sizes[path] * part for path, part in parts.items()) / total
+    if abs(held - share) > share / 10:
+        top = common_folder(paths)
+        by_name = sorted(sizes, key=lambda path: hash_fraction(relative_name(path, top)))
+        chosen = closest_files(by_name, sizes, share * total)
+        closest = sum(sizes[path] for path in chosen) / total
+        if closest < 1 and abs(closest - share) < abs(held - share):
+            parts, held = dict.fromkeys(chosen, 1.0), closest
+    if say and abs(held - share) > share / 10:
+        say(f'asked for {100 * share:.3g} %, val has {100 * held:.3g} %: whole files are held out')
+    return parts
+
+
+def closest_files(paths, sizes, target):
+    """Returns files whose sizes add up to about `target`: not all of them and at least one.
+
+    Of at most FEW_FILES the sum is the closest there is. Of more, files are taken in their order while they
+    fit; then one more is, if that comes closer.
+    """
+    if len(paths) <= FEW_FILES:
+        sums = np.zeros(1)  # of the files whose bits are set in the index
+        for path in paths:
+            sums = np.append(sums, sums + sizes[path])
+        best = 1 + int(np.abs(sums[1:-1] - target).argmin())
+        return [path for i, path in enumerate(paths) if best >> i & 1]
+    chosen, rest = [], target
+    for path in paths:
+        if sizes[path] <= rest:
+            chosen.append(path)
+            rest -= sizes[path]
+    others = [path for path in paths if path not in set(chosen)]
+    next_one = min(others, key=sizes.get)
+    return [*chosen, next_one] if abs(rest - sizes[next_one]) < rest else chosen
+
+
+def common_folder(paths):
+    """Returns the folder that all files are below."""
+    return os.path.commonpath([os.path.abspath(path.parent) for path in paths])
+
+
+def relative_name(path, top):
+    """Returns the name of a file below a folder, wherever that lies."""
+    return os.path.relpath(os.path.abspath(path), top)
+
+
+def hold_out_by_name(paths, share):
     """Returns {path: its part, above 0 and at most 1, that is for validation}: the end of the file.
 
     Files are chosen whole, by their names, wherever the folder of all of them lies. Where the sizes of the
     files do not allow between half and twice `share` of the bytes, the ends of the largest do.
     """
     sizes = {path: path.stat().st_size for path in paths}
-    total, top = sum(sizes.values()), os.path.commonpath([os.path.abspath(path.parent) for path in paths])
-    parts, held = {}, 0.0
+    total, top = sum(sizes.values()), common_folder(paths)
+    parts, held, most = {}, 0.0, min(2 * share, (1 + share) / 2)
     for path, size in sizes.items():
-        most = min(2 * share, (1 + share) / 2)
-        if hash_fraction(os.path.relpath(os.path.abspath(path), top)) < share and held + size / total <= most:
+        if hash_fraction(relative_name(path, top)) < share and held + size / total <= most:
             parts[path], held = 1.0, held + size / total
     for path in sorted(sizes.keys() - parts.keys(), key=lambda path: (-sizes[path], path)):
         if held >= share / 2:

@@ -1,3 +1,4 @@
+import itertools
 import os
 import re
 from pathlib import Path
@@ -133,6 +134,47 @@ def test_files_given_in_two_ways_are_held_out_alike(tmp_path, monkeypatch):
         Path(name).write_text('text ' * 100)
     relative, absolute = (hold_out([Path('a'), folder / 'b'], 0.5) for folder in (Path('.'), tmp_path))
     assert [*relative.values()] == [*absolute.values()]
+
+
+def write_sizes(folder, sizes):
+    paths = [folder / f'{i}.txt' for i in range(len(sizes))]
+    for path, size in zip(paths, sizes, strict=True):
+        path.write_bytes(b'x' * size)
+    return paths
+
+
+def share_of(paths, parts):
+    sizes = {path: path.stat().st_size for path in paths}
+    return sum(sizes[path] * part for path, part in parts.items()) / sum(sizes.values())
+
+
+@pytest.mark.parametrize('share', [0.1, 0.3, 0.5, 0.9])
+@pytest.mark.parametrize('seed', range(3))
+def test_of_few_files_those_closest_to_the_share_are_held_out(tmp_path, share, seed):
+    sizes = np.random.default_rng(seed).integers(2000, 7000, 8).tolist()
+    paths, lines = write_sizes(tmp_path, sizes), []
+    parts = hold_out(paths, share, lines.append)
+    held = share_of(paths, parts)
+    sums = [sum(s) / sum(sizes) for n in range(1, 8) for s in itertools.combinations(sizes, n)]
+    best = min(abs(s - share) for s in sums)
+    if set(parts.values()) == {1.0}:
+        assert abs(held - share) <= max(share / 10, best + 1e-9)
+    told = f'asked for {100 * share:.3g} %, val has {100 * held:.3g} %: whole files are held out'
+    assert lines == [told] * (abs(held - share) > share / 10)
+    assert parts == hold_out(paths[::-1], share)
+
+
+def test_the_share_of_six_equal_files_and_of_many_is_the_one_asked_for(tmp_path):
+    paths = write_sizes(tmp_path, [500] * 6)
+    assert share_of(paths, hold_out(paths, 0.5)) == 0.5
+    lines = []
+    assert share_of(paths, hold_out(paths, 0.27, lines.append)) == pytest.approx(1 / 3)
+    assert lines == ['asked for 27 %, val has 33.3 %: whole files are held out']
+    for share in (0.1, 0.5, 0.95):
+        for sizes in ([100] * 40, [*range(1, 200)], [5000, *[10] * 30, 2000, 900]):
+            paths = write_sizes(tmp_path, sizes)
+            parts = hold_out(paths, share)
+            assert abs(share_of(paths, parts) - share) <= share / 10 and len(parts) < len(paths), sizes
 
 
 def test_what_a_folder_leaves_out_is_counted_with_a_hint(tmp_path):
