@@ -4,6 +4,8 @@ download of a text.
 """
 
 import contextlib
+import difflib
+import re
 import shutil
 import urllib.request
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
@@ -61,7 +63,19 @@ def parse(argv, doc, flags):
     parser = Parser(description=doc, formatter_class=RawDescriptionHelpFormatter)
     for name, options in flags.items():
         parser.add_argument(f'--{name}', **options)
+    check_names(argv, [*flags, 'help'])
     return parser.parse_args(argv)
+
+
+def check_names(argv, names):
+    """Raises UserError for a flag without a name that is known, before the parser misses a required one."""
+    for argument in argv:
+        flag = re.match(r'--?([A-Za-z][\w-]*)', argument)
+        if not flag or argument == '-h' or any(f'--{name}'.startswith(flag[0]) for name in names):
+            continue
+        close = difflib.get_close_matches(flag[1].replace('-', '_'), names, 1)
+        hint = f', did you mean --{close[0]}?' if close else ''
+        raise UserError(f'unrecognised option {flag[0]}{hint} (see --help)')
 
 
 def prepare_hub(argv, doc, folder, path, splits, say, eot=True, **load):

@@ -171,7 +171,8 @@ class Tiktoken(Tokenizer):
         except ImportError:
             raise missing_package(f'the {name} tokenizer', 'data', 'tiktoken') from None
         known = tiktoken.list_encoding_names()
-        check(name in known, 'tokenizer', name, f'an encoding of tiktoken: {", ".join(known)}')
+        encodings = f'byte, char, FILE.json or an encoding of tiktoken: {", ".join(known)}'
+        check(name in known, 'tokenizer', name, encodings)
         try:
             self.bpe = tiktoken.get_encoding(name)
         except OSError as error:

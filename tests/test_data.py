@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -996,6 +997,8 @@ def test_scripts_tell_their_flags_and_what_is_wrong_with_them(scripts):
     for name, argv, told in [
         ('pystdlib', ['now'], 'unrecognized arguments: now'),
         ('text', [], 'required: --input'),
+        ('text', ['--inputt', 'x'], 'unrecognised option --inputt, did you mean --input? (see --help)'),
+        ('text', ['--input=a.txt', '--name=shakespeare_char'], 'that set is made by '),
         ('text', ['--input=nowhere.txt'], 'there is no such file'),
         ('wikitext103', ['--processes=few'], 'invalid int value'),
         ('wikitext103', ['--max_documents=0'], 'max_documents=0, expected at least 1'),
@@ -1003,6 +1006,46 @@ def test_scripts_tell_their_flags_and_what_is_wrong_with_them(scripts):
         status, out, err = scripts(name, *argv)
         assert (status, out) == (2, '') and told in err, err
         assert err.startswith('prepare.py: ') and err.count('\n') == 1
+
+
+@pytest.mark.parametrize(
+    'argv, told',
+    [
+        (['--special-tokens'], 'unrecognised option --special-tokens, did you mean --special_tokens?'),
+        (['-input', 'x'], 'unrecognised option -input, did you mean --input?'),
+        (['--zzz=1'], r'unrecognised option --zzz \(see --help\)'),
+        (['--inp=x'], ''),
+        (['--input', '-'], ''),
+        (['--input', 'x', '--n', '-3'], ''),
+    ],
+)
+def test_an_option_that_is_not_known_is_told_first(argv, told):
+    flags = dict(input=dict(required=True, nargs='+'), special_tokens=dict(action='store_true'), n={})
+    if told:
+        with pytest.raises(ValueError, match=told):
+            prepare_script.parse(argv, '', flags)
+    else:
+        assert prepare_script.parse(argv, '', flags).input[0] in ('x', '-')
+
+
+@pytest.mark.parametrize(
+    'name, told',
+    [
+        ('pystdlib', 'expected another: that set is made by .*data/pystdlib/prepare.py'),
+        ('../data/pystdlib', 'expected another'),
+        ('', 'expected a name, for the folder data/NAME'),
+        ('..', 'expected a name'),
+        ('text', ''),
+        ('mine', ''),
+    ],
+)
+def test_a_text_does_not_become_the_set_of_another_script(name, told):
+    name_folder = runpy.run_path(str(ROOT / 'data' / 'text' / 'prepare.py'))['name_folder']
+    if told:
+        with pytest.raises(ValueError, match=f'name=.{name}., {told}'):
+            name_folder(name)
+    else:
+        assert name_folder(name) == ROOT / 'data' / name
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):

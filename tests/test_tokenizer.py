@@ -218,6 +218,13 @@ def test_names_of_tokenizers():
         make_tokenizer(dict(kind='wordpiece'))
 
 
+def test_a_tokenizer_that_is_not_known_is_told_with_those_that_are():
+    pytest.importorskip('tiktoken')
+    told = "tokenizer='foo', expected byte, char, FILE.json or an encoding of tiktoken: .*gpt2"
+    with pytest.raises(ValueError, match=told):
+        choose_tokenizer('foo', None)
+
+
 def test_ids_become_text_again():
     tokenizer = Bytes()
     ids = tokenizer.encode('naïve')
