@@ -59,9 +59,7 @@ class EvalConfig:
     # tasks
     dataset: str = ''  # tasks=loss: a data set as in train.py; '' = that of the model's run
     split: str = 'val'  # tasks=loss: the split of the data set
-    windows: Size = (
-        0  # loss: windows, evenly spread, 0 = all; mano, p_hop: questions per difficulty, 0 = 2000
-    )
+    windows: Size = 0  # loss: windows, 0 = all; mano, p_hop: questions per difficulty, 0 = 2000
     core_dir: str = ''  # tasks=core: the folder with core.yaml; '' = downloaded once
     max_per_task: Count | None = None  # core, lambada, wikitext: most questions of a task; None = all
     fewshot_seeds: Numbers(int, 0) = '1234'  # core: seeds that draw the questions in front, such as 1234,2345
@@ -81,12 +79,8 @@ class EvalConfig:
         """Raises UserError for a value out of its bounds, and for values that do not go together."""
         settle_fields(self)
         if self.exit:
-            check(
-                self.exit_threshold,
-                'exit_threshold',
-                '',
-                f'numbers with exit={self.exit}: {EXIT[self.exit].advice}',
-            )
+            expected = f'numbers with exit={self.exit}: {EXIT[self.exit].advice}'
+            check(self.exit_threshold, 'exit_threshold', '', expected)
         else:
             check(not self.exit_threshold, 'exit_threshold', self.exit_threshold, "'' without an exit")
             check(self.min_loops == 1, 'min_loops', self.min_loops, '1 without an exit')
@@ -139,8 +133,8 @@ def main(argv):
     tasks = choose_names('tasks', c.tasks, TASKS)
     if c.plot:
         check_plotting()
-    folder_exists = Path(c['items'] or '.').parent.is_dir()
-    check(folder_exists, 'items', c['items'], 'a file in a folder that exists')
+    items_file = c['items']  # c.items is the method of a dict
+    check(Path(items_file).parent.is_dir(), 'items', items_file, 'a file in a folder that exists')
     # first all that can be wrong, then the weights
     check_tokenizer(c.out_dir if c.init_from == 'resume' else c.init_from)
     checkpoint = find_from_flags(c.init_from, c.out_dir, words=('resume',), prefer=BEST, say=say)
@@ -158,7 +152,7 @@ def main(argv):
     step = int(checkpoint['iter_num'])
     say(f'{checkpoint["path"]}: step {step}, rows in {results.path}')
     base = dict(dtype=str(m.dtype)[6:], step=step, run=results.run, checkpoint=checkpoint['path'])
-    evaluator = Evaluator(model, m, policies, results, base, c.batch_tokens, c['items'], Progress)
+    evaluator = Evaluator(model, m, policies, results, base, c.batch_tokens, items_file, Progress)
     rows = [row for name in tasks for row in evaluator.run(name, tasks[name], loaded[name])]
     leave(m)
     if RANK == 0:

@@ -21,19 +21,15 @@ import numpy as np
 from model import POS
 from nanoloop.checks import UserError, check
 from nanoloop.core_bundle import KINDS, find_bundle, hash_task, read_questions, read_tasks
+from nanoloop.number_lists import read_numbers
 from nanoloop.scoring import Evaluation, Item, Text
+from nanoloop.text_losses import common_prefix
 from nanoloop.uncertainty import mean_and_error
 
 SHUFFLE_SEED = 1337  # of the questions; the first max_per_task are taken
 
 # -----------------------------------------------------------------------------
 # the three kinds of tasks
-
-
-def common_prefix(sequences):
-    """Returns how many ids all sequences have in common at their start."""
-    columns = zip(*sequences, strict=False)
-    return next((i for i, ids in enumerate(columns) if len(set(ids)) > 1), min(map(len, sequences)))
 
 
 def render_choices(row, delimiter, shots=''):
@@ -78,7 +74,7 @@ def choose(item, ces, predicted):
     """Returns the record of a question with choices: the least mean cross-entropy is the answer."""
     losses = [float(ce.mean()) for ce in ces]
     answer = losses.index(min(losses))
-    return dict(item.info, losses=losses, answer=answer, correct=int(answer == item.info['gold']))
+    return dict(losses=losses, answer=answer, correct=int(answer == item.info['gold']))
 
 
 def match(item, ces, predicted):
@@ -88,7 +84,7 @@ def match(item, ces, predicted):
     """
     tokens = [int(i) for i in predicted[0]]
     right = tokens == item.info['target'] and not item.info.get('cut')
-    return dict(item.info, predicted=tokens, losses=[float(ces[0].mean())], correct=int(right))
+    return dict(predicted=tokens, losses=[float(ces[0].mean())], correct=int(right))
 
 
 class Kind(NamedTuple):
@@ -249,7 +245,7 @@ def core(c, tokenizer, config, say):
     c: the keys core_dir, max_per_task and fewshot_seeds of eval.py. config: the GPTConfig of the model. say:
     called with a line for each task that is left out. Raises UserError for files that cannot be read.
     """
-    seeds, folder = read_seeds(c.fewshot_seeds), find_bundle(c.core_dir, say)
+    seeds, folder = read_numbers(c.fewshot_seeds), find_bundle(c.core_dir, say)
     tasks, present, left_out = read_tasks(folder), [], []
     for task in tasks:
         reason, rows = f'there is no {task.path}', []
@@ -278,14 +274,6 @@ def make_evaluation(c, task, rows, seeds, tokenizer, limit, left_out):
     items = Questions(task, rows[: c.max_per_task], seeds, tokenizer, limit)
     columns = functools.partial(summarise, task=task, n_seeds=len(seeds), left_out=left_out)
     return Evaluation(f'core/{task.label}', ' '.join(settings), items, HOW[task.kind].judge, columns)
-
-
-def read_seeds(text):
-    """Returns the seeds of a text such as 1234,2345. Raises UserError for another text, or a seed twice."""
-    seeds = [seed.strip() for seed in str(text).split(',')]
-    fits = all(re.fullmatch('[0-9]+', seed) for seed in seeds) and len({*map(int, seeds)}) == len(seeds)
-    check(fits, 'fewshot_seeds', text, 'different integers with commas between them, such as 1234,2345')
-    return [int(seed) for seed in seeds]
 
 
 def why_not_encoded(tokenizer, rows, task):

@@ -39,6 +39,7 @@ def loss(c, tokenizer, config, say):
     c: the keys dataset ('' = that of the checkpoint), split and windows of eval.py. Raises UserError for data
     that is missing or has other tokens.
     """
+    check(c.dataset, 'dataset', c.dataset, 'a data set, the checkpoint names none')
     folder = find_data(c.dataset)
     meta = read_meta(folder)
     own, others = (spec['kind'] for spec in (tokenizer.spec, meta['tokenizer']))
@@ -56,23 +57,21 @@ def judge_window(item, ces, predicted, token_bytes):
     text = item.texts[0]
     sizes = token_bytes[np.asarray(text.ids)[text.scored]]  # (k,)
     nll = float(ces[0].sum())
-    return dict(
-        nll=nll, tokens=len(sizes), nll_of_bytes=float(ces[0][sizes > 0].sum()), bytes=int(sizes.sum())
-    )
+    nll_of_bytes = float(ces[0][sizes > 0].sum())
+    return dict(nll=nll, tokens=len(sizes), nll_of_bytes=nll_of_bytes, bytes=int(sizes.sum()))
 
 
 def summarise_windows(records):
     """Returns the columns of a loss: per target, with windows as independent items for the standard error."""
-    sums = {
-        key: np.array([record[key] for record in records])
-        for key in ('nll', 'tokens', 'nll_of_bytes', 'bytes')
-    }
-    if not sums['tokens'].sum():
+    nll, tokens, nll_of_bytes, size = (
+        perplexity.values(records, key) for key in ('nll', 'tokens', 'nll_of_bytes', 'bytes')
+    )
+    if not tokens.sum():
         raise UserError('the split has no target that counts: its mask leaves none')
-    value, error = ratio_and_error(sums['nll'], sums['tokens'])
-    columns = dict(loss=value, loss_se=error, ppl=math.exp(min(value, 700)), tokens=int(sums['tokens'].sum()))
-    if size := sums['bytes'].sum():
-        columns['bpb'] = float(sums['nll_of_bytes'].sum() / math.log(2) / size)
+    value, error = ratio_and_error(nll, tokens)
+    columns = dict(loss=value, loss_se=error, ppl=perplexity.exponential(value), tokens=int(tokens.sum()))
+    if size.sum():
+        columns['bpb'] = float(nll_of_bytes.sum() / math.log(2) / size.sum())
     return columns
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from nanoloop.checks import check
 from nanoloop.generated import GENERATED, find_generated
+from nanoloop.perplexity import exponential
 from nanoloop.scoring import Evaluation, Item, Text
 from nanoloop.uncertainty import mean_and_error
 
@@ -103,7 +104,7 @@ def summarise(records, note):
     """Returns the columns of eval.csv for the records of a difficulty."""
     accuracy, accuracy_se = mean_and_error([record['correct'] for record in records])
     loss, loss_se = mean_and_error([record['losses'][0] for record in records])
-    columns = dict(loss=loss, loss_se=loss_se, ppl=math.exp(min(loss, 700)), accuracy=accuracy)
+    columns = dict(loss=loss, loss_se=loss_se, ppl=exponential(loss), accuracy=accuracy)
     return dict(columns, accuracy_se=accuracy_se, items=len(records), tokens=len(records), note=note)
 
 
@@ -119,7 +120,7 @@ def combine(rows):
     columns |= {column: sum(row[column] for row in rows) for column in ('items', 'tokens')}
     share = sum(majority_in(row['note']) for row in rows) / n
     note = f'mean over {n} difficulties, majority answer {share:.1f} %'
-    return dict(columns, ppl=math.exp(min(columns['loss'], 700)), note=note)
+    return dict(columns, ppl=exponential(columns['loss']), note=note)
 
 
 def majority_in(note):

@@ -27,7 +27,7 @@ class NumberList:
 
     def holds(self, value, config):
         try:
-            numbers = read_numbers(value, self.kind)
+            numbers = read_numbers(value.replace('_', '?'), self.kind)  # Python reads 1_0 as 10
         except ValueError:
             return False
         return len(set(numbers)) == len(numbers) and all(self.least <= x < float('inf') for x in numbers)

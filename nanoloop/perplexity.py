@@ -183,7 +183,7 @@ def wikitext_rows(c, tokenizer, config, say):
 
 def sum_losses(item, ces, predicted):
     """Returns the record of an item with one text: the sum of its cross-entropies and their number."""
-    return dict(item.info, nll=float(ces[0].sum()), tokens=len(ces[0]))
+    return dict(nll=float(ces[0].sum()), tokens=len(ces[0]))
 
 
 def values(records, key):

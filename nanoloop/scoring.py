@@ -36,8 +36,9 @@ class Evaluation(NamedTuple):
     name: str  # such as core/arc_easy
     settings: str  # what decides the items beside the name, see results.py
     items: list  # of Item, or another sequence, that makes them when they are asked for
-    # (item, ces, predicted) -> a record of plain values. Of every text ces has its scored tokens'
-    # cross-entropies, a float64 array (k,), and predicted the most likely tokens there, an int array (k,)
+    # (item, ces, predicted) -> what its record has beside item.info, plain values. Of every text ces has the
+    # cross-entropies of its scored tokens, a float64 array (k,), and predicted the most likely tokens there,
+    # an int array (k,)
     judge: Callable
     summarise: Callable  # the records of all items, in their order -> {column of eval.csv: number}
 

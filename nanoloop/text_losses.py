@@ -10,6 +10,7 @@ Shapes: n rows of T tokens; k scored tokens of a text, K of a batch; P numbers o
 """
 
 import itertools
+from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
@@ -33,27 +34,20 @@ class Row(NamedTuple):
     counts: list  # how many scored tokens each text has
 
 
-def scored_positions(text):
-    """Returns the indices of a Text's scored tokens, (k,)."""
-    return np.arange(len(text.ids))[text.scored]
-
-
-def common_beginning(texts):
-    """Returns how many tokens all texts begin with, their last ones aside."""
-    shortest = min(len(text.ids) for text in texts) - 1
-    first, *others = (np.asarray(text.ids[:shortest]) for text in texts)
-    same = [np.ones(shortest + 1, dtype=bool), *(np.append(first == other, False) for other in others)]
-    return int(np.append(np.logical_and.reduce(same)[:shortest], False).argmin())
+def common_prefix(sequences):
+    """Returns how many ids all sequences have in common at their start."""
+    columns = zip(*sequences, strict=False)
+    return next((i for i, ids in enumerate(columns) if len(set(ids)) > 1), min(map(len, sequences)))
 
 
 def pack(texts):
     """Returns the Row of some texts; of one text it is the text itself."""
-    n = common_beginning(texts) if len(texts) > 1 else len(texts[0].ids) - 1
+    n = common_prefix([text.ids[:-1] for text in texts])
     ids, pos, branch = [texts[0].ids[:n]], [np.arange(n)], [np.zeros(n, dtype=int)]
     columns, targets, length = [], [], n
     for j, text in enumerate(texts, start=1):
         end = text.ids[n:-1]
-        scored = scored_positions(text)
+        scored = np.arange(len(text.ids))[text.scored]  # (k,)
         before = scored - 1  # the inputs that predict them
         columns.append(np.where(before < n, before, before - n + length))
         targets.append(np.asarray(text.ids)[scored])
@@ -77,10 +71,20 @@ def batches(lengths, batch_tokens):
     yield batch
 
 
-def pad(arrays, value):
-    """Returns arrays of unlike lengths as one tensor (n, T), filled up with a value."""
+def pad(arrays, value, m):
+    """Returns arrays of unlike lengths as one tensor (n, T) on the device, filled up with a value."""
     tensors = [torch.from_numpy(array) for array in arrays]
-    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
+    return m.to_device(torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value))
+
+
+def join(arrays, m):
+    """Returns arrays, one behind the other, as a tensor (K,) on the device."""
+    return m.to_device(torch.from_numpy(np.concatenate(arrays)))
+
+
+def split_by_row(array, rows):
+    """Returns the parts of an array (..., K) that belong to each row, a list."""
+    return np.split(array, np.cumsum([len(row.targets) for row in rows])[:-1], axis=-1)
 
 
 # -----------------------------------------------------------------------------
@@ -99,8 +103,7 @@ def losses_by_loops(model, groups, loops, m, batch_tokens):
     for batch in batches([len(row.idx) for row in rows], batch_tokens):
         chosen = [rows[i] for i in batch]
         scored = score_rows(model, chosen, loops, m)
-        ends = np.cumsum([len(row.targets) for row in chosen])[:-1]
-        for i, *arrays in zip(batch, *(np.split(x, ends, axis=1) for x in scored), strict=True):
+        for i, *arrays in zip(batch, *(split_by_row(x, chosen) for x in scored), strict=True):
             cuts = np.cumsum(rows[i].counts)[:-1]
             results[i] = zip(*(np.split(x, cuts, axis=1) for x in arrays), strict=True)
     return [*itertools.chain(*results)], sum(len(row.idx) for row in rows)
@@ -108,17 +111,17 @@ def losses_by_loops(model, groups, loops, m, batch_tokens):
 
 def score_rows(model, rows, loops, m):
     """Returns the cross-entropies (P, K) of a batch of rows, float64, and the most likely tokens (P, K)."""
-    idx = m.to_device(pad([row.idx for row in rows], 0))  # (n, T)
+    idx = pad([row.idx for row in rows], 0, m)  # (n, T)
     if any(row.branch.any() for row in rows):
-        pos = m.to_device(pad([row.pos for row in rows], 0))  # (n, T)
-        branch = m.to_device(pad([row.branch for row in rows], PADDING))  # (n, T)
+        pos = pad([row.pos for row in rows], 0, m)  # (n, T)
+        branch = pad([row.branch for row in rows], PADDING, m)  # (n, T)
         attn_inputs = branched_attn_inputs(model, pos, branch)
     else:
         pos = torch.arange(idx.size(1), device=idx.device)  # (T,)
         attn_inputs = model.attn_inputs(pos)
-    places = [i * idx.size(1) + row.columns for i, row in enumerate(rows)]
-    places = m.to_device(torch.from_numpy(np.concatenate(places)))  # (K,), in the flattened batch
-    targets = m.to_device(torch.from_numpy(np.concatenate([row.targets for row in rows])))  # (K,)
+    # (K,), where scored tokens are predicted, in the flattened batch
+    places = join([i * idx.size(1) + row.columns for i, row in enumerate(rows)], m)
+    targets = join([row.targets for row in rows], m)  # (K,)
     ces, tops = {}, {}
     with m.autocast():
         for n, s in states_after(model, idx, pos, attn_inputs, loops):
@@ -172,40 +175,31 @@ def losses_by_policy(model, texts, policy, m, batch_tokens):
     and the others one by one, as when they are generated. Otherwise a text is read at once.
     """
     one_by_one = (policy.kv_budget or policy.n_loop) < policy.n_loop
-    rows, results, loops_taken = [pack([text]) for text in texts], [None] * len(texts), None
+    rows, results, loops_taken = [pack([text]) for text in texts], [None] * len(texts), Counter()
     for batch in batches([len(row.idx) for row in rows], batch_tokens):
         chosen = [rows[i] for i in batch]
-        prompts = [
-            int(row.columns.min(initial=len(row.idx))) if one_by_one else len(row.idx) for row in chosen
-        ]
+        lengths = [len(row.idx) for row in chosen]
+        prompts = lengths
+        if one_by_one:
+            prompts = [int(row.columns.min(initial=len(row.idx))) for row in chosen]
         with m.autocast():
-            x, stats = read_rows(
-                model, [m.to_device(torch.from_numpy(row.idx)) for row in chosen], prompts, policy
-            )
-            x = torch.cat(
-                [
-                    part[m.to_device(torch.from_numpy(row.columns))]
-                    for part, row in zip(x, chosen, strict=True)
-                ]
-            )
-            targets = m.to_device(torch.from_numpy(np.concatenate([row.targets for row in chosen])))  # (K,)
-            ces, tops = read_head(model, x, targets)
-        loops_taken = stats.loops_taken if loops_taken is None else loops_taken + stats.loops_taken
-        ends = np.cumsum([len(row.targets) for row in chosen])[:-1]
-        for i, ce, top in zip(batch, np.split(ces, ends), np.split(tops, ends), strict=True):
+            x, stats = read_rows(model, pad([row.idx for row in chosen], 0, m), lengths, prompts, policy)
+            places = join([i * x.size(1) + row.columns for i, row in enumerate(chosen)], m)  # (K,)
+            targets = join([row.targets for row in chosen], m)  # (K,)
+            scored = read_head(model, x.flatten(0, 1)[places], targets)
+        loops_taken += stats.loops_taken
+        for i, ce, top in zip(batch, *(split_by_row(x, chosen) for x in scored), strict=True):
             results[i] = ce[None], top[None]
     return results, loops_taken
 
 
-def read_rows(model, rows, prompts, policy):
-    """Returns the head's inputs (T, C) of every row, a tensor (T,), and the decoder's Stats.
+def read_rows(model, idx, lengths, prompts, policy):
+    """Returns the head's inputs (n, T, C) of rows idx (n, T) of these lengths, and the decoder's Stats.
 
     prompts: how many tokens of each row are read at once.
     """
-    longest = max(map(len, rows))
     options = dict(n_loop=policy.n_loop, kv_budget=policy.kv_budget, early_exit=policy.early_exit)
-    decoder = Decoder(model, len(rows), longest, **options)
-    idx = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (n, T)
+    decoder = Decoder(model, *idx.shape, **options)
     x = model.lm_head.weight.new_zeros(*idx.shape, model.config.n_embd)  # (n, T, C)
     start = 0
     for chunk in idx[:, : max(prompts)].split(decoder.cache.chunk, dim=1):
@@ -213,8 +207,8 @@ def read_rows(model, rows, prompts, policy):
         end = start + chunk.size(1)
         x[:, start:end] = decoder.prefill(chunk, counts=counts)
         start = end
-    for step in range(max(len(row) - n for row, n in zip(rows, prompts, strict=True))):
-        some = [i for i, row in enumerate(rows) if prompts[i] + step < len(row)]
+    for step in range(max(n - prompt for n, prompt in zip(lengths, prompts, strict=True))):
+        some = [i for i, n in enumerate(lengths) if prompts[i] + step < n]
         columns = [prompts[i] + step for i in some]
         x[some, columns] = decoder.prefill(idx[some, columns][:, None], some)[:, 0]
-    return [part[: len(row)] for part, row in zip(x, rows, strict=True)], decoder.stats
+    return x, decoder.stats

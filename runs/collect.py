@@ -8,7 +8,6 @@ A run's folder is named CONFIGURATION-SEED and has an eval.csv. Of several rows 
 policy the last one counts. Columns of accuracies are in percent.
 """
 
-import csv
 import functools
 import re
 import statistics
@@ -25,9 +24,9 @@ from nanoloop.checkpoint import BEST, checkpoint_paths, configure_checkpoint, fi
 from nanoloop.checks import UserError, check
 from nanoloop.count import parameters
 from nanoloop.generated_eval import majority_in
+from nanoloop.results import COLUMNS, read_csv
 
 KEYS = dict(task='mano', column='accuracy')
-NEEDED = ('task', 'loops', 'policy', 'note', 'flops_per_token')  # columns, beside the one to print
 
 
 class Cell(NamedTuple):
@@ -44,9 +43,8 @@ def read_flags(argv):
     for arg in argv:
         name, equals, value = arg.removeprefix('--').partition('=')
         if arg.startswith('-'):
-            check(
-                name in keys and equals, 'argument', arg, f'--{" or --".join(f"{key}=..." for key in KEYS)}'
-            )
+            known = f'--{" or --".join(f"{key}=..." for key in KEYS)}'
+            check(name in keys and equals, 'argument', arg, known)
             keys[name] = value
         else:
             folders.append(Path(arg))
@@ -58,15 +56,9 @@ def read_rows(folder, column):
     """Returns the rows of a folder's eval.csv, dicts. Raises UserError if rows or columns are missing."""
     path = folder / 'eval.csv'
     check(path.is_file(), 'folder', str(folder), 'a run with an eval.csv, which eval.py writes')
-    with open(path, newline='') as file:
-        rows = list(csv.DictReader(file))
-    missing = [name for name in (*NEEDED, column) if rows and name not in rows[0]]
-    check(
-        rows and not missing,
-        'folder',
-        str(folder),
-        f'rows in its eval.csv {missing and f"with {missing}" or ""}',
-    )
+    rows = read_csv(path)
+    check(rows, 'folder', str(folder), 'rows in its eval.csv')
+    check(column in COLUMNS, 'column', column, f'one of {", ".join(COLUMNS)}')
     return rows
 
 

@@ -99,6 +99,10 @@ def test_results_are_drawn(call, run):
         (['--loops=1,x'], "loops='1,x', expected different numbers"),
         (['--loops=0'], "loops='0', expected different numbers with commas between them, none below 1"),
         (['--loops=2,2'], 'expected different numbers'),
+        (['--fewshot_seeds='], "fewshot_seeds='', expected at least one number"),
+        (['--fewshot_seeds=1,01'], "fewshot_seeds='1,01', expected different numbers"),
+        (['--fewshot_seeds=1;2'], 'expected different numbers'),
+        (['--fewshot_seeds=1_0'], 'expected different numbers'),
         (['--exit=diff'], "exit_threshold='', expected numbers with exit=diff: try 0.1"),
         (['--exit=gate', '--exit_threshold=0.5'], 'the model has no exit gate'),
         (['--exit_threshold=0.1'], "expected '' without an exit"),
@@ -129,6 +133,14 @@ def test_a_csv_of_another_run_is_refused(call, run, tmp_path):
     assert status == 2 and f'{csv} has results of another run' in err
     csv.write_text('a,b\n1,2\n')
     assert 'is not a table of eval.py' in call(main, *flags, f'--csv={csv}')[2]
+
+
+def test_a_checkpoint_that_names_no_data_needs_one(call, run):
+    flags, out_dir = run
+    checkpoint = torch.load(f'{out_dir}/best.pt', weights_only=True)
+    torch.save(checkpoint | dict(config={}), f'{out_dir}/best.pt')
+    status, out, err = call(main, *flags)
+    assert status == 2 and out == '' and "dataset='', expected a data set, the checkpoint names none" in err
 
 
 def test_a_row_is_found_by_its_key_and_belongs_to_one_run(tmp_path):

@@ -25,6 +25,7 @@ from nanoloop.count import flops, parameters
 from nanoloop.datasets import find_data, identify, open_split, read_meta
 from nanoloop.generated import GENERATED, HELD_OUT, value_distribution
 from nanoloop.generated_eval import combine, draw_questions, majority_in, mano, p_hop
+from nanoloop.results import COLUMNS
 from nanoloop.tokenizer import make_tokenizer
 from runs import collect
 from train import TrainConfig
@@ -438,9 +439,6 @@ def test_the_jobs_of_the_array_are_the_runs_of_the_script(tmp_path):
     assert alone[-1].startswith('python runs/collect.py ') and set(alone[-1].split()[2:]) == folders
 
 
-COLUMNS = 'task loops policy loss accuracy flops_per_token items note step checkpoint'.split()
-
-
 def write_eval(folder, rows):
     folder.mkdir()
     with open(folder / 'eval.csv', 'w', newline='') as file:
@@ -481,7 +479,7 @@ def test_collect_prints_means_and_deviations_over_seeds(call, tmp_path):
     ([], "argument='', expected folders of runs"),
     (['absent'], "folder='absent', expected a run with an eval.csv"),
     (['run', '--task=core'], "task='core', expected one with accuracy in run/eval.csv"),
-    (['run', '--column=speed'], "folder='run', expected rows in its eval.csv with ['speed']"),
+    (['run', '--column=speed'], "column='speed', expected one of task, loops"),
     (['run', '--tasks=mano'], "argument='--tasks=mano', expected --task=... or --column=..."),
     (['broken'], 'has no number where one is due'),
 ])  # fmt: skip

@@ -31,7 +31,8 @@ def evaluate(load, tokenizer=None, model=None, pos='rope', block_size=16, **keys
     for item in evaluation.items:
         (text,) = item.texts
         ces, predicted = model(np.array(text.ids[text.scored]))
-        records.append(evaluation.judge(item, [np.array(ces, dtype=np.float64)], [np.array(predicted)]))
+        judged = evaluation.judge(item, [np.array(ces, dtype=np.float64)], [np.array(predicted)])
+        records.append(item.info | judged)
     json.dumps(records)
     return evaluation, records, evaluation.summarise(records)
 

@@ -38,6 +38,8 @@ def test_an_archived_run_takes_all_its_files_along(tmp_path):
         'best.pt',
         'log.jsonl',
         'eval.jsonl',
+        'eval.csv',
+        'eval.png',
         'best-before-4.pt',
         'best-before-20.pt',
     ]

@@ -13,7 +13,7 @@ import nanoloop.scoring as scoring
 from model import GPT, GPTConfig
 from nanoloop.early_exit import EarlyExit
 from nanoloop.scoring import Evaluation, Item, Policy, Text, score
-from nanoloop.text_losses import common_beginning, pack
+from nanoloop.text_losses import common_prefix, pack
 from nanoloop.uncertainty import mean_and_error, ratio_and_error
 
 SIZES = dict(block_size=16, vocab_size=23, n_head=2, n_embd=12, n_prelude=1, n_block=2, n_coda=1, n_loop=3)
@@ -150,8 +150,10 @@ def test_two_ranks_give_what_one_gives(monkeypatch):
 
 def test_a_common_beginning_is_computed_once():
     texts = [Text([1, 2, 3, 4, 5, n, n], slice(5, 7)) for n in (7, 8, 9)]
-    assert common_beginning(texts) == 5 and len(pack(texts).idx) == 5 + 3
-    assert common_beginning([Text([1, 2], slice(1, 2)), Text([1, 2, 3], slice(1, 3))]) == 1
+    assert len(pack(texts).idx) == 5 + 3
+    starts = pack([Text([1, 2], slice(1, 2)), Text([1, 2, 3], slice(1, 3))])  # inputs 1, and 1 2
+    assert starts.idx.tolist() == [1, 2] and starts.branch.tolist() == [0, 2]
+    assert common_prefix([[1, 2], [1, 2, 3]]) == 2
 
 
 def test_intervals_of_two_standard_errors_cover_the_truth():
