@@ -3,7 +3,9 @@
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from helpers import TINY, read_log
@@ -13,7 +15,12 @@ import nanoloop.evaluator as evaluator
 import train
 from eval import main
 from nanoloop.checks import UserError
+from nanoloop.eval_tasks import EvalTask, judge_window, summarise_windows
+from nanoloop.evaluator import Evaluator
+from nanoloop.prepare import write_text
 from nanoloop.results import COLUMNS, Results, against_one_loop, csv_beside, format_table, read_csv
+from nanoloop.scoring import Evaluation, Item, Text
+from nanoloop.tokenizer import Bytes
 
 
 @pytest.fixture(scope='module')
@@ -80,6 +87,57 @@ def test_every_items_decision_is_written(call, run, tmp_path):
     records = [json.loads(line) for line in (tmp_path / 'items.jsonl').read_text().splitlines()]
     assert [(r['loops'], r['index']) for r in records] == [(n, i) for n in (1, 2) for i in range(5)]
     assert all(r['task'] == 'loss' and r['nll'] > 0 and r['tokens'] for r in records)
+
+
+def test_only_rank_0_writes_items(tmp_path):
+    for rank in (1, 0):
+        assert not (tmp_path / 'items').exists()
+        measuring = Evaluator(None, SimpleNamespace(rank=rank), [], None, {}, 1, tmp_path / 'items', None)
+        measuring.write_items(dict(task='x', loops=1, policy='', step=0), [dict(index=0)])
+    assert (tmp_path / 'items').read_text().count('\n') == 1
+
+
+def two_halves(c, tokenizer, config, say):
+    """Returns two Evaluations of one text each."""
+    items = [Item([Text([1, 2, 3, 4], slice(1, 4))], dict(index=0))]
+    loss = lambda item, ces, predicted: dict(loss=float(ces[0].mean()))  # noqa: E731
+    return [Evaluation(f'two/{i}', '', items, loss, lambda records: records[0]) for i in 'ab']
+
+
+def test_a_tasks_own_row_is_added_once(call, run, monkeypatch):
+    flags, out_dir = run
+    means = lambda rows: dict(loss=sum(row['loss'] for row in rows) / len(rows), note='mean')  # noqa: E731
+    monkeypatch.setitem(eval_script.TASKS, 'two', EvalTask(two_halves, means))
+    for _ in range(2):
+        assert call(main, *flags, '--tasks=two', '--loops=1,2')[0] == 0
+        rows = {(row['task'], row['loops']): float(row['loss']) for row in rows_of(out_dir)}
+        assert len(rows) == len(rows_of(out_dir)) == 6
+        assert all(rows['two', n] == pytest.approx(rows['two/a', n]) for n in '12')
+
+
+def test_the_rows_that_are_finished_are_those_that_rank_0_sees(call, run, monkeypatch):
+    flags, out_dir = run
+    assert call(main, *flags, '--windows=3')[0] == 0
+    seen = rows_of(out_dir)
+    csv_beside(dict(path=f'{out_dir}/best.pt')).unlink()
+    monkeypatch.setattr(eval_script, 'gather', lambda m, rows: [seen, rows])
+    monkeypatch.setattr(evaluator, 'score', lambda *args: pytest.fail('it is measured again'))
+    assert call(main, *flags, '--windows=3')[0] == 0
+
+
+def test_data_in_other_tokens_is_refused(call, run, tmp_path):
+    (tmp_path / 'input.txt').write_text('some bytes ' * 100)
+    write_text(tmp_path / 'bytes', [tmp_path / 'input.txt'], Bytes(), 'text')
+    status, _, err = call(main, *run[0], f'--dataset={tmp_path}/bytes')
+    assert status == 2 and 'expected one in the tokens of the model, of kind char, not byte' in err
+
+
+def test_special_tokens_do_not_count_in_bits_per_byte():
+    item = Item([Text([1, 0, 2, 1], slice(1, 4))], dict(index=0))
+    record = judge_window(item, [np.array([5.0, 2.0, 1.0])], None, np.array([0, 1, 2]))
+    assert record == dict(nll=8.0, tokens=3, nll_of_bytes=3.0, bytes=3)
+    columns = summarise_windows([record, record])
+    assert columns['bpb'] == pytest.approx(1 / math.log(2)) and columns['loss'] == pytest.approx(8 / 3)
 
 
 def test_results_are_drawn(call, run):
@@ -169,4 +227,7 @@ def test_the_table_shows_what_was_measured():
         '0.7500',
         '2',
     ]
+    parts = [row | dict(task=f'mano/l={i}', note='the same') for i in (1, 2)]
+    assert [line.count('the same') for line in format_table(parts)] == [0, 1, 0]  # where it changes
+    rows += [part | dict(loops=n) for part in parts for n in '14']  # no line for the parts of a task
     assert against_one_loop(rows) == ['mano: accuracy 0.5000 with 1 loop, 0.7500 with 4: +0.2500']
