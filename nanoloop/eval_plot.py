@@ -40,6 +40,7 @@ def draw_results(results):
         for task in dict.fromkeys(row['task'] for row in rows)
     }
     measures = {task: measure_of(part) for task, part in tasks.items()}
+    loops = sorted({int(row['loops']) for row in rows})
     shown = [column for column in MEASURES if column in measures.values()]
     size = (9.6, 3.6 * len(shown))  # inches
     figure, axes = pyplot.subplots(
@@ -53,9 +54,11 @@ def draw_results(results):
             draw_task(axis, part, x, measures[task], task, colors(number % 10))
     for pair, column in zip(axes, shown, strict=True):
         pair[0].set(ylabel=MEASURES[column], xlabel='loops per token', xscale='log')
-        pair[0].xaxis.set_major_formatter('{x:g}')
+        pair[0].xaxis.set_minor_locator(pyplot.NullLocator())
+        pair[0].set_xticks(loops, loops)
         pair[1].set(xlabel='FLOPs per token', xscale='log')
-        pair[0].legend(fontsize='small')
+        handles = pair[0].get_legend_handles_labels()  # beside the panels: CORE has 22 tasks
+        pair[1].legend(*handles, fontsize='x-small', loc='upper left', bbox_to_anchor=(1.02, 1))
     path = results.path.with_suffix('.png')
     figure.savefig(path, dpi=150)
     return path
