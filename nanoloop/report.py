@@ -100,7 +100,7 @@ def describe_run(c, model, world, flops):
 
 def describe_cost(m, flops, steps):
     """Yields a line on the time that a run takes at least, if it computes on a CPU. flops: of a step."""
-    if m.kind != 'cpu' or m.world > 1 or flops < MEASURED_FLOPS:
+    if m.kind != 'cpu' or m.world > 1 or flops < MEASURED_FLOPS or not steps:
         return
     rate = matmul_rate(m, size=1024)
     seconds = flops / rate
@@ -114,9 +114,12 @@ def describe_cost(m, flops, steps):
         yield 'for a CPU this is large: python train.py config/quickstart.py takes minutes in all'
 
 
-def doubtful_keys(c, rule, last_step, random_weights):
-    """Yields warnings about keys that may be mistakes. rule: the LossRule of c.objective."""
-    if c.warmup_iters > last_step:
+def doubtful_keys(c, rule, last_step, left, random_weights):
+    """Yields warnings about keys that may be mistakes.
+
+    rule: the LossRule of c.objective. left: number of steps that are left until last_step.
+    """
+    if c.warmup_iters > last_step and left:
         rises = f'the learning rate rises until the last step, {last_step}'
         yield f'warning: warmup_iters={c.warmup_iters}: {rises}'
     if c.exit_gate and not rule.trains_gate:
@@ -134,10 +137,13 @@ def other_measure(state, c, extra):
     state: the checkpoint; extra: Task.checkpoint_extra. Older checkpoints know their data set by its name
     only.
     """
-    old, new, keys = state.get('data'), extra['data'], ['n_loop', 'block_size']
+    old, new, keys, before = state.get('data'), extra['data'], ['n_loop', 'block_size'], state['config']
     if old is None:
         keys.append('dataset')
-    changed = [was_is(key, state['config'][key], c[key]) for key in keys if state['config'][key] != c[key]]
+    windows = [config['eval_iters'] * config['batch_size'] for config in (before, c)]
+    if windows[0] != windows[1]:
+        keys += ['eval_iters', 'batch_size']
+    changed = [was_is(key, before[key], c[key]) for key in keys if before[key] != c[key]]
     if old is not None and old['sha256'] != new['sha256']:
         known = [f'{name_source(data["source"])} (sha256 {data["sha256"][:8]})' for data in (old, new)]
         changed.append(was_is('data', *known))

@@ -58,17 +58,6 @@ def earlier_runs(out_dir):
     return f'earlier runs: {"..., " * (len(folders) > 3)}{shown}' if folders else ''
 
 
-def set_best_aside(out_dir, step, say=None):
-    """Renames a best.pt whose loss is of other data or loops: later ones cannot be compared with it."""
-    best, numbers = out_dir / 'best.pt', ('', *(f'-{n}' for n in range(2, 10**3)))
-    names = (out_dir / f'best-before-{step}{number}.pt' for number in numbers)
-    if best.exists():
-        new = next(name for name in names if not name.exists())
-        os.replace(best, new)
-        if say:
-            say(f'best.pt is of before this change: it is now {new}')
-
-
 class Log:
     """The log of a run, on rank 0: log.jsonl with a JSON object per line and, if asked for, Weights & Biases.
 

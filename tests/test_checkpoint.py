@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import signal
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from helpers import TINY, load, read_log, same, script
 
 import train
-from nanoloop import checkpoint, pretraining
+from nanoloop import checkpoint, pretraining, saving
 from train import main
 
 
@@ -73,6 +74,36 @@ def test_a_crash_between_any_two_operations_of_a_save_loses_nothing(call, flags,
     assert n > 15
 
 
+def test_a_crash_while_the_measure_changes_never_loses_the_best_of_before(call, flags, tmp_path, monkeypatch):
+    """The first save after resuming with other loops gives best.pt another name."""
+    falling(monkeypatch)
+    assert call(main, *flags, '--max_iters=4')[0] == 0
+    source, n, evaluate = tmp_path / 'out', 0, train.Trainer.evaluate_and_save
+    old = (source / 'best.pt').read_bytes()
+    while True:
+        n += 1
+        out = tmp_path / str(n)
+        shutil.copytree(source, out)
+        resume = [f'--out_dir={out}', '--init_from=resume', '--n_loop=3']
+        with monkeypatch.context() as patch:
+            die_at(patch, n)
+            try:
+                # without an evaluation after the last step there is no new best.pt
+                patch.setattr(train.Trainer, 'evaluate_and_save', lambda t: t.step == 4 and evaluate(t))
+                call(main, *resume, '--max_iters=5')
+                break
+            except Crash:
+                pass
+        whole = [path for path in out.glob('best*.pt') if path.read_bytes() == old]
+        assert whole
+        if load(out / 'ckpt.pt')['iter_num'] == 4:
+            assert out / 'best.pt' in whole
+        assert call(main, *resume, '--max_iters=6', '--eval_interval=3')[0] == 0
+        assert (out / 'best-before-4.pt').read_bytes() == old and load(out / 'best.pt')['iter_num'] == 6
+        assert len([*out.glob('best-before-*')]) == 1 and not list(out.glob('*.tmp'))
+    assert n > 8
+
+
 def test_a_save_forces_everything_to_the_disk_before_it_counts(call, flags, tmp_path, monkeypatch):
     done, sizes = [], {}
 
@@ -87,8 +118,8 @@ def test_a_save_forces_everything_to_the_disk_before_it_counts(call, flags, tmp_
         done.append(f'{os.path.basename(source)} > {os.path.basename(target)}')
         os.rename(source, target)
 
-    monkeypatch.setattr(checkpoint.os, 'fsync', fsync)
-    monkeypatch.setattr(checkpoint.os, 'replace', replace)
+    monkeypatch.setattr(saving.os, 'fsync', fsync)
+    monkeypatch.setattr(saving.os, 'replace', replace)
     call(main, *flags, '--max_iters=8')
     second = done[done.index('ckpt.pt.tmp > ckpt.pt') + 2 :]  # after the first save and its fsync of out
     best = ['best.pt.tmp > best.pt'] if 'best.pt.tmp > best.pt' in second else []
@@ -120,7 +151,7 @@ def test_a_broken_checkpoint_never_takes_the_place_of_the_one_before(call, flags
             raise Crash
         os.rename(source, target)
 
-    monkeypatch.setattr(checkpoint.os, 'replace', replace)
+    monkeypatch.setattr(saving.os, 'replace', replace)
     with pytest.raises(Crash):
         call(main, *flags, '--init_from=auto', '--max_iters=14')
     assert load(tmp_path / 'out' / 'prev.pt')['iter_num'] == before
