@@ -196,9 +196,8 @@ def main(argv):
     if not with_loops:
         print('for what happens loop by loop: train.py --diagnose=100')
     if not with_evaluations:
-        print(
-            'for the loss against loops: train.py --init_from=resume --eval_only=True --n_loop=1, 2, 4, ...'
-        )
+        evaluate = f'train.py --out_dir={names[0][0]} --init_from=resume --eval_only=True'
+        print(f'for the loss against loops: {evaluate} --n_loop=1, 2, 4, ...')
     print(f'drawn: {image}')
 
 

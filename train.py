@@ -330,7 +330,9 @@ class Trainer:
         self.say(text)
         if self.state:
             record |= dict(n_loop=self.c.n_loop, dataset=self.c.dataset)
-            on_rank0(self.m, lambda: append_record(Path(self.c.out_dir) / 'eval.jsonl', record))
+            path = Path(self.c.out_dir) / 'eval.jsonl'
+            on_rank0(self.m, lambda: append_record(path, record))
+            self.say(f'added to {path}')
 
     def evaluate_and_save(self):
         """Evaluates, logs the result and saves. Does nothing if a signal came first."""

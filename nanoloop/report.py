@@ -18,6 +18,14 @@ MEASURED_FLOPS = 1e10  # FLOPs of a step; only above this is the speed of the CP
 LONG_STEP_S = 10.0  # a slower step gets a hint to try a smaller run
 
 
+AFTER_SIGNAL = {  # what a run still does when a signal comes, by the first word of what it is doing
+    'training': 'the run saves after this micro-batch',
+    'evaluating': 'the run saves after this batch of the evaluation',
+    'saving': 'the run ends when this checkpoint is saved',
+    'sampling': 'the run ends after this token',
+}
+
+
 class Teller:
     """Prints lines, and what the run is doing whenever it has printed nothing for SILENCE_S seconds.
 
@@ -36,7 +44,8 @@ class Teller:
     def hurry(self, signal):
         """Lets the watching thread say at once that a signal has come, and what it waits for."""
         self.signal = signal
-        self.doing, self.progress, self.since = f'{signal}: saving after', f' {self.doing}', time.monotonic()
+        now = AFTER_SIGNAL.get(self.doing.partition(' ')[0], f'the run ends after {self.doing}')
+        self.doing, self.progress, self.since = f'{signal}: {now}', '', time.monotonic()
         self.last_line = -math.inf
 
     def now(self, doing, progress=''):

@@ -144,7 +144,8 @@ WRONG = [  # (flags of train.py after those of a tiny run, what must be told)
     (['--init_from={tmp}/done', '--dataset={tmp}/others'], 'expected one in the tokens of the checkpoint'),
     (['--init_from={tmp}/done', '--dataset={tmp}/bytes'], '12 of kind char, not 256 of kind byte'),
     (['--init_from=resume', '--out_dir={tmp}/foreign'], 'that file has no state to resume'),
-    (['--out_dir={tmp}/typo.py'], 'cannot be written'),
+    (['--out_dir={tmp}/typo.py', '--dataset=nowhere'], 'typo.py is a file, expected a folder'),
+    (['--out_dir={tmp}/typo.py/out', '--dataset=nowhere'], 'typo.py is a file, expected a folder'),
 ]
 SAMPLE = [
     (['--temperature=1e999'], 'temperature=inf, expected at least 0'),

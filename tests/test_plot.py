@@ -35,7 +35,10 @@ def test_runs_are_compared_in_one_panel_and_looked_into_one_by_one(call, flags, 
     folders = f'--out_dir={tmp_path}/out,{tmp_path}/plain'
     status, out, err = call(plot.main, folders, f'--image={tmp_path}/a.png')
     assert status == 0 and out.endswith(f'drawn: {tmp_path}/a.png\n'), err
-    assert 'for the loss against loops: train.py --init_from=resume' in out and '--diagnose' not in out
+    assert (
+        f'train.py --out_dir={tmp_path}/out --init_from=resume --eval_only=True --n_loop=1, 2' in out
+        and '--diagnose' not in out
+    )
     assert (tmp_path / 'a.png').read_bytes()[:8] == b'\x89PNG\r\n\x1a\n'
     losses = drawn()[0, '', 'loss, nats per token'].get_lines()
     assert [line.get_label() for line in losses] == ['out, train', 'out, val', 'plain, train', 'plain, val']

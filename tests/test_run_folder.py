@@ -31,6 +31,14 @@ def test_a_log_alone_is_no_earlier_run(call, flags, tmp_path):
     assert call(main, *flags)[0] == 0 and not (tmp_path / 'out' / 'run-1').exists()
 
 
+def test_a_run_that_was_killed_before_its_first_checkpoint_is_archived(call, flags, tmp_path):
+    (tmp_path / 'out').mkdir()
+    (tmp_path / 'out' / 'log.jsonl').write_text('{"iter": 0}\n{"it')
+    status, out, _ = call(main, *flags, '--max_iters=1')
+    assert status == 0 and f'held an earlier run, it is now in {tmp_path}/out/run-1' in out
+    assert (tmp_path / 'out' / 'run-1' / 'log.jsonl').read_text() == '{"iter": 0}\n{"it'
+
+
 def test_an_archived_run_takes_all_its_files_along(tmp_path):
     names = [
         'ckpt.pt',
