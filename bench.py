@@ -18,10 +18,13 @@ import time
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # ours come first, also with python -P
 from configurator import command, configure, print_error
+
+# a Ctrl-C while the rest is imported is handled from here on
+# isort: split
+import torch
+
 from model import GPT, GPTConfig
 from nanoloop import WORLD
 from nanoloop.baselines import apply_baseline

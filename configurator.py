@@ -26,9 +26,13 @@ import traceback
 import types
 from pathlib import Path
 
-from nanoloop import RANK, ROOT
+from nanoloop import MAIN, RANK, ROOT
 from nanoloop.checks import UserError, check, find_table, hints_of, split_hint, typed
 from nanoloop.helptext import help_text
+from nanoloop.signals import end_at_interrupt, raise_at_interrupt
+
+if MAIN.parent in (ROOT, ROOT / 'runs') or MAIN.parents[1:2] == (ROOT / 'data',):
+    end_at_interrupt()  # until its main() runs: importing torch takes seconds
 
 TOOLS = types.ModuleType | types.FunctionType | types.BuiltinFunctionType | type  # a config file's own things
 PATHS = ('out_dir', 'dataset', 'init_from', 'image', 'to', 'lens_html')  # keys in which ~ is the home folder
@@ -213,6 +217,7 @@ def command(main, parallel=False):
     def run(argv=None):
         try:
             try:
+                raise_at_interrupt()
                 return main(sys.argv[1:] if argv is None else list(argv))
             finally:
                 if not isinstance(sys.exc_info()[1], Exception):

@@ -16,10 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # ours come first, also with python -P
 from configurator import command, configure
+
+# a Ctrl-C while the rest is imported is handled from here on
+# isort: split
+import numpy as np
+
 from nanoloop.checks import UserError, check, missing_package
 
 FORMATS = ('.png', '.pdf', '.svg')

@@ -16,10 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # ours come first, also with python -P
 from configurator import command, configure, print_error
+
+# a Ctrl-C while the rest is imported is handled from here on
+# isort: split
+import torch
+
 from nanoloop.checkpoint import BEST, check_tokenizer, find_from_flags, find_tokenizer, load_checkpoint
 from nanoloop.checks import Above, AtMost, Choice, Count, Name, NotNegative, Size, check, settle_fields
 from nanoloop.decode import Stats, cast_linears_

@@ -19,11 +19,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # ours come first, also with python -P
+from configurator import command, configure, print_error, print_line
+
+# a Ctrl-C while the rest is imported is handled from here on
+# isort: split
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # ours come first, also with python -P
-from configurator import command, configure, print_error, print_line
 from model import GPTConfig
 from nanoloop import RANK, ROOT, report
 from nanoloop.baselines import BASELINE, apply_baseline
@@ -238,10 +241,7 @@ class Trainer:
         if state['scaler'] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state['scaler'])
         self.say_differences()
-        more = f'the run has made more steps than {self.limit} allows, ' if self.step > self.last_step else ''
-        done = f': {more}nothing is left to do, a larger {self.limit} goes on'
-        left = self.step < self.last_step
-        self.say(f'resuming at step {self.step} of {self.last_step}{"" if left else done}')
+        self.say(report.resuming_line(self.step, self.last_step, self.limit))
 
     def say_differences(self):
         """Says what differs from the run that saved the checkpoint."""
@@ -330,9 +330,8 @@ class Trainer:
         self.say(text)
         if self.state:
             record |= dict(n_loop=self.c.n_loop, dataset=self.c.dataset)
-            path = Path(self.c.out_dir) / 'eval.jsonl'
-            on_rank0(self.m, lambda: append_record(path, record))
-            self.say(f'added to {path}')
+            on_rank0(self.m, lambda: append_record(Path(self.c.out_dir) / 'eval.jsonl', record))
+            self.say(f'added to {self.c.out_dir}/eval.jsonl')
 
     def evaluate_and_save(self):
         """Evaluates, logs the result and saves. Does nothing if a signal came first."""

@@ -180,6 +180,16 @@ def differences(c, machine, state, new_measure=()):
         yield 'the best loss and the patience begin anew: earlier losses cannot be compared'
 
 
+def resuming_line(step, last_step, limit):
+    """Returns the line on where a resumed run goes on. limit: the key that decides its last step."""
+    text = f'resuming at step {step} of {last_step}'
+    if step > last_step:
+        text += f': the run has made more steps than {limit} allows, nothing is left to do'
+    elif step == last_step:
+        text += ': nothing is left to do'
+    return text if step < last_step else f'{text}, a larger {limit} goes on'
+
+
 def evaluation_line(step, losses, seconds):
     """Returns the line and the record of an evaluation. losses: {split: {loss, ppl, bpb}}."""
     train, val = losses['train']['loss'], losses['val']
