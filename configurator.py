@@ -36,6 +36,7 @@ if MAIN.parent in (ROOT, ROOT / 'runs') or MAIN.parents[1:2] == (ROOT / 'data',)
 
 TOOLS = types.ModuleType | types.FunctionType | types.BuiltinFunctionType | type  # a config file's own things
 PATHS = ('out_dir', 'dataset', 'init_from', 'image', 'to', 'lens_html')  # keys in which ~ is the home folder
+CONTROL = {chr(i): chr(0x2400 + i) for i in range(32)} | {'\x7f': '\u2421'}  # their pictures in Unicode
 # keys of nanoGPT and of earlier versions that have another name here
 RENAMED = {'n_layer': ('n_prelude', 'n_block', 'n_coda'), 'png': ('image',)}
 
@@ -259,6 +260,13 @@ def flush_stdout():
     except OSError as error:
         discard(sys.stdout)
         raise OSError(f'stdout cannot be written: {error.strerror}') from None
+
+
+def printable(text):
+    """Returns a text without control characters, which would move the cursor, if stdout is a terminal."""
+    if not sys.stdout.isatty():
+        return text
+    return re.sub('[\x00-\x08\x0b-\x1f\x7f-\x9f]', lambda found: CONTROL.get(found[0], '\ufffd'), text)
 
 
 def print_line(text):

@@ -78,6 +78,21 @@ def read_records(path):
         raise UserError(f'{path} is broken') from None
 
 
+def check_same_data(folders):
+    """Raises UserError if the checkpoints of runs that are drawn as their mean are of different data sets."""
+    from nanoloop.checkpoint import checkpoint_paths, read_first  # they import torch
+
+    data = {}
+    for folder in folders:
+        if paths := checkpoint_paths(folder):
+            checkpoint = read_first(paths)
+            config = checkpoint.get('config', {})
+            identity = (checkpoint.get('data') or {}).get('sha256') or config.get('dataset')
+            data.setdefault(identity, f'{folder} ({config.get("dataset")})')
+    expected = f'runs of one data set joined by +, not {" and ".join(data.values())}'
+    check(len(data) < 2, 'out_dir', '+'.join(folders), expected)
+
+
 def series(records, key, x='iter'):
     """Returns {x: value} of a log key, from the records that have a value for it."""
     return {record[x]: record[key] for record in records if record.get(key) is not None}
@@ -191,6 +206,9 @@ def main(argv):
 
     names = [group.split('+') for group in c.out_dir.split(',')]
     check(all(map(all, names)), 'out_dir', c.out_dir, 'the name of a folder before and after each , and +')
+    for group in names:
+        if len(group) > 1:
+            check_same_data(group)
     groups = [[read_run(folder) for folder in group] for group in names]
     image = Path(c.image or Path(names[0][0], 'log.png' if len(sum(names, [])) == 1 else 'comparison.png'))
     fits = image.suffix in FORMATS and image.parent.is_dir()

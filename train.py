@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # ours come first, also with python -P
-from configurator import command, configure, print_error, print_line
+from configurator import command, configure, print_error, print_line, printable
 
 # a Ctrl-C while the rest is imported is handled from here on
 # isort: split
@@ -436,7 +436,8 @@ def main(argv):
             if m.rank == 0 and c.sample_tokens:
                 say.now('sampling')
                 spec = task.checkpoint_extra['tokenizer']
-                say(report.sample_text(trainer.model, spec, c.sample_tokens, c.seed, m, signals))
+                text = report.sample_text(trainer.model, spec, c.sample_tokens, c.seed, m, signals)
+                say(printable(text))
                 say(f'more: python {os.path.relpath(ROOT / "sample.py")} --out_dir={c.out_dir}')
         leave(m)
         if not finished:

@@ -23,24 +23,15 @@ from model import GPT, GPTConfig
 from nanoloop.checks import UserError, check, missing_package
 from nanoloop.datasets import find_data, read_meta
 from nanoloop.files import is_utf8
-from nanoloop.pretrained import (
-    GPT2,
-    find_pretrained,
-    from_nanogpt,
-    from_nanoloop,
-    ouro_tokenizer,
-    read_config,
-)
+from nanoloop.pretrained import find_pretrained, from_nanogpt, from_nanoloop, ouro_tokenizer, read_config
 from nanoloop.tokenizer import make_tokenizer
 
 # which file of a run's folder is read: the first of these that is not broken
 LATEST = ('ckpt.pt', 'prev.pt')  # to resume training
 BEST = ('best.pt', 'ckpt.pt', 'prev.pt')  # to use the model
 
-NAME_KINDS = (
-    'the folder of a run with a checkpoint, the path of a checkpoint, a folder written by export.py, '
-)
-NAME_KINDS += f'{", ".join(GPT2)}, a folder with the GPT-2 of transformers, ouro:FOLDER'
+NAME_KINDS = 'the folder of a run with a checkpoint', 'a checkpoint', 'an export', 'gpt2 to gpt2-xl'
+NAME_KINDS += "a folder of transformers' GPT-2", 'ouro:FOLDER'
 
 EXPORTED = ('iter_num', 'loops_trained')  # further keys of a checkpoint that export.py writes
 
@@ -67,7 +58,9 @@ def find_checkpoint(name, given=None, prefer=LATEST, say=None, key='checkpoint',
     if config is not None and 'n_loop' in config:
         return read_export(Path(name), config)
     checkpoint = find_pretrained(name, given or {})
-    check(checkpoint, key, name, ', '.join((*words, NAME_KINDS)))
+    if not checkpoint:
+        fault = f'{name} holds no model' if Path(name).exists() else f'there is no folder {name}'
+        raise UserError(f'{key}={name!r}: {fault}, expected {", ".join((*words, *NAME_KINDS))}')
     return checkpoint
 
 
