@@ -91,7 +91,7 @@ class EarlyExit:
         self.rule = EXIT[name]
 
     def check_model(self, model, n_loop):
-        """Raises UserError if the model lacks a gate, or the rule a threshold, or n_loop is below min_loops."""
+        """Raises UserError if the model lacks a gate, the rule a threshold, or if n_loop is too small."""
         others = ' or '.join(name for name, rule in EXIT.items() if not rule.needs_gate)
         has_gate = model.exit_gate is not None or not self.rule.needs_gate
         check(has_gate, 'exit', self.name, f'{others}: the model has no exit gate')
