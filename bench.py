@@ -141,7 +141,7 @@ def print_counts(c):
     with torch.device('meta'):
         model = GPT(config)
     for name, n in parameters(model).items():
-        note = f' (those of the loop counted {config.n_loop} times)' if name == 'effective' else ''
+        note = ' (those of the loop counted n_loop times)' if name == 'effective' else ''
         print(f'{name + " parameters":24} {n:16,}{note}')
     layers = f'{config.n_prelude} + {config.n_block} x {config.n_loop} + {config.n_coda}'
     print(f'{"executed layers":24} {config.depth:16,} ({layers})')

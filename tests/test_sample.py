@@ -181,7 +181,7 @@ def test_an_assumed_vocabulary_and_effective_parameters_are_explained(call):
     small = ['--n_embd=16', '--n_head=2', '--n_loop=3']
     out = call(bench.main, '--dataset=openwebtext', '--count_only=True', *small)[1]
     assert 'is assumed: the data set openwebtext is not prepared, run: python data/openwebtext/prep' in out
-    assert '(those of the loop counted 3 times)' in out
+    assert '(those of the loop counted n_loop times)' in out
 
 
 def test_the_ratio_of_a_bench_is_of_the_seconds_measured(call, flags, monkeypatch):
