@@ -18,10 +18,13 @@ import time
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # ours come first, also with python -P
 from configurator import command, configure, print_error
+
+# a Ctrl-C while the rest is imported is handled from here on
+# isort: split
+import torch
+
 from model import GPT, GPTConfig
 from nanoloop import WORLD
 from nanoloop.baselines import apply_baseline
@@ -138,7 +141,8 @@ def print_counts(c):
     with torch.device('meta'):
         model = GPT(config)
     for name, n in parameters(model).items():
-        print(f'{name + " parameters":24} {n:16,}')
+        note = ' (those of the loop counted n_loop times)' if name == 'effective' else ''
+        print(f'{name + " parameters":24} {n:16,}{note}')
     layers = f'{config.n_prelude} + {config.n_block} x {config.n_loop} + {config.n_coda}'
     print(f'{"executed layers":24} {config.depth:16,} ({layers})')
     rule = OBJECTIVE[c.objective]
@@ -162,8 +166,8 @@ def main(argv):
         if 'vocab_size' not in setting.given:
             try:
                 setting['vocab_size'] = read_meta(find_data(setting.dataset))['vocab_size']
-            except ValueError:
-                print(f'vocab_size: {setting.vocab_size}, as the data set {setting.dataset} is not prepared')
+            except ValueError as error:
+                print(f'vocab_size={setting.vocab_size} is assumed: {error}')
     decoding = c.mode == 'decode' and not c.count_only
     check(
         decoding or c.init_from == 'scratch',

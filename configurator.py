@@ -26,12 +26,17 @@ import traceback
 import types
 from pathlib import Path
 
-from nanoloop import RANK, ROOT
+from nanoloop import MAIN, RANK, ROOT
 from nanoloop.checks import UserError, check, find_table, hints_of, split_hint, typed
 from nanoloop.helptext import help_text
+from nanoloop.signals import end_at_interrupt, raise_at_interrupt
+
+if MAIN.parent in (ROOT, ROOT / 'runs') or MAIN.parents[1:2] == (ROOT / 'data',):
+    end_at_interrupt()  # until its main() runs: importing torch takes seconds
 
 TOOLS = types.ModuleType | types.FunctionType | types.BuiltinFunctionType | type  # a config file's own things
 PATHS = ('out_dir', 'dataset', 'init_from', 'image', 'to', 'lens_html')  # keys in which ~ is the home folder
+CONTROL = {chr(i): chr(0x2400 + i) for i in range(32)} | {'\x7f': '\u2421'}  # their pictures in Unicode
 # keys of nanoGPT and of earlier versions that have another name here
 RENAMED = {'n_layer': ('n_prelude', 'n_block', 'n_coda'), 'png': ('image',)}
 
@@ -213,6 +218,7 @@ def command(main, parallel=False):
     def run(argv=None):
         try:
             try:
+                raise_at_interrupt()
                 return main(sys.argv[1:] if argv is None else list(argv))
             finally:
                 if not isinstance(sys.exc_info()[1], Exception):
@@ -254,6 +260,13 @@ def flush_stdout():
     except OSError as error:
         discard(sys.stdout)
         raise OSError(f'stdout cannot be written: {error.strerror}') from None
+
+
+def printable(text):
+    """Returns a text without control characters, which would move the cursor, if stdout is a terminal."""
+    if not sys.stdout.isatty():
+        return text
+    return re.sub('[\x00-\x08\x0b-\x1f\x7f-\x9f]', lambda found: CONTROL.get(found[0], '\ufffd'), text)
 
 
 def print_line(text):

@@ -18,10 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # ours come first, also with python -P
 from configurator import command, configure, print_error, print_line
+
+# a Ctrl-C while the rest is imported is handled from here on
+# isort: split
+import torch
+
 from model import GPT
 from nanoloop import RANK
 from nanoloop.checkpoint import (
@@ -78,12 +81,11 @@ class EvalConfig:
     def __post_init__(self):
         """Raises UserError for a value out of its bounds, and for values that do not go together."""
         settle_fields(self)
-        if self.exit:
-            expected = f'numbers with exit={self.exit}: {EXIT[self.exit].advice}'
-            check(self.exit_threshold, 'exit_threshold', '', expected)
-        else:
+        if not self.exit:
             check(not self.exit_threshold, 'exit_threshold', self.exit_threshold, "'' without an exit")
             check(self.min_loops == 1, 'min_loops', self.min_loops, '1 without an exit')
+        elif not (EXIT[self.exit].needs_gate or self.exit_threshold):  # else the model is asked first
+            EarlyExit(self.exit, None).check_threshold()
         check(self.fewshot_seeds, 'fewshot_seeds', '', 'at least one number')
 
 
@@ -92,7 +94,7 @@ def make_policies(c, config):
     loops = read_numbers(c.loops) or [config.n_loop]
     most = max(loops)
     policies = [Policy(n) for n in loops]
-    thresholds = read_numbers(c.exit_threshold, float)
+    thresholds = (read_numbers(c.exit_threshold, float) or [None]) if c.exit else []
     policies += [Policy(most, EarlyExit(c.exit, threshold, c.min_loops)) for threshold in thresholds]
     for budget in read_numbers(c.kv_budget):
         check(budget <= most, 'kv_budget', c.kv_budget, f'at most the {most} loops')

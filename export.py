@@ -22,6 +22,8 @@ from nanoloop.checkpoint import BEST, EXPORTED, find_from_flags, load_checkpoint
 from nanoloop.checks import Name, check, missing_package, settle_fields
 from nanoloop.files import replace_file, sync, write_json
 
+FILES = 'model.safetensors', 'tokenizer.json', 'config.json'
+
 
 @dataclass
 class ExportConfig:
@@ -56,19 +58,23 @@ def main(argv):
     except ImportError:
         raise missing_package('exporting', 'pretrained', 'safetensors') from None
     folder = Path(c.to)
-    free = not folder.exists() or (folder.is_dir() and not (folder / 'ckpt.pt').exists())
-    check(free, 'to', c.to, 'a folder for the model alone')
+    check(folder.is_dir() or not folder.exists(), 'to', c.to, 'a folder, this is a file')
+    present = {path.name.removesuffix('.tmp') for path in folder.glob('*')}  # .tmp: of an interrupted export
+    others = sorted(present - set(FILES))
+    check(not others, 'to', c.to, f'a folder for the model alone, there is {", ".join(others[:3])} in it')
     checkpoint = find_from_flags(c.init_from, c.out_dir, words=('resume',), prefer=BEST, say=print_error)
     model, _ = load_checkpoint(checkpoint)
     tokenizer = tokenizer_dict(checkpoint)
     if tokenizer is None:
         print_error(f'{checkpoint["path"]} has no tokenizer: the exported model has none, either')
+    if present:
+        print_error(f'{folder} holds an earlier export, which is replaced')
     folder.mkdir(parents=True, exist_ok=True)
     metadata = {key: json.dumps(checkpoint[key]) for key in EXPORTED if key in checkpoint}
-    weights = folder / 'model.safetensors'
+    weights, spec, config = (folder / name for name in FILES)
     write_weights(model, weights, metadata)
-    write_json(folder / 'tokenizer.json', tokenizer, indent=1)
-    write_json(folder / 'config.json', asdict(model.config), indent=1)
+    write_json(spec, tokenizer, indent=1)
+    write_json(config, asdict(model.config), indent=1)
     size, path = weights.stat().st_size / 2**20, checkpoint['path']
     print(f'{path}: {model.get_num_params():,} parameters, {size:,.1f} MiB in {folder}')
 

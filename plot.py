@@ -16,10 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # ours come first, also with python -P
 from configurator import command, configure
+
+# a Ctrl-C while the rest is imported is handled from here on
+# isort: split
+import numpy as np
+
 from nanoloop.checks import UserError, check, missing_package
 
 FORMATS = ('.png', '.pdf', '.svg')
@@ -73,6 +76,21 @@ def read_records(path):
         return [json.loads(line) for line in complete_lines.splitlines()]
     except ValueError:
         raise UserError(f'{path} is broken') from None
+
+
+def check_same_data(folders):
+    """Raises UserError if the checkpoints of runs that are drawn as their mean are of different data sets."""
+    from nanoloop.checkpoint import checkpoint_paths, read_first  # they import torch
+
+    data = {}
+    for folder in folders:
+        if paths := checkpoint_paths(folder):
+            checkpoint = read_first(paths)
+            config = checkpoint.get('config', {})
+            identity = (checkpoint.get('data') or {}).get('sha256') or config.get('dataset')
+            data.setdefault(identity, f'{folder} ({config.get("dataset")})')
+    expected = f'runs of one data set joined by +, not {" and ".join(data.values())}'
+    check(len(data) < 2, 'out_dir', '+'.join(folders), expected)
 
 
 def series(records, key, x='iter'):
@@ -188,6 +206,9 @@ def main(argv):
 
     names = [group.split('+') for group in c.out_dir.split(',')]
     check(all(map(all, names)), 'out_dir', c.out_dir, 'the name of a folder before and after each , and +')
+    for group in names:
+        if len(group) > 1:
+            check_same_data(group)
     groups = [[read_run(folder) for folder in group] for group in names]
     image = Path(c.image or Path(names[0][0], 'log.png' if len(sum(names, [])) == 1 else 'comparison.png'))
     fits = image.suffix in FORMATS and image.parent.is_dir()
@@ -196,9 +217,8 @@ def main(argv):
     if not with_loops:
         print('for what happens loop by loop: train.py --diagnose=100')
     if not with_evaluations:
-        print(
-            'for the loss against loops: train.py --init_from=resume --eval_only=True --n_loop=1, 2, 4, ...'
-        )
+        evaluate = f'train.py --out_dir={names[0][0]} --init_from=resume --eval_only=True'
+        print(f'for the loss against loops: {evaluate} --n_loop=1, 2, 4, ...')
     print(f'drawn: {image}')
 
 

@@ -10,16 +10,20 @@ of a run, the path of a checkpoint, a folder written by export.py, gpt2 to gpt2-
 transformers, or ouro:FOLDER with Ouro's safetensors.
 """
 
+import re
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # ours come first, also with python -P
+from configurator import command, configure, print_error, printable
+
+# a Ctrl-C while the rest is imported is handled from here on
+# isort: split
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # ours come first, also with python -P
-from configurator import command, configure, print_error
 from nanoloop.checkpoint import BEST, check_tokenizer, find_from_flags, find_tokenizer, load_checkpoint
 from nanoloop.checks import Above, AtMost, Choice, Count, Name, NotNegative, Size, check, settle_fields
 from nanoloop.decode import Stats, cast_linears_
@@ -30,7 +34,7 @@ from nanoloop.lens_page import LensView, check_lens
 from nanoloop.machine import autocast, choose_compile, choose_device, choose_dtype
 from nanoloop.signals import exit_on_sigterm
 from nanoloop.text_stream import TextStream
-from nanoloop.tokenizer import read_text
+from nanoloop.tokenizer import SPECIAL, read_text
 
 
 @dataclass
@@ -40,7 +44,7 @@ class SampleConfig:
     init_from: Name = 'resume'  # resume (the model in out_dir), a folder, a file, gpt2..gpt2-xl, ouro:FOLDER
     # text
     start: str = (
-        ''  # prompt, may have <|endoftext|> in it; FILE:PATH reads a file; '' = that token, or newline
+        ''  # prompt, also with special tokens; FILE:PATH = a file; '' = the end-of-text token, or newline
     )
     num_samples: Count = 1  # number of samples: one batch, or one by one with stream or speculate
     max_new_tokens: Count = 500  # number of tokens per sample
@@ -71,16 +75,20 @@ class SampleConfig:
     def __post_init__(self):
         """Raises UserError for a value out of its bounds, and for values that do not go together."""
         settle_fields(self)
-        if self.exit:
-            expected = f'a number with exit={self.exit}: {EXIT[self.exit].advice}'
-            check(self.exit_threshold is not None, 'exit_threshold', None, expected)
-        else:
-            check(self.exit_threshold is None, 'exit_threshold', self.exit_threshold, 'None without an exit')
-            check(self.min_loops == 1, 'min_loops', self.min_loops, '1 without an exit')
-        check(self.speculate or self.draft_loops == 1, 'draft_loops', self.draft_loops, '1 without speculate')
-        check_lens(self)
         plain = not (self.exit or self.speculate)
         check(plain or not self.compile, 'compile', True, 'False with an exit or speculate')
+        check(not (self.exit and self.speculate), 'speculate', self.speculate, '0 with an exit')
+        if not self.exit:
+            check(self.exit_threshold is None, 'exit_threshold', self.exit_threshold, 'None without an exit')
+            check(self.min_loops == 1, 'min_loops', self.min_loops, '1 without an exit')
+        elif not EXIT[self.exit].needs_gate:  # else the model is asked first
+            self.early_exit().check_threshold()
+        check(self.speculate or self.draft_loops == 1, 'draft_loops', self.draft_loops, '1 without speculate')
+        check_lens(self)
+
+    def early_exit(self):
+        """Returns the EarlyExit that the keys describe, None without one."""
+        return EarlyExit(self.exit, self.exit_threshold, self.min_loops) if self.exit else None
 
 
 def print_samples(tokens, texts, start, live):
@@ -97,14 +105,14 @@ def print_samples(tokens, texts, start, live):
                 for text, part, token in zip(texts, parts, new.tolist(), strict=True):
                     part.append(text.add(token))
                 if live:
-                    print(''.join(parts[0][shown:]), end='', flush=True)
+                    print(printable(''.join(parts[0][shown:])), end='', flush=True)
                     shown = len(parts[0])
                 if all(text.done for text in texts):
                     break
     except (KeyboardInterrupt, SystemExit) as error:
         interruption = error
     for text, part in zip(texts, parts, strict=True):
-        print(''.join(part[shown:]) + text.rest())
+        print(printable(''.join(part[shown:]) + text.rest()))
         print('---------------', flush=True)
     if interruption:
         raise interruption
@@ -124,6 +132,8 @@ def read_prompt(start, tokenizer, vocab_size):
     if start.startswith('FILE:'):
         start = read_text(start.removeprefix('FILE:'))
     ids = tokenizer.encode(start, special=True) or [tokenizer.eot_token]
+    if not tokenizer.has_special and (written := re.search(SPECIAL, start)):
+        print_error(f'{written[0]} is ordinary text here: {tokenizer.no_special}')
     check(max(ids) < vocab_size, 'start', start[:40], 'text in the tokens of the checkpoint')
     return start, ids
 
@@ -155,7 +165,7 @@ def print_lens(c, model, tokenizer, prompt, early_exit, about):
 @command
 def main(argv):
     c = configure((SampleConfig,), argv, say=print_error)
-    c.build(SampleConfig)
+    early_exit = c.build(SampleConfig).early_exit()
     device, _ = choose_device(c.device)
     dtype, _ = choose_dtype(c.dtype, device.type)
     compile, _ = choose_compile(c.compile, device.type, 0)
@@ -163,13 +173,14 @@ def main(argv):
     checkpoint = find_from_flags(c.init_from, c.out_dir, words=('resume',), prefer=BEST, say=print_error)
     tokenizer = find_tokenizer(checkpoint)
     model, _ = load_checkpoint(checkpoint, device)
+    if early_exit:
+        early_exit.check_model(model, c.n_loop or model.config.n_loop)
     about = describe(checkpoint, model.config, c.n_loop or model.config.n_loop)
     print_error(about)
     if tokenizer.note:
         print_error(tokenizer.note)
     start, prompt = read_prompt(c.start, tokenizer, model.config.vocab_size)
 
-    early_exit = EarlyExit(c.exit, c.exit_threshold, c.min_loops) if c.exit else None
     cast_linears_(model, dtype)
     if c.lens:
         with autocast(device.type, dtype):

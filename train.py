@@ -19,15 +19,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # ours come first, also with python -P
+from configurator import command, configure, print_error, print_line, printable
+
+# a Ctrl-C while the rest is imported is handled from here on
+# isort: split
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # ours come first, also with python -P
-from configurator import command, configure, print_error, print_line
 from model import GPTConfig
 from nanoloop import RANK, ROOT, report
 from nanoloop.baselines import BASELINE, apply_baseline
-from nanoloop.checkpoint import quarantine_broken, save_checkpoint
+from nanoloop.checkpoint import checkpoint_paths
 from nanoloop.checks import (
     AtLeast,
     AtMost,
@@ -66,7 +69,8 @@ from nanoloop.optimizer import (
 )
 from nanoloop.parallel import leave, max_over_ranks, on_rank0, reduce_sum, wrap
 from nanoloop.pretraining import find_initial_checkpoint, pretraining
-from nanoloop.run_folder import Log, append_record, git_commit, open_out_dir, set_best_aside
+from nanoloop.run_folder import Log, append_record, git_commit, open_out_dir
+from nanoloop.saving import quarantine_broken, save_checkpoint
 from nanoloop.signals import Signals, exit_status, signal_name
 from nanoloop.training_step import train_step
 
@@ -182,15 +186,19 @@ class Trainer:
         self.last_step = c.max_iters
         if c.max_flops is not None:
             self.last_step = step_of_max_flops(c, self.step, self.flops_done, self.flops)
+        self.limit = 'max_iters' if self.last_step == c.max_iters else 'max_flops'  # the key that ends it
         self.bad_steps = 0  # steps in a row without an update
         self.lock = self.log = None
 
     def open_folder(self):
         """Locks out_dir and makes the log, which takes the folder after the first step. Rank 0 only."""
         out_dir = Path(self.c.out_dir)
+        idle = not (self.resuming or self.last_step) and checkpoint_paths(out_dir)
+        check(not idle, self.limit, self.c[self.limit], f'one step or more: {out_dir} holds an earlier run')
         self.lock = open_out_dir(out_dir, self.say)
-        if self.resuming:
-            quarantine_broken(out_dir)
+        if self.resuming and (text := quarantine_broken(out_dir)):
+            again = f'up to {2 * self.state["config"]["eval_interval"]} steps are made again'
+            self.say(f'{text}; the run goes on from prev.pt at step {self.step}, {again}')
         self.log = Log(self.c, self.state, self.say)
 
     def close(self):
@@ -214,11 +222,12 @@ class Trainer:
             self.say(self.task.origin)
         self.git, self.state = git_commit(), None  # lets go of the checkpoint's memory
         self.training_loss = wrap(self.plain_loss, m)
-        cost = report.describe_cost(m, self.flops(c.n_loop), self.last_step - self.step)
-        doubts = report.doubtful_keys(c, self.rule, self.last_step, random_weights=not self.task.origin)
+        left = max(0, self.last_step - self.step)
+        cost = report.describe_cost(m, self.flops(c.n_loop), left)
+        doubts = report.doubtful_keys(c, self.rule, self.last_step, left, not self.task.origin)
         for line in (*self.describe(), *lines, *cost, *doubts):
             self.say(line)
-        if m.compile:
+        if m.compile and left:
             self.say('the first evaluation and the first step compile the blocks, for 10 to 60 s each')
 
     def describe(self):
@@ -232,9 +241,7 @@ class Trainer:
         if state['scaler'] and self.scaler.is_enabled():
             self.scaler.load_state_dict(state['scaler'])
         self.say_differences()
-        limit = 'max_iters' if self.last_step == c.max_iters else 'max_flops'
-        done = f': nothing is left to do, a larger {limit} goes on' if self.step >= self.last_step else ''
-        self.say(f'resuming at step {self.step} of {self.last_step}{done}')
+        self.say(report.resuming_line(self.step, self.last_step, self.limit))
 
     def say_differences(self):
         """Says what differs from the run that saved the checkpoint."""
@@ -324,6 +331,7 @@ class Trainer:
         if self.state:
             record |= dict(n_loop=self.c.n_loop, dataset=self.c.dataset)
             on_rank0(self.m, lambda: append_record(Path(self.c.out_dir) / 'eval.jsonl', record))
+            self.say(f'added to {self.c.out_dir}/eval.jsonl')
 
     def evaluate_and_save(self):
         """Evaluates, logs the result and saves. Does nothing if a signal came first."""
@@ -335,8 +343,8 @@ class Trainer:
         self.evaluated = self.step
         if self.m.rank == 0:
             self.log.write(text, record)
-        if self.step == 0:  # the untrained model is no result of this run
-            return
+        if self.step == self.first_step and (self.step == 0 or self.new_measure):
+            return  # a model that is not trained, or in another way, is no result of this run
         # the model's loss says nothing of a gate that is trained alone: its last checkpoint is the best
         better = loss < self.best or not self.rule.trains_model
         self.best = min(loss, self.best)
@@ -383,10 +391,11 @@ class Trainer:
         )
         self.say(f'saving checkpoint to {self.c.out_dir}')
         self.say.now('saving')
-        if self.new_measure and self.m.rank == 0:  # not before ckpt.pt is of this run, too
-            set_best_aside(Path(self.c.out_dir), self.first_step, self.say)
+        # best = inf: a save with another measure was interrupted before it could remove the old best.pt
+        old_best = f'best-before-{self.first_step}' if self.new_measure or self.best == math.inf else None
+        arguments = Path(self.c.out_dir), checkpoint, self.log, best, old_best, self.say
+        on_rank0(self.m, lambda: save_checkpoint(*arguments))
         self.new_measure = []
-        on_rank0(self.m, lambda: save_checkpoint(Path(self.c.out_dir), checkpoint, self.log, best))
         self.saved = self.step
 
 
@@ -423,11 +432,12 @@ def main(argv):
         if finished:
             memory, minutes = peak_memory(m) / 2**20, (time.monotonic() - began) / 60
             spent = f'peak memory {memory:,.0f} MiB, total time {minutes:.1f} min'
-            say(f'best val loss {trainer.best:.4f}, {spent}')
+            say(f'best val loss {trainer.best:.4f}, {spent}' if trainer.best < math.inf else spent)
             if m.rank == 0 and c.sample_tokens:
                 say.now('sampling')
                 spec = task.checkpoint_extra['tokenizer']
-                say(report.sample_text(trainer.model, spec, c.sample_tokens, c.seed, m, signals))
+                text = report.sample_text(trainer.model, spec, c.sample_tokens, c.seed, m, signals)
+                say(printable(text))
                 say(f'more: python {os.path.relpath(ROOT / "sample.py")} --out_dir={c.out_dir}')
         leave(m)
         if not finished:

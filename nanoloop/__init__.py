@@ -1,7 +1,8 @@
 """
 The parts behind the scripts, a file per concern. CONTRIBUTING.md says which part may import which.
 
-ROOT is the repository's folder; RANK, WORLD and LOCAL_RANK are this process's place under torchrun.
+ROOT is the repository's folder, MAIN the path of the running script. RANK, WORLD and LOCAL_RANK are this
+process's place under torchrun.
 """
 
 import os
@@ -28,6 +29,6 @@ def read_place(environ):
 
 RANK, WORLD, LOCAL_RANK = read_place(os.environ)
 
-_main = Path(getattr(sys.modules['__main__'], '__file__', None) or '-').resolve()
-if _main.parent == ROOT / 'nanoloop' or _main in (ROOT / 'model.py', ROOT / 'configurator.py'):
-    sys.exit(f'{_main.name} is no script: see train.py, sample.py, bench.py, export.py and plot.py')
+MAIN = Path(getattr(sys.modules['__main__'], '__file__', None) or '-').resolve()
+if MAIN.parent == ROOT / 'nanoloop' or MAIN in (ROOT / 'model.py', ROOT / 'configurator.py'):
+    sys.exit(f'{MAIN.name} is no script: see train.py, sample.py, bench.py, export.py and plot.py')

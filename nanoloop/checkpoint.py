@@ -1,5 +1,5 @@
 """
-Checkpoints: one way from a name to a model, and saving.
+Checkpoints: one way from a name to a model. nanoloop/saving.py writes them.
 
     model, checkpoint = load_checkpoint('out-quickstart')
 
@@ -9,10 +9,8 @@ GPTConfig), tokenizer, config (the keys of the run), iter_num and more, with the
 """
 
 import json
-import os
 import pickle
 import re
-import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict
@@ -24,25 +22,16 @@ import torch
 from model import GPT, GPTConfig
 from nanoloop.checks import UserError, check, missing_package
 from nanoloop.datasets import find_data, read_meta
-from nanoloop.files import is_utf8, reason_of, replace_file, sync
-from nanoloop.pretrained import (
-    GPT2,
-    find_pretrained,
-    from_nanogpt,
-    from_nanoloop,
-    ouro_tokenizer,
-    read_config,
-)
+from nanoloop.files import is_utf8
+from nanoloop.pretrained import find_pretrained, from_nanogpt, from_nanoloop, ouro_tokenizer, read_config
 from nanoloop.tokenizer import make_tokenizer
 
 # which file of a run's folder is read: the first of these that is not broken
 LATEST = ('ckpt.pt', 'prev.pt')  # to resume training
 BEST = ('best.pt', 'ckpt.pt', 'prev.pt')  # to use the model
 
-NAME_KINDS = (
-    'the folder of a run with a checkpoint, the path of a checkpoint, a folder written by export.py, '
-)
-NAME_KINDS += f'{", ".join(GPT2)}, a folder with the GPT-2 of transformers, ouro:FOLDER'
+NAME_KINDS = 'the folder of a run with a checkpoint', 'a checkpoint', 'an export', 'gpt2 to gpt2-xl'
+NAME_KINDS += "a folder of transformers' GPT-2", 'ouro:FOLDER'
 
 EXPORTED = ('iter_num', 'loops_trained')  # further keys of a checkpoint that export.py writes
 
@@ -69,7 +58,9 @@ def find_checkpoint(name, given=None, prefer=LATEST, say=None, key='checkpoint',
     if config is not None and 'n_loop' in config:
         return read_export(Path(name), config)
     checkpoint = find_pretrained(name, given or {})
-    check(checkpoint, key, name, ', '.join((*words, NAME_KINDS)))
+    if not checkpoint:
+        fault = f'{name} holds no model' if Path(name).exists() else f'there is no folder {name}'
+        raise UserError(f'{key}={name!r}: {fault}, expected {", ".join((*words, *NAME_KINDS))}')
     return checkpoint
 
 
@@ -295,54 +286,3 @@ def initial_values(model, sections, weights):
     """
     state = model.state_dict().items()
     return {name: w for name, w in state if name not in weights and name.startswith(tuple(sections))}
-
-
-# -----------------------------------------------------------------------------
-# saving
-
-
-def save_checkpoint(out_dir, checkpoint, log, best):
-    """Saves a checkpoint as ckpt.pt and, if best, as best.pt; the ckpt.pt before it becomes prev.pt.
-
-    The checkpoint holds the length of the log, which is on the disk before it. At every moment, also of a
-    power cut, the files that are there are whole. Raises OSError with the reason if it cannot be saved.
-    """
-    path, prev = out_dir / 'ckpt.pt', out_dir / 'prev.pt'
-    try:
-        log.open()
-        os.fsync(log.file)
-        position = dict(log_bytes=os.fstat(log.file.fileno()).st_size, wandb_id=log.wandb_id)
-        with replace_file(path, 'wb') as file:
-            torch.save(checkpoint | position, file)
-            sync(file)  # now, since best.pt becomes this file before ckpt.pt does
-            if path.exists():
-                replace_by_link(path, prev)
-            if best:  # before ckpt.pt: after a crash in between, resuming makes this evaluation again
-                replace_by_link(Path(file.name), out_dir / 'best.pt')
-    except (RuntimeError, OSError) as error:  # torch's zip writer reports a full disk as a RuntimeError
-        good = next((str(file) for file in (path, prev) if file.exists()), 'none')
-        raise OSError(
-            f'the checkpoint cannot be saved: {reason_of(error)}; the last good one: {good}'
-        ) from None
-
-
-def replace_by_link(source, target):
-    """Makes target the same file as source in one step; a copy where the file system has no hard links."""
-    new = target.with_name(target.name + '.tmp')
-    new.unlink(missing_ok=True)
-    try:
-        os.link(source, new)
-    except OSError:
-        shutil.copyfile(source, new)
-    os.replace(new, target)
-    new.unlink(missing_ok=True)  # os.replace of a file by itself does nothing and leaves `new` behind
-
-
-def quarantine_broken(out_dir):
-    """Renames a ckpt.pt that cannot be read: the next save would put it in the place of a good prev.pt."""
-    path = out_dir / 'ckpt.pt'
-    try:
-        read_checkpoint(path)
-    except UserError:
-        if path.exists():
-            os.replace(path, out_dir / 'ckpt.pt.broken')

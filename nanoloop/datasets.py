@@ -14,6 +14,7 @@ A name of nanoloop/generated.py, such as mano:10, is a data set without files.
 """
 
 import contextlib
+import difflib
 import hashlib
 import json
 import math
@@ -68,8 +69,10 @@ def read_meta(folder):
         raise UserError(f'dataset={str(folder)!r} is a file, run: {command}')
     if not folder.is_dir():
         names = {path.parent.name for file in ('prepare.py', 'meta.json') for path in DATA.glob(f'*/{file}')}
+        close = difflib.get_close_matches(folder.name, names, n=1)
         known = ', '.join([*sorted(names), *(f'{name}:N' for name in GENERATED)])
-        raise UserError(f'dataset={folder.name!r}: there is no folder {folder}, expected one of {known}')
+        hint = f'did you mean {close[0]!r}?' if close else f'expected one of {known}'
+        raise UserError(f'dataset={folder.name!r}: there is no folder {folder}, {hint}')
     if (folder / 'meta.json').exists():
         meta = read_meta_json(folder / 'meta.json')
     elif (folder / 'train.bin').exists() and not (folder / MOVING).exists():

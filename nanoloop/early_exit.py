@@ -91,11 +91,17 @@ class EarlyExit:
         self.rule = EXIT[name]
 
     def check_model(self, model, n_loop):
-        """Raises UserError if the model lacks what the rule needs, or if n_loop is below min_loops."""
+        """Raises UserError if the model lacks a gate, the rule a threshold, or if n_loop is too small."""
         others = ' or '.join(name for name, rule in EXIT.items() if not rule.needs_gate)
         has_gate = model.exit_gate is not None or not self.rule.needs_gate
         check(has_gate, 'exit', self.name, f'{others}: the model has no exit gate')
+        self.check_threshold()
         check(self.min_loops <= n_loop, 'min_loops', self.min_loops, f'at most n_loop={n_loop}')
+
+    def check_threshold(self):
+        """Raises UserError without a threshold: each rule has a unit of its own."""
+        expected = f'a number with exit={self.name}: {self.rule.advice}'
+        check(self.threshold is not None, 'exit_threshold', None, expected)
 
     def __call__(self, model, i, previous, s, x, memory):
         """Returns which tokens exit after loop i, (n, T), and the statistic's memory for the next loop.

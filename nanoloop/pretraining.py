@@ -10,7 +10,7 @@ from dataclasses import asdict, fields
 from typing import Any, NamedTuple
 
 from model import GPT, GPTConfig
-from nanoloop import LOCAL_RANK
+from nanoloop import LOCAL_RANK, PLACE
 from nanoloop.batches import window_batches
 from nanoloop.checkpoint import checkpoint_paths, configure_checkpoint, find_from_flags, load_checkpoint
 from nanoloop.checks import check
@@ -18,9 +18,7 @@ from nanoloop.datasets import describe, find_data, identify, open_split, read_me
 from nanoloop.evaluate import evaluate
 from nanoloop.objective import check_loops
 from nanoloop.parallel import max_over_ranks
-from nanoloop.run_folder import earlier_runs
-
-RANK_VARIABLES = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')  # a program that is started by a rank is none itself
+from nanoloop.run_folder import check_out_dir, earlier_runs
 
 
 class Task(NamedTuple):
@@ -70,6 +68,7 @@ def find_initial_checkpoint(c, say=None):
     A resumed run has the checkpoint's values for the keys that were not given now. say: called with
     a line about each broken file. Raises UserError if there is no such checkpoint.
     """
+    check_out_dir(c.out_dir)
     if c.init_from in ('resume', 'auto') and not checkpoint_paths(c.out_dir):
         earlier = earlier_runs(c.out_dir)
         expected = f'a checkpoint in {c.out_dir}, there is none{earlier and f"; {earlier}"}'
@@ -97,7 +96,8 @@ def prepare_data(c, m, say):
         status = 0
         if prepares and not (folder / 'meta.json').exists():
             say('preparing data/pystdlib, the standard library of this Python')
-            alone = {key: value for key, value in os.environ.items() if key not in RANK_VARIABLES}
+            # a program that is started by a rank is none itself
+            alone = {key: value for key, value in os.environ.items() if key not in PLACE}
             status = subprocess.run([sys.executable, folder / 'prepare.py'], env=alone).returncode
         if status := max_over_ranks(m, abs(status)):
             sys.exit(status)
@@ -148,4 +148,5 @@ def origin(c, checkpoint):
         return ''
     had_gate = any('exit_gate.' in name for name in checkpoint['model'])
     gate = ', with a new exit gate' if c.exit_gate and not had_gate else ''
-    return f'weights of {c.init_from}, step {int(checkpoint.get("iter_num", 0))}{gate}'
+    name = checkpoint['path'] if c.init_from in ('resume', 'auto') else c.init_from
+    return f'weights of {name}, step {int(checkpoint.get("iter_num", 0))}{gate}'

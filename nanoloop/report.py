@@ -18,6 +18,14 @@ MEASURED_FLOPS = 1e10  # FLOPs of a step; only above this is the speed of the CP
 LONG_STEP_S = 10.0  # a slower step gets a hint to try a smaller run
 
 
+AFTER_SIGNAL = {  # what a run still does when a signal comes, by the first word of what it is doing
+    'training': 'the run saves after this micro-batch',
+    'evaluating': 'the run saves after this batch of the evaluation',
+    'saving': 'the run ends when this checkpoint is saved',
+    'sampling': 'the run ends after this token',
+}
+
+
 class Teller:
     """Prints lines, and what the run is doing whenever it has printed nothing for SILENCE_S seconds.
 
@@ -36,7 +44,8 @@ class Teller:
     def hurry(self, signal):
         """Lets the watching thread say at once that a signal has come, and what it waits for."""
         self.signal = signal
-        self.doing, self.progress, self.since = f'{signal}: saving after', f' {self.doing}', time.monotonic()
+        now = AFTER_SIGNAL.get(self.doing.partition(' ')[0], f'the run ends after {self.doing}')
+        self.doing, self.progress, self.since = f'{signal}: {now}', '', time.monotonic()
         self.last_line = -math.inf
 
     def now(self, doing, progress=''):
@@ -100,7 +109,7 @@ def describe_run(c, model, world, flops):
 
 def describe_cost(m, flops, steps):
     """Yields a line on the time that a run takes at least, if it computes on a CPU. flops: of a step."""
-    if m.kind != 'cpu' or m.world > 1 or flops < MEASURED_FLOPS:
+    if m.kind != 'cpu' or m.world > 1 or flops < MEASURED_FLOPS or not steps:
         return
     rate = matmul_rate(m, size=1024)
     seconds = flops / rate
@@ -114,9 +123,12 @@ def describe_cost(m, flops, steps):
         yield 'for a CPU this is large: python train.py config/quickstart.py takes minutes in all'
 
 
-def doubtful_keys(c, rule, last_step, random_weights):
-    """Yields warnings about keys that may be mistakes. rule: the LossRule of c.objective."""
-    if c.warmup_iters > last_step:
+def doubtful_keys(c, rule, last_step, left, random_weights):
+    """Yields warnings about keys that may be mistakes.
+
+    rule: the LossRule of c.objective. left: number of steps that are left until last_step.
+    """
+    if c.warmup_iters > last_step and left:
         rises = f'the learning rate rises until the last step, {last_step}'
         yield f'warning: warmup_iters={c.warmup_iters}: {rises}'
     if c.exit_gate and not rule.trains_gate:
@@ -134,10 +146,13 @@ def other_measure(state, c, extra):
     state: the checkpoint; extra: Task.checkpoint_extra. Older checkpoints know their data set by its name
     only.
     """
-    old, new, keys = state.get('data'), extra['data'], ['n_loop', 'block_size']
+    old, new, keys, before = state.get('data'), extra['data'], ['n_loop', 'block_size'], state['config']
     if old is None:
         keys.append('dataset')
-    changed = [was_is(key, state['config'][key], c[key]) for key in keys if state['config'][key] != c[key]]
+    windows = [config['eval_iters'] * config['batch_size'] for config in (before, c)]
+    if windows[0] != windows[1]:
+        keys += ['eval_iters', 'batch_size']
+    changed = [was_is(key, before[key], c[key]) for key in keys if before[key] != c[key]]
     if old is not None and old['sha256'] != new['sha256']:
         known = [f'{name_source(data["source"])} (sha256 {data["sha256"][:8]})' for data in (old, new)]
         changed.append(was_is('data', *known))
@@ -163,6 +178,16 @@ def differences(c, machine, state, new_measure=()):
     yield from dict.fromkeys(lines)
     if new_measure and not c.eval_only:
         yield 'the best loss and the patience begin anew: earlier losses cannot be compared'
+
+
+def resuming_line(step, last_step, limit):
+    """Returns the line on where a resumed run goes on. limit: the key that decides its last step."""
+    text = f'resuming at step {step} of {last_step}'
+    if step > last_step:
+        text += f': the run has made more steps than {limit} allows, nothing is left to do'
+    elif step == last_step:
+        text += ': nothing is left to do'
+    return text if step < last_step else f'{text}, a larger {limit} goes on'
 
 
 def evaluation_line(step, losses, seconds):

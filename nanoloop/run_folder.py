@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import subprocess
 import uuid
 from pathlib import Path
@@ -13,6 +14,13 @@ from pathlib import Path
 from nanoloop import ROOT
 from nanoloop.checks import UserError, missing_package
 from nanoloop.files import lock_folder, sync_folder
+
+
+def check_out_dir(name):
+    """Raises UserError if a file is where the folder of a run, or one above it, is to be."""
+    there = next((path for path in (Path(name), *Path(name).parents) if path.exists()), None)
+    if there is not None and not there.is_dir():
+        raise UserError(f'out_dir={str(name)!r}: {there} is a file, expected a folder')
 
 
 def open_out_dir(out_dir, say=None):
@@ -36,13 +44,14 @@ def open_out_dir(out_dir, say=None):
 
 
 def archive_previous_run(out_dir, say=None):
-    """Moves the files of an earlier run to out_dir/run-N, if it has saved a checkpoint."""
+    """Moves the files of an earlier run to out_dir/run-N, if it has saved a checkpoint or logged a step."""
     paths = [out_dir / name for name in ('ckpt.pt', 'prev.pt', 'best.pt', 'log.jsonl')]
     paths += [out_dir / name for name in ('eval.jsonl', 'eval.csv', 'eval.png')]
     paths += sorted(out_dir.glob('best-before-*.pt'))
     paths = [path for path in paths if path.exists()]
-    if not any(path.suffix == '.pt' for path in paths):  # a log alone: Log overwrites it
-        return
+    logged = any(path.suffix == '.jsonl' and b'\n' in path.read_bytes() for path in paths)
+    if not logged and not any(path.suffix == '.pt' for path in paths):
+        return  # a log without a whole line is overwritten
     n = next(n for n in range(1, 10**6) if not (out_dir / f'run-{n}').exists())
     (out_dir / f'run-{n}').mkdir()
     for path in paths:
@@ -53,20 +62,10 @@ def archive_previous_run(out_dir, say=None):
 
 def earlier_runs(out_dir):
     """Returns a text that names the folders of earlier runs in out_dir, '' if there are none."""
-    folders = sorted(Path(out_dir).glob('run-[0-9]*'), key=lambda path: (len(path.name), path.name))
+    folders = [path for path in Path(out_dir).glob('run-*') if re.fullmatch(r'run-\d+', path.name)]
+    folders = sorted(filter(Path.is_dir, folders), key=lambda path: (len(path.name), path.name))
     shown = ', '.join(map(str, folders[-3:]))
     return f'earlier runs: {"..., " * (len(folders) > 3)}{shown}' if folders else ''
-
-
-def set_best_aside(out_dir, step, say=None):
-    """Renames a best.pt whose loss is of other data or loops: later ones cannot be compared with it."""
-    best, numbers = out_dir / 'best.pt', ('', *(f'-{n}' for n in range(2, 10**3)))
-    names = (out_dir / f'best-before-{step}{number}.pt' for number in numbers)
-    if best.exists():
-        new = next(name for name in names if not name.exists())
-        os.replace(best, new)
-        if say:
-            say(f'best.pt is of before this change: it is now {new}')
 
 
 class Log:

@@ -8,8 +8,6 @@ import signal
 import sys
 import time
 
-from nanoloop.parallel import max_over_ranks
-
 # SIGHUP: the terminal has gone; SIGUSR1, SIGUSR2: `sbatch --signal` of SLURM
 NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -22,6 +20,26 @@ def signal_name(number):
 def exit_status(number):
     """Returns the exit status of a process ended by this signal: 128 + number, as in a shell."""
     return 128 + number
+
+
+def end_at_interrupt():
+    """Makes Ctrl-C end the process at once and without a traceback, while a script imports its modules.
+
+    Raising an exception there can fail: libraries turn it into others, or lose it.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, end_at_once)
+
+
+def raise_at_interrupt():
+    """Makes Ctrl-C raise KeyboardInterrupt again, after end_at_interrupt()."""
+    if signal.getsignal(signal.SIGINT) is end_at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def end_at_once(number, frame):
+    """Handles a signal by ending the process."""
+    os._exit(exit_status(number))
 
 
 @contextlib.contextmanager
@@ -80,6 +98,8 @@ class Signals:
 
     def stopped(self):
         """Returns the signal that some rank has got, 0 if none has. All ranks call it at the same places."""
+        from nanoloop.parallel import max_over_ranks  # it imports torch: see end_at_interrupt()
+
         if self.m.world > 1 and os.getppid() != self.parent:
             self.note(signal.SIGHUP, None)
         self.agreed = max_over_ranks(self.m, self.number)

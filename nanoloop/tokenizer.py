@@ -50,6 +50,9 @@ def read_text(path, errors='strict'):
         ) from None
 
 
+SPECIAL = r'<\|\w+\|>'  # how special tokens are written
+
+
 class Tokenizer:
     """Base class. Subclasses have these methods and attributes:
 
@@ -60,11 +63,14 @@ class Tokenizer:
     eot_token: the id that ends a document (end of text), a newline for characters and bytes; samples without
         a prompt start from it
     text_errors: the argument `errors` of read_text for text to encode
+    has_special: a text can have special tokens in it; no_special: says that it cannot
     note: a line to tell whoever sees a text of this tokenizer; '' = none
     """
 
     text_errors = 'strict'
     note = ''
+    has_special = False
+    no_special = 'this tokenizer has no special tokens, an empty prompt begins a text'
 
     def decode(self, ids):
         """Returns the text of ids, a sequence or a tensor (T,). Bytes that are no UTF-8 are replaced."""
@@ -86,7 +92,8 @@ class Characters(Tokenizer):
         unknown = sorted(set(text) - set(self.ids))
         if unknown:
             names = ' '.join(repr(char) for char in unknown[:20])
-            raise UserError(f'characters that the tokenizer does not know: {names}')
+            hint = f'; {self.no_special}' if special and re.search(SPECIAL, text) else ''
+            raise UserError(f'characters that the tokenizer does not know: {names}{hint}')
         return [self.ids[char] for char in text]
 
     def decode_bytes(self, ids):
@@ -164,6 +171,8 @@ class Words(Tokenizer):
 
 class Tiktoken(Tokenizer):
     """A byte-pair encoding of the tiktoken library. spec: {'kind': 'tiktoken', 'name': 'gpt2'}."""
+
+    has_special = True
 
     def __init__(self, name):
         try:
@@ -247,6 +256,8 @@ class HuggingFace(Tokenizer):
 
     ALPHABET = byte_level_alphabet()
     BYTE = re.compile('<0x([0-9A-F]{2})>')  # SentencePiece's token of a single byte
+
+    has_special = True
 
     def __init__(self, json):
         try:

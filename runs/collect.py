@@ -16,9 +16,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from configurator import command
+
+# a Ctrl-C while the rest is imported is handled from here on
+# isort: split
 import torch
 
-from configurator import command
 from model import GPT
 from nanoloop.checkpoint import BEST, checkpoint_paths, configure_checkpoint, find_checkpoint
 from nanoloop.checks import UserError, check

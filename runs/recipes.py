@@ -15,10 +15,13 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from configurator import command
+
+# a Ctrl-C while the rest is imported is handled from here on
+# isort: split
 import torch
 
 import train
-from configurator import command
 from nanoloop import ROOT
 from nanoloop.checkpoint import load_checkpoint
 from nanoloop.checks import check

@@ -3,13 +3,14 @@
 import math
 import os
 import signal
+import types
 
 import pytest
 import torch
 from helpers import TINY, load, read_log, same, script
 
 import train
-from nanoloop import checkpoint, pretraining
+from nanoloop import checkpoint, pretraining, saving
 from train import main
 
 
@@ -73,6 +74,38 @@ def test_a_crash_between_any_two_operations_of_a_save_loses_nothing(call, flags,
     assert n > 15
 
 
+@pytest.mark.parametrize('best', [True, False])
+def test_a_crash_while_the_measure_changes_never_loses_the_best_of_before(tmp_path, monkeypatch, best):
+    """The first save after resuming with other loops gives best.pt another name."""
+    for n in range(1, 99):
+        out, crashed = tmp_path / str(n), False
+        out.mkdir()
+        for name in ('ckpt.pt', 'best.pt'):
+            (out / name).write_text('old')
+        with open(out / 'log.jsonl', 'wb') as file, monkeypatch.context() as patch:
+            log = types.SimpleNamespace(open=lambda: None, file=file, wandb_id='')
+            save = lambda: saving.save_checkpoint(out, dict(x=1), log, best, 'best-before-4')  # noqa: E731, B023
+            die_at(patch, n)
+            try:
+                save()
+            except Crash:
+                crashed = True
+            patch.undo()
+            old = [path.name for path in out.glob('best*.pt') if path.read_bytes() == b'old']
+            assert old
+            if (out / 'ckpt.pt').read_bytes() == b'old' and not best:
+                assert 'best.pt' in old
+            if crashed:
+                save()
+        assert (out / 'best-before-4.pt').read_text() == 'old'
+        assert best or len([*out.glob('best-before-*')]) == 1
+        assert load(out / 'best.pt')['x'] == 1 if best else not (out / 'best.pt').exists()
+        assert load(out / 'ckpt.pt')['x'] == 1 and not list(out.glob('*.tmp'))
+        if not crashed:
+            break
+    assert n > 8
+
+
 def test_a_save_forces_everything_to_the_disk_before_it_counts(call, flags, tmp_path, monkeypatch):
     done, sizes = [], {}
 
@@ -87,8 +120,8 @@ def test_a_save_forces_everything_to_the_disk_before_it_counts(call, flags, tmp_
         done.append(f'{os.path.basename(source)} > {os.path.basename(target)}')
         os.rename(source, target)
 
-    monkeypatch.setattr(checkpoint.os, 'fsync', fsync)
-    monkeypatch.setattr(checkpoint.os, 'replace', replace)
+    monkeypatch.setattr(saving.os, 'fsync', fsync)
+    monkeypatch.setattr(saving.os, 'replace', replace)
     call(main, *flags, '--max_iters=8')
     second = done[done.index('ckpt.pt.tmp > ckpt.pt') + 2 :]  # after the first save and its fsync of out
     best = ['best.pt.tmp > best.pt'] if 'best.pt.tmp > best.pt' in second else []
@@ -120,7 +153,7 @@ def test_a_broken_checkpoint_never_takes_the_place_of_the_one_before(call, flags
             raise Crash
         os.rename(source, target)
 
-    monkeypatch.setattr(checkpoint.os, 'replace', replace)
+    monkeypatch.setattr(saving.os, 'replace', replace)
     with pytest.raises(Crash):
         call(main, *flags, '--init_from=auto', '--max_iters=14')
     assert load(tmp_path / 'out' / 'prev.pt')['iter_num'] == before

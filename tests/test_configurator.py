@@ -14,7 +14,7 @@ import pytest
 
 import configurator
 from bench import BenchConfig
-from configurator import configure
+from configurator import configure, printable
 from export import ExportConfig
 from model import GPTConfig
 from nanoloop import ROOT
@@ -395,6 +395,13 @@ def test_what_is_for_a_closed_stderr_does_not_go_to_stdout():
     code = "import configurator as c; c.command(lambda argv: c.print_error('e'))()"
     run = run_python(code, preexec_fn=lambda: os.close(2))
     assert (run.returncode, run.stdout) == (0, '')
+
+
+@pytest.mark.parametrize('terminal', [True, False])
+def test_control_characters_are_pictures_on_a_terminal(monkeypatch, terminal):
+    monkeypatch.setattr(sys.stdout, 'isatty', lambda: terminal, raising=False)
+    raw = 'a\tb\n\x1b[2J\r\x00\x7f\x9b\xe9'
+    assert printable(raw) == ('a\tb\n\u241b[2J\u240d\u2400\u2421\ufffd\xe9' if terminal else raw)
 
 
 def test_a_stream_without_a_character_shows_another():

@@ -38,7 +38,8 @@ def test_an_exported_model_is_the_same(call, flags, tmp_path, keys):
     assert torch.equal(alone.eval()(idx, idx)[0], expected)
     assert torch.equal(found(idx, idx)[0], expected)
     assert json.loads((tmp_path / 'to' / 'config.json').read_text()) == asdict(before.config)
-    assert call(export.main, f'--out_dir={tmp_path}/out', f'--to={tmp_path}/to')[0] == 0  # once more
+    status, _, err = call(export.main, f'--out_dir={tmp_path}/out', f'--to={tmp_path}/to')
+    assert status == 0 and f'{tmp_path}/to holds an earlier export, which is replaced\n' in err
     options = ['--device=cpu', '--dtype=float32', '--max_new_tokens=20']
     text = call(sample.main, f'--out_dir={tmp_path}/out', *options)[1]
     for key in ('init_from', 'out_dir'):
@@ -54,15 +55,15 @@ def test_an_exported_model_is_the_same(call, flags, tmp_path, keys):
 def test_the_models_files_copied_alone_take_an_export(call, flags, tmp_path):
     pytest.importorskip('safetensors')
     call(main, *flags)
-    call(export.main, f'--out_dir={tmp_path}/out', f'--to={tmp_path}')
-    (tmp_path / 'nanoloop').mkdir()
+    call(export.main, f'--out_dir={tmp_path}/out', f'--to={tmp_path}/to')
+    (tmp_path / 'to' / 'nanoloop').mkdir()
     for name in ('model.py', 'nanoloop/checks.py'):
-        shutil.copy(export.__file__.replace('export.py', name), tmp_path / name)
+        shutil.copy(export.__file__.replace('export.py', name), tmp_path / 'to' / name)
     code = """import json, safetensors.torch, torch, model
 m = model.GPT(model.GPTConfig(**json.load(open('config.json')))).eval()
 safetensors.torch.load_model(m, 'model.safetensors')
 print(m(torch.tensor([[1, 2, 3]]))[0].argmax().item())"""
-    found = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True)
+    found = subprocess.run([sys.executable, '-c', code], cwd=tmp_path / 'to', capture_output=True, text=True)
     best, _ = load_checkpoint(tmp_path / 'out' / 'best.pt')
     assert found.stdout == f'{best(torch.tensor([[1, 2, 3]]))[0].argmax().item()}\n', found.stderr
 
@@ -70,9 +71,14 @@ print(m(torch.tensor([[1, 2, 3]]))[0].argmax().item())"""
 def test_a_broken_export_is_told(call, flags, tmp_path):
     pytest.importorskip('safetensors')
     call(main, *flags)
-    for target in ('out', 'out/ckpt.pt'):
+    (tmp_path / 'notes').mkdir(), (tmp_path / 'notes' / 'a.txt').touch()
+    for target, told in (
+        ('out', 'expected a folder for the model alone, there is .lock, best.pt, ckpt.pt in it'),
+        ('notes', 'expected a folder for the model alone, there is a.txt in it'),
+        ('out/ckpt.pt', 'expected a folder, this is a file'),
+    ):
         status, _, err = call(export.main, f'--out_dir={tmp_path}/out', f'--to={tmp_path}/{target}')
-        assert status == 2 and 'expected a folder for the model alone' in err
+        assert status == 2 and told in err
     call(export.main, f'--out_dir={tmp_path}/out', f'--to={tmp_path}/to')
     assert (
         len({(tmp_path / 'to' / name).stat().st_mode for name in ('config.json', 'model.safetensors')}) == 1

@@ -131,12 +131,13 @@ WRONG = [  # (flags of train.py after those of a tiny run, what must be told)
     (['--backend=nccl'], "backend='nccl', expected gloo, nccl does not work on cpu"),
     (['--vocab_size=11'], 'vocab_size=11, expected at least 12'),
     (['--dataset=nowhere'], "dataset='nowhere': there is no folder"),
+    (['--dataset=shakspeare'], "data/shakspeare, did you mean 'shakespeare'?"),
     (['--dataset=openwebtext'], 'openwebtext is not prepared, run: python data/openwebtext/prepare.py'),
     (['--dataset={tmp}/beyond'], 'vocab_size=256, expected at least 300'),
     (['--dataset={tmp}/short', '--block_size=64'], 'block_size=64 is too long for'),
     (['--dataset={tmp}/json'], 'meta.json is broken'),
     (['--dataset={tmp}/noval'], 'has no val split, only train'),
-    (['--init_from=scrach'], "init_from='scrach', expected scratch, resume, auto"),
+    (['--init_from=scrach'], "init_from='scrach': there is no folder scrach, expected scratch, resume, auto"),
     (['--init_from=resume', '--out_dir={tmp}/empty'], "init_from='resume', expected a checkpoint in"),
     ([*RESUME, '--n_embd=32'], 'n_embd=32, expected 16 as in the checkpoint'),
     ([*RESUME, '--n_head=4'], 'n_head=4, expected 2 as in the checkpoint'),
@@ -144,12 +145,18 @@ WRONG = [  # (flags of train.py after those of a tiny run, what must be told)
     (['--init_from={tmp}/done', '--dataset={tmp}/others'], 'expected one in the tokens of the checkpoint'),
     (['--init_from={tmp}/done', '--dataset={tmp}/bytes'], '12 of kind char, not 256 of kind byte'),
     (['--init_from=resume', '--out_dir={tmp}/foreign'], 'that file has no state to resume'),
-    (['--out_dir={tmp}/typo.py'], 'cannot be written'),
+    (['--out_dir={tmp}/typo.py', '--dataset=nowhere'], 'typo.py is a file, expected a folder'),
+    (['--out_dir={tmp}/typo.py/out', '--dataset=nowhere'], 'typo.py is a file, expected a folder'),
 ]
 SAMPLE = [
     (['--temperature=1e999'], 'temperature=inf, expected at least 0'),
-    (['--out_dir={tmp}/empty'], 'expected the folder of a run with a checkpoint'),
-    (['--out_dir={tmp}/nowhere'], 'expected the folder of a run with a checkpoint'),
+    (['--out_dir={tmp}/empty'], '/empty holds no model, expected the folder of a run with a checkpoint'),
+    (['--out_dir={tmp}/nowhere'], "/nowhere': there is no folder "),
+    (['--start=a<|abc|>'], "not know: '<' '>' '|'; this tokenizer has no special tokens"),
+    (['--start=a<'], "characters that the tokenizer does not know: '<'\n"),
+    (['--exit=gate'], "exit='gate', expected kl or diff: the model has no exit gate"),
+    (['--exit=gate', '--compile=True'], 'compile=True, expected False with an exit or speculate'),
+    (['--exit=kl', '--speculate=2'], 'speculate=2, expected 0 with an exit'),
     (['--start=Zebra'], "characters that the tokenizer does not know: 'Z' 'r'"),
     (['--start=FILE:{tmp}/nowhere.txt'], "nowhere.txt' cannot be read: No such file"),
     (['--start=FILE:{tmp}'], 'cannot be read: Is a directory'),
@@ -256,7 +263,7 @@ def test_mistakes_in_sampling_are_told(call, tmp, argv, told):
     status, out, err = call(
         sample.main, f'--out_dir={tmp}/done', '--device=cpu', *(arg.format(tmp=tmp) for arg in argv)
     )
-    last = err.splitlines()[-1]
+    last = err.splitlines(keepends=True)[-1]
     assert status == 2 and not out and 'Traceback' not in err
     assert told in last and last.startswith('sample.py: ')
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from helpers import read_log
 
 import plot
@@ -35,7 +36,10 @@ def test_runs_are_compared_in_one_panel_and_looked_into_one_by_one(call, flags, 
     folders = f'--out_dir={tmp_path}/out,{tmp_path}/plain'
     status, out, err = call(plot.main, folders, f'--image={tmp_path}/a.png')
     assert status == 0 and out.endswith(f'drawn: {tmp_path}/a.png\n'), err
-    assert 'for the loss against loops: train.py --init_from=resume' in out and '--diagnose' not in out
+    assert (
+        f'train.py --out_dir={tmp_path}/out --init_from=resume --eval_only=True --n_loop=1, 2' in out
+        and '--diagnose' not in out
+    )
     assert (tmp_path / 'a.png').read_bytes()[:8] == b'\x89PNG\r\n\x1a\n'
     losses = drawn()[0, '', 'loss, nats per token'].get_lines()
     assert [line.get_label() for line in losses] == ['out, train', 'out, val', 'plain, train', 'plain, val']
@@ -91,6 +95,18 @@ def test_what_cannot_be_drawn_is_told(call, tmp_path):
 def test_an_empty_name_between_runs_is_refused(call, names):
     status, _, err = call(plot.main, f'--out_dir={names}')
     assert status == 2 and 'the name of a folder before and after each , and +' in err
+
+
+def test_runs_on_different_data_have_no_mean(call, tmp_path):
+    for name, sha256 in (('a', '1'), ('b', '1'), ('c', '2')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'log.jsonl').write_text('{"iter": 0, "train/loss": 1.0}\n')
+        state = dict(model={}, model_args={}, config=dict(dataset=f'set{sha256}'), data=dict(sha256=sha256))
+        torch.save(state, tmp_path / name / 'ckpt.pt')
+    image = f'--image={tmp_path}/x.png'
+    status, _, err = call(plot.main, f'--out_dir={tmp_path}/a+{tmp_path}/b+{tmp_path}/c', image)
+    assert status == 2 and f'joined by +, not {tmp_path}/a (set1) and {tmp_path}/c (set2)' in err
+    assert call(plot.main, f'--out_dir={tmp_path}/a+{tmp_path}/b,{tmp_path}/c', image)[0] == 0
 
 
 def test_a_comparison_does_not_replace_the_picture_of_one_run(call, flags, tmp_path, drawn):

@@ -415,7 +415,14 @@ def test_training_takes_the_last_checkpoint_and_using_a_model_the_best(call, fla
     def check_steps(latest, best, broken):
         """Training and measuring take the step `latest`, the others `best`; broken: the files passed over."""
         name, to = f'--init_from={run}', tmp_path / 'to'
-        train_argv = [name, flags[0], f'--out_dir={tmp_path}/b', '--max_iters=0', '--sample_tokens=0', *cpu]
+        train_argv = [
+            name,
+            flags[0],
+            f'--out_dir={tmp_path}/{latest}',
+            '--max_iters=0',
+            '--sample_tokens=0',
+            *cpu,
+        ]
         _, out, err = call(train.main, *train_argv)
         assert f'weights of {run}, step {latest}\n' in out and err.count(
             f'{broken}.pt cannot be read'

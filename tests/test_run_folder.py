@@ -11,7 +11,7 @@ import types
 import pytest
 import torch
 
-from nanoloop import checkpoint, run_folder
+from nanoloop import run_folder, saving
 from nanoloop.checks import UserError
 from nanoloop.files import NOT_SUPPORTED, sync_folder
 from train import main
@@ -29,6 +29,14 @@ def test_a_log_alone_is_no_earlier_run(call, flags, tmp_path):
     (tmp_path / 'out').mkdir()
     (tmp_path / 'out' / 'log.jsonl').write_text('old')
     assert call(main, *flags)[0] == 0 and not (tmp_path / 'out' / 'run-1').exists()
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_is_archived(call, flags, tmp_path):
+    (tmp_path / 'out').mkdir()
+    (tmp_path / 'out' / 'log.jsonl').write_text('{"iter": 0}\n{"it')
+    status, out, _ = call(main, *flags, '--max_iters=1')
+    assert status == 0 and f'held an earlier run, it is now in {tmp_path}/out/run-1' in out
+    assert (tmp_path / 'out' / 'run-1' / 'log.jsonl').read_text() == '{"iter": 0}\n{"it'
 
 
 def test_an_archived_run_takes_all_its_files_along(tmp_path):
@@ -50,16 +58,17 @@ def test_an_archived_run_takes_all_its_files_along(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ['run-1']
 
 
-def test_the_best_of_other_data_is_set_aside_and_never_overwritten(tmp_path):
-    said = []
-    for text in ('first', 'second', 'third'):
-        (tmp_path / 'best.pt').write_text(text)
-        run_folder.set_best_aside(tmp_path, 20, said.append)
+def test_the_best_of_other_data_keeps_a_name_and_is_never_overwritten(tmp_path):
+    best, said = tmp_path / 'best.pt', []
+    for text in ('first', 'second', 'second', 'third'):
+        if not best.exists() or best.read_text() != text:
+            best.unlink(missing_ok=True)
+            best.write_text(text)
+        saving.keep_old_best(best, 'best-before-20', said.append)
     names = ['best-before-20.pt', 'best-before-20-2.pt', 'best-before-20-3.pt']
     assert [(tmp_path / name).read_text() for name in names] == ['first', 'second', 'third']
     assert said[0] == f'best.pt is of before this change: it is now {tmp_path}/best-before-20.pt'
-    run_folder.set_best_aside(tmp_path, 20, said.append)  # there is none
-    assert len(said) == 3
+    assert len(said) == 3 and best.read_text() == 'third'
 
 
 def test_a_folder_without_locks_is_used_and_that_is_told(tmp_path, monkeypatch):
@@ -140,8 +149,8 @@ def test_a_full_disk_is_told_as_such(tmp_path, monkeypatch):
         with open('/dev/full', mode) as file:
             yield file
 
-    monkeypatch.setattr(checkpoint, 'replace_file', on_a_full_disk)
+    monkeypatch.setattr(saving, 'replace_file', on_a_full_disk)
     log = types.SimpleNamespace(open=lambda: None, file=open(tmp_path / 'log', 'wb'), wandb_id='')
     for size in (10, 10**6):
         with pytest.raises(OSError, match='cannot be saved: No space left on device; the last'):
-            checkpoint.save_checkpoint(tmp_path, dict(x=torch.zeros(size)), log, best=False)
+            saving.save_checkpoint(tmp_path, dict(x=torch.zeros(size)), log, best=False)

@@ -46,6 +46,13 @@ def test_prompts_come_from_files(call, flags, tmp_path):
     assert call(main, *options, f'--start=FILE:{tmp_path}/prompt.txt')[1].startswith('hij abc')
 
 
+def test_special_tokens_that_are_ordinary_bytes_are_told(capsys):
+    for start, told in (('a<|endoftext|>', True), ('a<|endoftext', False)):
+        assert len(sample.read_prompt(start, Bytes(), 256)[1]) == len(start)
+        expected = '<|endoftext|> is ordinary text here: this tokenizer has no special tokens'
+        assert (expected in capsys.readouterr().err) == told
+
+
 def test_another_number_of_loops_is_noted_and_changes_the_text(call, flags):
     options = [*trained(call, flags), '--max_new_tokens=60', '--temperature=2']
     status, out, err = call(main, *options, '--n_loop=9')
@@ -113,10 +120,10 @@ def test_a_run_in_a_folder_of_any_name(call, flags, tmp_path, monkeypatch):
         (tmp_path / name / 'config.json').write_text('{"n_loop": 2}')
         status, _, err = call(main, f'--out_dir={name}', *options)
         assert status == 0 and f'{name}/best.pt: step 4' in err
-        assert call(train.main, *flags[:1], f'--init_from=./{name}', '--out_dir=b', '--max_iters=0')[0] == 0
+        new = f'--out_dir=b-{name}'
+        assert call(train.main, *flags[:1], f'--init_from=./{name}', new, '--max_iters=0')[0] == 0
+    (tmp_path / 'b').mkdir()
     (tmp_path / 'b' / 'config.json').write_text('3')
-    for path in (tmp_path / 'b').glob('*.pt'):
-        path.unlink()
     status, _, err = call(main, '--out_dir=b', *options)
     assert status == 2 and err.splitlines()[-1].startswith('sample.py: ')
 
@@ -168,6 +175,13 @@ def test_counting_needs_no_memory_and_no_training(call):
     lines = {' '.join(line.split()[:2]): line for line in out.splitlines() if not line.startswith(' ')}
     assert status == 0 and not err and '2,667,974,657' in lines['total parameters']
     assert '192 (0 + 48 x 4 + 0)' in lines['executed layers'] and 'attention' in lines['training FLOPs']
+
+
+def test_an_assumed_vocabulary_and_effective_parameters_are_explained(call):
+    small = ['--n_embd=16', '--n_head=2', '--n_loop=3']
+    out = call(bench.main, '--dataset=openwebtext', '--count_only=True', *small)[1]
+    assert 'is assumed: the data set openwebtext is not prepared, run: python data/openwebtext/prep' in out
+    assert '(those of the loop counted n_loop times)' in out
 
 
 def test_the_ratio_of_a_bench_is_of_the_seconds_measured(call, flags, monkeypatch):

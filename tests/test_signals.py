@@ -5,8 +5,10 @@ import signal
 
 import pytest
 import torch
+from helpers import script
 
 import nanoloop.signals as signals_file
+from nanoloop import parallel
 from nanoloop.machine import Machine
 from nanoloop.signals import NUMBERS, Signals
 
@@ -53,7 +55,7 @@ def test_an_ignored_signal_stays_ignored():
 
 @pytest.mark.parametrize('world, number', [(1, 0), (2, signal.SIGHUP)])
 def test_of_several_processes_the_end_of_the_parent_counts_as_a_hangup(monkeypatch, world, number):
-    monkeypatch.setattr(signals_file, 'max_over_ranks', lambda m, value: value)
+    monkeypatch.setattr(parallel, 'max_over_ranks', lambda m, value: value)
     signals = saving(cpu_machine(world))
     assert not signals.stopped()
     monkeypatch.setattr(signals_file.os, 'getppid', lambda: 1)
@@ -84,7 +86,7 @@ def test_a_second_interrupt_kills_only_after_two_seconds(monkeypatch, seconds, k
 
 @pytest.mark.parametrize('world', [1, 2])
 def test_after_a_signal_the_handlers_are_restored_or_silent(monkeypatch, world):
-    monkeypatch.setattr(signals_file, 'max_over_ranks', lambda m, value: value)
+    monkeypatch.setattr(parallel, 'max_over_ranks', lambda m, value: value)
     before = signal.getsignal(signal.SIGTERM)
     with saving(cpu_machine(world=world)) as signals:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -124,9 +126,7 @@ def test_an_error_after_a_signal_only_ends_the_block_that_may_break():
 
 
 def test_with_several_processes_an_error_is_raised_without_asking_the_others(monkeypatch):
-    monkeypatch.setattr(
-        signals_file, 'max_over_ranks', lambda m, value: pytest.fail('it would wait for ever')
-    )
+    monkeypatch.setattr(parallel, 'max_over_ranks', lambda m, value: pytest.fail('it would wait for ever'))
     signals = saving(cpu_machine(world=2))
     signals.number = signal.SIGTERM
     with pytest.raises(RuntimeError), signals.ignore_errors_after_signal():
@@ -141,3 +141,23 @@ def test_sigterm_can_be_an_exception_as_an_interrupt_is():
         finally:
             ended.append('in order')
     assert stop.value.code == 143 and ended and signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize('name', ['train.py', 'data/text/prepare.py'])
+def test_an_interrupt_while_a_script_imports_ends_it_without_a_traceback(name, tmp_path):
+    """The module argparse or torch of this folder stands for one that takes seconds."""
+    module = 'torch' if name == 'train.py' else 'argparse'
+    (tmp_path / f'{module}.py').write_text('import time\nprint("importing", flush=True)\ntime.sleep(60)\n')
+    run = script(name, PYTHONPATH=str(tmp_path), RANK='1')
+    assert run.stdout.readline() == 'importing\n'
+    run.send_signal(signal.SIGINT)
+    assert run.communicate(timeout=30)[0] == '' and run.returncode == 130
+
+
+def test_main_gets_the_interrupt_as_an_exception_again():
+    before = signal.getsignal(signal.SIGINT)
+    assert before is signal.default_int_handler  # importing the scripts, as tests do, leaves it
+    signals_file.end_at_interrupt()
+    assert signal.getsignal(signal.SIGINT) is signals_file.end_at_once
+    signals_file.raise_at_interrupt()
+    assert signal.getsignal(signal.SIGINT) is before

@@ -21,7 +21,7 @@ from resume_under_fire import survive
 
 import train
 from model import GPT, GPTConfig
-from nanoloop import batches, checkpoint, pretraining, report, run_folder
+from nanoloop import batches, pretraining, report, run_folder, saving
 from nanoloop.datasets import Split, read_meta
 from nanoloop.evaluate import evaluate
 from nanoloop.optimizer import SCHEDULE, lr_at, make_optimizers
@@ -267,6 +267,8 @@ def test_eval_only_evaluates_the_checkpoint_and_changes_nothing(call, flags, tmp
         assert status == 0 and (told in out) == (n_loop == 2)
         assert f'executed layers: {2 + n_loop} (1 + 1 x {n_loop} + 1)' in out
         assert ('changed: n_loop was 2, is 5' in out) == (n_loop == 5)
+        assert f'weights of {tmp_path}/out/ckpt.pt, step 12\n' in out
+        assert out.endswith(f'\nadded to {tmp_path}/out/eval.jsonl\n')
     lines = [json.loads(line) for line in (tmp_path / 'out' / 'eval.jsonl').read_text().splitlines()]
     assert [line['n_loop'] for line in lines] == [2, 5] and lines[0]['val/loss'] == expected['val/loss']
     (tmp_path / 'out' / 'eval.jsonl').unlink()
@@ -331,6 +333,8 @@ def test_a_cut_checkpoint_is_named_and_the_one_before_is_used(call, flags, tmp_p
     path.write_bytes(data[: int(share * len(data))])
     status, out, err = call(main, *flags, '--init_from=auto')
     assert status == 0 and f'{path} cannot be read' in err and 'resuming at step 8' in out
+    told = f'{path} is broken: it is now {path}.broken; the run goes on from prev.pt at step 8, up to 8 steps'
+    assert told in out
     assert same(whole['model'], load(path)['model']) and len(losses(tmp_path / 'out')) == 12
 
 
@@ -390,9 +394,6 @@ def test_a_full_disk_for_real(tmp_path, tiny_data):
 
 
 def test_out_dir_that_cannot_be_written_is_told(call, flags, tmp_path):
-    (tmp_path / 'file').write_text('')
-    status, _, err = call(main, *flags, f'--out_dir={tmp_path}/file')
-    assert status == 2 and 'cannot be written' in err
     status, _, err = call(main, *flags, '--out_dir=/proc/nanoloop')
     assert status == 2 and 'cannot be written' in err
 
@@ -443,6 +444,8 @@ def test_the_log_is_there_after_the_first_step(call, flags, tmp_path, monkeypatc
 def test_earlier_runs_are_named_where_there_is_nothing_to_resume(call, flags, tmp_path):
     for n in range(1, 12):
         (tmp_path / 'out' / f'run-{n}').mkdir(parents=True)
+    (tmp_path / 'out' / 'run-12.log').touch(), (tmp_path / 'out' / 'run-13-seed2').mkdir()
+    (tmp_path / 'out' / 'run-14').touch()
     earlier = f'earlier runs: ..., {tmp_path}/out/run-9, {tmp_path}/out/run-10, {tmp_path}/out/run-11'
     status, _, err = call(main, *flags, '--init_from=resume')
     assert status == 2 and f'there is none; {earlier}\n' in err
@@ -460,10 +463,49 @@ def test_with_other_loops_the_best_loss_begins_anew(call, flags, tmp_path):
     assert out.count('changed: n_loop was') == 1 and 'the best loss and the patience begin anew' in out
     last = load(tmp_path / 'out' / 'ckpt.pt')
     assert last['best_val_loss'] != before['best_val_loss']
-    assert (last['iter_num'], last['stale']) == (5, 1)  # step 4 was evaluated again, and was the best
+    assert (last['iter_num'], last['stale']) == (5, 0)  # step 4 was evaluated again, and is no result
     assert (tmp_path / 'out' / 'best-before-4.pt').exists()
     _, out, _ = call(main, *resume, '--eval_only=True', '--n_loop=3')
     assert 'changed: n_loop was 1, is 3' in out and 'begin anew' not in out
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    'key, told', [('n_loop', 'n_loop was 2, is 3'), ('eval_iters', 'eval_iters was 2, is 3')]
+)
+def test_a_run_with_another_measure_changes_nothing_before_its_first_step(
+    call, flags, tmp_path, monkeypatch, key, told
+):
+    call(main, *flags, '--max_iters=4')
+    before, resume = files_of(tmp_path / 'out'), [*flags, '--init_from=resume', f'--{key}=3']
+    for max_iters in (4, 3):  # nothing is left to do
+        status, out, _ = call(main, *resume, f'--max_iters={max_iters}', '--warmup_iters=99')
+        assert status == 0 and f'changed: {told}\n' in out and 'the best loss and the patience begin' in out
+        assert 'nothing is left to do' in out and 'step 4: train loss' in out and 'saving' not in out
+        assert 'best val loss' not in out and 'warning' not in out and files_of(tmp_path / 'out') == before
+    assert 'resuming at step 4 of 3: the run has made more steps than max_iters allows, nothing' in out
+    monkeypatch.setattr(train, 'train_step', lambda *args: os.kill(os.getpid(), signal.SIGINT))
+    status, out, err = call(main, *resume, '--max_iters=8')
+    assert status == 130 and 'nothing new to save' in err and files_of(tmp_path / 'out') == before
+
+
+def test_the_same_windows_are_the_same_measure(call, flags, tmp_path):
+    call(main, *flags, '--max_iters=4')
+    _, out, _ = call(main, *flags, '--max_iters=5', '--init_from=resume', '--eval_iters=4', '--batch_size=2')
+    assert 'changed: eval_iters was 2, is 4' in out and 'begin anew' not in out
+
+
+def test_without_a_step_to_make_an_earlier_run_stays(call, flags, tmp_path):
+    call(main, *flags, '--max_iters=1')
+    before = files_of(tmp_path / 'out')
+    status, _, err = call(main, *flags, '--max_iters=0')
+    assert status == 2 and 'max_iters=0, expected one step or more' in err and 'an earlier run' in err
+    assert files_of(tmp_path / 'out') == before
+    status, out, _ = call(main, *flags, '--max_iters=0', f'--out_dir={tmp_path}/new')
+    assert status == 0 and 'best val loss' not in out and (tmp_path / 'new' / 'ckpt.pt').exists()
 
 
 def test_evaluating_random_weights_is_told(call, flags, tmp_path):
@@ -492,7 +534,7 @@ def test_replacing_works_without_links(tmp_path, monkeypatch):
     (tmp_path / 'a').write_text('new')
     (tmp_path / 'b').write_text('old')
     monkeypatch.setattr(os, 'link', lambda *_: (_ for _ in ()).throw(OSError('no links here')))
-    checkpoint.replace_by_link(tmp_path / 'a', tmp_path / 'b')
+    saving.replace_by_link(tmp_path / 'a', tmp_path / 'b')
     assert (tmp_path / 'b').read_text() == 'new' and sorted(p.name for p in tmp_path.iterdir()) == ['a', 'b']
 
 
@@ -834,6 +876,22 @@ def test_a_silent_run_says_what_it_is_doing(monkeypatch):
     quiet('nothing is printed by other ranks'), quiet.now('')
 
 
+@pytest.mark.parametrize(
+    'doing, told',
+    [
+        ('training', 'SIGINT: the run saves after this micro-batch'),
+        ('evaluating the loss on val', 'SIGINT: the run saves after this batch of the evaluation'),
+        ('saving', 'SIGINT: the run ends when this checkpoint is saved'),
+        ('sampling', 'SIGINT: the run ends after this token'),
+    ],
+)
+def test_a_signal_says_what_is_still_done(doing, told):
+    say = report.Teller(None)
+    say.now(doing, ': step 5 of 10')
+    say.hurry('SIGINT')
+    assert say.doing + say.progress == told
+
+
 @pytest.mark.parametrize('rate, told', [(1e12, False), (1e9, True)])
 def test_the_cost_of_a_step_is_told_before_the_first(monkeypatch, rate, told):
     monkeypatch.setattr(report, 'matmul_rate', lambda m, size: rate)
@@ -843,6 +901,7 @@ def test_the_cost_of_a_step_is_told_before_the_first(monkeypatch, rate, told):
     assert lines[0].startswith(f'a step computes 0.02 TFLOP, at least {seconds}')
     assert ('python train.py config/quickstart.py' in lines[-1]) == told
     assert not [*report.describe_cost(m, 1e9, 1800)]  # not worth measuring
+    assert not [*report.describe_cost(m, 2e10, 0)]  # no step is left
     m.kind = 'cuda'
     assert not [*report.describe_cost(m, 2e10, 1800)]
 
