@@ -6,7 +6,8 @@ Data sets that are made while they are needed: rows of a task that loops are for
 
 A row is a question, the mark <ans>, the answer, and padding. Only the answer is a target. Whether a row
 belongs to val is a hash of its question: about 1 of 16 does. So train and val have no question in common,
-whatever the seed and the step. Training draws a row's difficulty uniformly.
+whatever the seed and the step. Mano's questions with one operation are the exception: they are the tables
+that the others need, and belong to both. Training draws a row's difficulty uniformly.
 """
 
 import functools
@@ -30,6 +31,7 @@ class Generated:
     task: its name in GENERATED; unit: what the size counts, a text
     default, largest: the size of a name without a number, and the largest one
     level, level_word: the name of a difficulty, and how its word begins; difficulties are 1 to size
+    tables: questions of at most this difficulty belong to both splits; 0 = none does
     words: the vocabulary; a word's place is its id, and <bos> is the first
     row_len: the number of tokens of a row
     draw_rows(rng, levels): rows of these difficulties, ids (n, row_len) with <bos> and padding
@@ -52,6 +54,8 @@ class Generated:
             new = rng.integers(1, self.size + 1, drawn) if level is None else np.full(drawn, level)
             made = self.draw_rows(rng, new)  # (drawn, row_len)
             fits = self.held_out(made, new) == (split == 'val')
+            tables = new <= self.tables
+            fits[tables] = rng.random(tables.sum()) < share  # as often as without tables
             rows.append(made[fits][:missing])
             levels.append(new[fits][:missing])
             missing -= len(rows[-1])
@@ -116,8 +120,8 @@ class Mano(Generated):
     Source: Physics of Language Models, part 4; one question per row, as in Ouro, arXiv:2510.25741.
     """
 
-    task, version, unit, default, largest = 'mano', 1, 'operations', 10, 64
-    level, level_word = 'l', '<len_'
+    task, version, unit, default, largest = 'mano', 2, 'operations', 10, 64
+    level, level_word, tables = 'l', '<len_', 1
     OPERATORS = '+-*'
     BOS, ANSWER, PAD, FIRST_OPERATOR, FIRST_NUMBER = 0, 1, 2, 3, 6
     FIRST_LENGTH = FIRST_NUMBER + MODULUS
@@ -211,7 +215,7 @@ class PHop(Generated):
     """
 
     task, version, unit, default, largest = 'p_hop', 1, 'hops', 4, 32
-    level, level_word = 'hops', '<hops_'
+    level, level_word, tables = 'hops', '<hops_', 0
     LETTERS = 'abcdefgh'
     BOS, ANSWER, FIRST_LETTER = 0, 1, 2
     FIRST_HOPS = FIRST_LETTER + len(LETTERS)
@@ -243,9 +247,8 @@ class PHop(Generated):
         A, each = len(self.LETTERS), np.arange(n)
         blocks = rng.random((n, self.size + 1, A)).argsort(axis=-1)
         other = rng.integers(1, A, size=(n, self.size + 1))
-        for i in range(
-            1, self.size + 1
-        ):  # exchanging the first letter keeps all allowed orders equally likely
+        # exchanging the first letter keeps all allowed orders equally likely
+        for i in range(1, self.size + 1):
             block = blocks[:, i]
             rows = each[block[:, 0] == blocks[:, i - 1, -1]]
             places = other[rows, i]

@@ -2,8 +2,8 @@
 Evaluations of the generated tasks: accuracy on held-out questions, by difficulty.
 
 The questions are the same in every run: of each difficulty the first ones that a generator with a fixed seed
-draws, without repeats. There are few of the easiest: mano has 1,587 questions with one operation, and about
-1 of 16 is held out. An answer is right if it is the most likely token behind <ans>.
+draws, without repeats. An answer is right if it is the most likely token behind <ans>. Mano's 1,587 questions
+with one operation are its tables: all of them are asked, and training has them too.
 """
 
 import functools
@@ -19,7 +19,7 @@ from nanoloop.scoring import Evaluation, Item, Text
 from nanoloop.uncertainty import mean_and_error
 
 QUESTIONS = 2000  # of each difficulty
-ROUND = 512  # rows that are drawn at a time
+ROUND = 2048  # rows that are drawn at a time
 
 
 def mano(c, tokenizer, config, say):
@@ -68,9 +68,10 @@ def find_task(task, c, tokenizer):
 
 
 def draw_questions(data, level, n):
-    """Returns n rows of a difficulty that belong to val, (n, row_len), without repeats; all if that is less.
+    """Returns n rows of a difficulty that belong to val, (n, row_len), without repeats.
 
-    Fewer rows are the first ones of more.
+    If there are less, nearly all of them: drawing ends with a round that brings no new one. Fewer
+    rows are the first ones of more.
     """
     rng = np.random.default_rng((int(data.fingerprint('questions')[:15], 16), level))
     rows = np.empty((0, data.row_len), np.int64)
