@@ -9,7 +9,6 @@ which something was logged are drawn. Needs: pip install -e ".[plot]"
 """
 
 import itertools
-import json
 import re
 import sys
 from dataclasses import dataclass
@@ -23,7 +22,8 @@ from configurator import command, configure
 # isort: split
 import numpy as np
 
-from nanoloop.checks import UserError, check, missing_package
+from nanoloop.checks import check, missing_package
+from nanoloop.run_folder import read_records
 
 FORMATS = ('.png', '.pdf', '.svg')
 
@@ -67,15 +67,6 @@ def read_run(folder):
     check(records, 'out_dir', str(folder), 'a run that has logged something')
     evaluations = folder / 'eval.jsonl'
     return Run(folder.name, records, read_records(evaluations) if evaluations.exists() else [])
-
-
-def read_records(path):
-    """Returns the records of a file of JSON lines. Raises UserError if it is broken."""
-    complete_lines, _, _ = path.read_text().rpartition('\n')  # the last line of a killed run may be cut
-    try:
-        return [json.loads(line) for line in complete_lines.splitlines()]
-    except ValueError:
-        raise UserError(f'{path} is broken') from None
 
 
 def check_same_data(folders):

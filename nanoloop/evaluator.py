@@ -6,7 +6,7 @@ import json
 import time
 
 from nanoloop.parallel import on_rank0
-from nanoloop.results import VALUES
+from nanoloop.results import KEY, VALUES
 from nanoloop.scoring import score
 
 
@@ -76,12 +76,13 @@ class Evaluator:
         return line
 
     def write_items(self, row, records):
-        """Writes the records of a row's items, a JSON line each."""
+        """Appends the records of a row's items, a JSON line each with what the row is of, in one write."""
         if not self.items or self.m.rank:
             return
-        head = {key: row[key] for key in ('task', 'loops', 'policy', 'step')}
-        with open(self.items, 'a') as file:
-            file.writelines(json.dumps(head | record) + '\n' for record in records)
+        head = {key: row[key] for key in (*KEY, 'run')}
+        lines = ''.join(json.dumps(head | record) + '\n' for record in records)
+        with open(self.items, 'ab', buffering=0) as file:
+            file.write(lines.encode())
 
 
 def to_number(column, value):

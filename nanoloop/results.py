@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 
 from nanoloop.checks import UserError
+from nanoloop.tables import align
 
 VALUES = (
     'loss',
@@ -114,7 +115,7 @@ def read_csv(path):
         rows = list(csv.DictReader(io.StringIO(content)))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f'{path} cannot be read: {error}') from None
-    missing = [column for column in COLUMNS if rows and rows[0].get(column) is None]
+    missing = [column for column in COLUMNS if any(row.get(column) is None for row in rows)]
     if missing:
         raise UserError(f'{path} is not a table of eval.py, it has no column {", ".join(missing)}')
     return rows
@@ -142,9 +143,7 @@ def format_table(rows):
         note = '' if row['note'] == note_before else row['note']  # shown where it changes
         note_before = row['note']
         lines.append([row['task'], row['loops'], row['policy'], *values, row['items'], gflops, note])
-    used = [i for i, cells in enumerate(zip(*lines[1:], strict=True)) if any(cells)]
-    widths = {i: max(len(line[i]) for line in lines) for i in used}
-    return ['  '.join(line[i].ljust(widths[i]) for i in used).rstrip() for line in lines]
+    return align(lines)
 
 
 def format_value(row, column, error, form):

@@ -136,6 +136,15 @@ def append_record(path, record):
         file.write(to_json(record))
 
 
+def read_records(path):
+    """Returns the records of a file of JSON lines. Raises UserError if it is broken."""
+    complete_lines, _, _ = path.read_text().rpartition('\n')  # the last line of a killed run may be cut
+    try:
+        return [json.loads(line) for line in complete_lines.splitlines()]
+    except ValueError:
+        raise UserError(f'{path} is broken') from None
+
+
 def to_json(record):
     """Returns a record {key: number} as a line of JSON; inf and nan become null."""
     finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in record.items()}

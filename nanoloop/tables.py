@@ -1,5 +1,5 @@
 """
-Reads small tables of texts whole: JSON lines and parquet. Needs no torch.
+Small tables of texts: read whole from JSON lines and parquet, and aligned for a terminal. Needs no torch.
 """
 
 import json
@@ -62,3 +62,10 @@ def read_table(path, key):
     rows = READERS[suffix](path)
     check(rows, key, str(path), 'a file with rows, it has none')
     return rows
+
+
+def align(lines):
+    """Returns the lines of a table, texts with the head first, in columns. A blank column is left out."""
+    used = [i for i, cells in enumerate(zip(*lines[1:], strict=True)) if any(cells)]
+    widths = {i: max(len(line[i]) for line in lines) for i in used}
+    return ['  '.join(line[i].ljust(widths[i]) for i in used).rstrip() for line in lines]

@@ -18,7 +18,7 @@ from nanoloop.checks import UserError
 from nanoloop.eval_tasks import EvalTask, judge_window, summarise_windows
 from nanoloop.evaluator import Evaluator
 from nanoloop.prepare import write_text
-from nanoloop.results import COLUMNS, Results, against_one_loop, csv_beside, format_table, read_csv
+from nanoloop.results import COLUMNS, KEY, Results, against_one_loop, csv_beside, format_table, read_csv
 from nanoloop.scoring import Evaluation, Item, Text
 from nanoloop.tokenizer import Bytes
 
@@ -90,11 +90,12 @@ def test_every_items_decision_is_written(call, run, tmp_path):
 
 
 def test_only_rank_0_writes_items(tmp_path):
+    row = dict.fromkeys((*KEY, 'run'), 'x')
     for rank in (1, 0):
         assert not (tmp_path / 'items').exists()
         measuring = Evaluator(None, SimpleNamespace(rank=rank), [], None, {}, 1, tmp_path / 'items', None)
-        measuring.write_items(dict(task='x', loops=1, policy='', step=0), [dict(index=0)])
-    assert (tmp_path / 'items').read_text().count('\n') == 1
+        measuring.write_items(row, [dict(index=0)])
+    assert json.loads((tmp_path / 'items').read_text()) == row | dict(index=0)
 
 
 def two_halves(c, tokenizer, config, say):
