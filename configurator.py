@@ -35,7 +35,8 @@ if MAIN.parent in (ROOT, ROOT / 'runs') or MAIN.parents[1:2] == (ROOT / 'data',)
     end_at_interrupt()  # until its main() runs: importing torch takes seconds
 
 TOOLS = types.ModuleType | types.FunctionType | types.BuiltinFunctionType | type  # a config file's own things
-PATHS = ('out_dir', 'dataset', 'init_from', 'image', 'to', 'lens_html')  # keys in which ~ is the home folder
+# keys in which ~ is the home folder
+PATHS = ('out_dir', 'dataset', 'init_from', 'image', 'to', 'lens_html', 'csv', 'items')
 CONTROL = {chr(i): chr(0x2400 + i) for i in range(32)} | {'\x7f': '\u2421'}  # their pictures in Unicode
 # keys of nanoGPT and of earlier versions that have another name here
 RENAMED = {'n_layer': ('n_prelude', 'n_block', 'n_coda'), 'png': ('image',)}

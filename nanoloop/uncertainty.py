@@ -3,6 +3,7 @@ Standard errors of what is measured on a sample of items: questions, windows, se
 """
 
 import math
+import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -58,6 +59,11 @@ def load_scipy():
     return stats
 
 
+def same(values):
+    """Returns whether values are equal, to the digits that eval.csv has."""
+    return bool(np.ptp(values) <= 1e-7 * np.abs(values).max())
+
+
 def welch(first, second):
     """Returns the Difference of two means, second - first, by Welch's t-test: variances may differ.
 
@@ -67,9 +73,12 @@ def welch(first, second):
     value = float(second.mean() - first.mean())
     if min(len(first), len(second)) < 2:
         return Difference(value, method='no test with n=1')
-    if np.ptp(first) == np.ptp(second) == 0:
-        return Difference(value, method='no test: the values of different seeds are the same')
-    result = load_scipy().ttest_ind(second, first, equal_var=False)
+    if same(first) and same(second):
+        return Difference(value, method='no test: the seeds do not differ')
+    stats = load_scipy()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', RuntimeWarning)  # of one sample without spread: the other one has it
+        result = stats.ttest_ind(second, first, equal_var=False)
     low, high = map(float, result.confidence_interval(0.95))
     return Difference(value, low, high, float(result.pvalue), f"Welch's t-test, df={result.df:.1f}")
 
@@ -77,8 +86,8 @@ def welch(first, second):
 def mean_difference(values):
     """Returns the mean of paired differences, (n,), as a Difference with the interval of their t-test."""
     values = np.asarray(values, dtype=np.float64)
-    if len(values) < 2 or np.ptp(values) == 0:
-        return Difference(float(values.mean()))
+    if len(values) < 2 or same(values):
+        return Difference(float(values.mean()), method='no interval: the seeds do not differ')
     low, high = map(float, load_scipy().ttest_1samp(values, 0).confidence_interval(0.95))
     return Difference(float(values.mean()), low, high, method=f't interval over {len(values)} seeds')
 
@@ -110,8 +119,10 @@ def paired_bootstrap(parts, seed=0):
     sizes = [len(change) for change in changes]
     items = tuple(map(np.arange, sizes))
     value = float(difference(*items))
-    if min(sizes) < 2:
-        return Difference(value, method='no interval for one item')
+    if min(sizes) < 2 or not any(change.any() for change in changes):
+        return Difference(
+            value, method='no interval: ' + ('one item' if min(sizes) < 2 else 'no item differs')
+        )
     result = load_scipy().bootstrap(
         items,
         difference,
