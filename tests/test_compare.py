@@ -87,6 +87,7 @@ def test_no_test_without_a_spread():
         result = welch(*values)
         assert math.isnan(result.p) and math.isnan(result.low) and result.method.startswith(why)
         assert result.value == np.mean(values[1]) - np.mean(values[0])
+    assert welch([1, 2], [3, math.nan]).method == 'no test: a value is not finite'
     assert welch([1, 1, 1], [1, 2, 4]).p == stats.ttest_1samp([1, 2, 4], 1).pvalue  # and no warning
     assert math.isnan(mean_difference([2.0]).low) and mean_difference([2.0, 2.0]).value == 2
 
@@ -224,7 +225,9 @@ def test_costs_of_an_earlier_step_come_from_the_log(tmp_path):
     records = [{'iter': i, 'train/flops': 1e4 * (i + 1)} for i in (0, 20, 40)] + [{'iter': 40, 'val/loss': 1}]
     (folder / 'log.jsonl').write_text(''.join(json.dumps(record) + '\n' for record in records))
     assert Run(str(folder)).cost('mano') == (30 * 2 * 4 * 8, 3e5)
-    (folder / 'ckpt.pt').unlink()
+    (folder / 'best.pt').write_text('broken')  # and ckpt.pt says the same
+    assert Run(str(folder)).cost('mano') == (30 * 2 * 4 * 8, 3e5)
+    torch.save(state | dict(wandb_id='another'), folder / 'ckpt.pt')
     assert all(map(math.isnan, Run(str(folder)).cost('mano')))
 
 
