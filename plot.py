@@ -23,9 +23,8 @@ from configurator import command, configure
 import numpy as np
 
 from nanoloop.checks import check, missing_package
+from nanoloop.eval_plot import check_image
 from nanoloop.run_folder import read_records
-
-FORMATS = ('.png', '.pdf', '.svg')
 
 
 class Panel(NamedTuple):
@@ -202,8 +201,7 @@ def main(argv):
             check_same_data(group)
     groups = [[read_run(folder) for folder in group] for group in names]
     image = Path(c.image or Path(names[0][0], 'log.png' if len(sum(names, [])) == 1 else 'comparison.png'))
-    fits = image.suffix in FORMATS and image.parent.is_dir()
-    check(fits, 'image', c.image, f'a file in a folder that exists, {", ".join(FORMATS)}')
+    check_image(image)
     with_loops, with_evaluations = draw(pyplot, groups, image)
     if not with_loops:
         print('for what happens loop by loop: train.py --diagnose=100')

@@ -4,6 +4,7 @@ Compares configurations, and the numbers of loops of each checkpoint, by what ev
     python runs/compare.py A1+A2+A3 B1+B2+B3
     python runs/compare.py A1+A2+A3 B1+B2+B3@4000 --tasks=mano,mano/* --csv=comparison.csv
     python runs/compare.py A1 --items=items.jsonl
+    python runs/compare.py A1+A2+A3 B1+B2+B3 --image=comparison.png
 
 An argument is a configuration: runs joined by +, which differ in their seed. A run is its folder, or the
 eval.csv in it. Of each task the rows of the last evaluation count, with @STEP behind a run those of that
@@ -28,6 +29,7 @@ from configurator import command, configure, expand_home
 from nanoloop.checks import Choice, check, settle_fields
 from nanoloop.compared_runs import MEASURES, doubts, read_configurations, read_items
 from nanoloop.comparisons import COLUMNS, COSTS, choose_measures, compare_configurations, compare_loops, means
+from nanoloop.eval_plot import check_image, check_plotting, draw_means
 from nanoloop.files import replace_file
 from nanoloop.number_lists import split_list
 from nanoloop.results import as_text
@@ -41,6 +43,7 @@ class CompareConfig:
     column: Choice(('', *MEASURES)) = ''  # what is compared; '' = the accuracy of a task, else its loss
     items: str = ''  # files that eval.py --items has written, with commas between them; '' = none
     csv: str = ''  # file of all rows that are printed; '' = none
+    image: str = ''  # .png, .pdf or .svg of the means against loops and FLOPs; '' = none
 
     def __post_init__(self):
         """Raises UserError for a value out of its bounds."""
@@ -170,6 +173,9 @@ def main(argv):
     csv_file, items_files = c['csv'], split_list(c['items'])  # c.items is the method of a dict
     if csv_file:
         check_csv(Path(csv_file))
+    if c.image:
+        check_plotting()
+        check_image(c.image)
     load_scipy()  # or it ends here
 
     configurations = read_configurations(names)
@@ -191,6 +197,9 @@ def main(argv):
     if csv_file:
         write_csv(Path(csv_file), [*averages, *pairs, *loops])
         print(f'rows in {csv_file}')
+    if c.image:
+        draw_means(averages, c.image)
+        print(f'drawn: {c.image}')
 
 
 if __name__ == '__main__':

@@ -36,7 +36,7 @@ def make_run(folder, rows, n_loop=None, step=100, **state):
     with open(folder / 'eval.csv', 'w', newline='') as file:
         writer = csv.DictWriter(file, EVAL_COLUMNS)
         writer.writeheader()
-        writer.writerows(same | row for row in rows)
+        writer.writerows(same | dict(flops_per_token=1000 * row['loops']) | row for row in rows)
     if n_loop:
         args = asdict(GPTConfig(n_loop=n_loop, vocab_size=8, block_size=8))
         config = dict(gradient_accumulation_steps=2, batch_size=4, block_size=8, seed=len(folder.name))
@@ -191,6 +191,21 @@ def test_configurations_are_compared_by_welch_at_the_loops_that_they_are_made_fo
     assert (
         'at equal training tokens: looped - plain\nat equal training FLOPs: none of these\ntests: 2, 2' in out
     )
+
+
+def test_means_are_drawn_in_a_band_of_one_deviation(call, folders):
+    pyplot = pytest.importorskip('matplotlib.pyplot')
+    status, out, err = call(compare.main, *folders, '--image=means.png')
+    assert (status, err) == (0, '') and 'drawn: means.png' in out
+    left, _ = pyplot.gcf().axes
+    looped, plain = left.lines
+    values = [[0.3 + i / 99 for i in (1, 2, 3)], [0.5] * 3, [0.62, 0.64, 0.66]]
+    means, deviations = ([f(same) for same in values] for f in (statistics.fmean, statistics.stdev))
+    assert looped.get_label() == 'looped (n = 3)' and looped.get_xdata().tolist() == [1, 2, 4]
+    assert looped.get_ydata() == pytest.approx(means) and plain.get_ydata()[0] == pytest.approx(0.5)
+    band = left.collections[0].get_paths()[0].vertices[:, 1]
+    edges = (mean + sign * sd for mean, sd in zip(means, deviations, strict=True) for sign in (-1, 1))
+    assert all(abs(band - edge).min() < 1e-12 for edge in edges)
 
 
 @pytest.mark.parametrize('step, flops, told', [
@@ -363,6 +378,7 @@ def items_of(items, task, loops):
     (['a', '--items=items'], "items='items', expected items of the runs a, it has those of b"),
     (['a', '--csv=a/eval.csv'], "csv='a/eval.csv', expected a new file, or one that this script has written"),
     (['a', '--csv=absent/x.csv'], 'expected a file in a folder that exists'),
+    (['a', '--image=x.jpg'], "image='x.jpg', expected a file in a folder that exists, .png, .pdf, .svg"),
     (['a', '--task=mano'], "unknown key 'task', did you mean 'tasks'?"),
 ])  # fmt: skip
 def test_mistakes_are_told_in_one_line(call, tmp_path, monkeypatch, argv, told):
