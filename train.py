@@ -48,6 +48,7 @@ from nanoloop.checks import (
 from nanoloop.count import parameters
 from nanoloop.diagnose import Look
 from nanoloop.machine import CompileMode, peak_memory, setup
+from nanoloop.number_lists import Numbers
 from nanoloop.objective import (
     LOOP_GROWTH,
     LOOP_SAMPLING,
@@ -69,7 +70,7 @@ from nanoloop.optimizer import (
 )
 from nanoloop.parallel import leave, max_over_ranks, on_rank0, reduce_sum, wrap
 from nanoloop.pretraining import find_initial_checkpoint, pretraining
-from nanoloop.run_folder import Log, append_record, git_commit, open_out_dir
+from nanoloop.run_folder import Log, append_evaluation, git_commit, open_out_dir
 from nanoloop.saving import quarantine_broken, save_checkpoint
 from nanoloop.signals import Signals, exit_status, signal_name
 from nanoloop.training_step import train_step
@@ -81,9 +82,8 @@ class TrainConfig:
     out_dir: Name = 'out'  # folder of the run: ckpt.pt (last), prev.pt (the one before), best.pt, log.jsonl
     eval_interval: Count = 2000  # steps between evaluations, plus the last step; each one after step 0 saves
     log_interval: Count = 1  # steps between lines that are printed and logged
-    eval_iters: Size = (
-        200  # an evaluation reads this x batch_size windows of each split; 0 = as many as val has
-    )
+    eval_iters: Size = 200  # evaluated windows of each split: this x batch_size; 0 = as many as val has
+    eval_loops: Numbers(int, 1) = ''  # also log the val loss with so many loops, such as 1,2,4,8; '' = none
     eval_only: bool = False  # evaluate once and exit; a resumed run gets a line in eval.jsonl
     diagnose: Size = 0  # steps between diagnostics of the loop's states and gradients; 0 = none
     always_save_checkpoint: bool = True  # no effect (nanoGPT's key): every evaluation saves ckpt.pt
@@ -93,7 +93,7 @@ class TrainConfig:
     wandb_project: str = 'nanoloop'  # name of the project in Weights & Biases
     wandb_run_name: str = 'run'  # name of the run in Weights & Biases
     # data
-    dataset: Name = 'pystdlib'  # name of a folder in data/, or a path that contains a slash
+    dataset: Name = 'pystdlib'  # name of a folder in data/, a path that contains a slash, mano:N or p_hop:N
     gradient_accumulation_steps: Count = 1  # micro-batches per step, summed over all processes
     batch_size: Count = 12  # rows (sequences) of a micro-batch, per process
     baseline: Choice(BASELINE) = ''  # train this instead: n_loop=1, or the loops unrolled; '' = off
@@ -329,8 +329,7 @@ class Trainer:
         _, text, record = self.evaluate()
         self.say(text)
         if self.state:
-            record |= dict(n_loop=self.c.n_loop, dataset=self.c.dataset)
-            on_rank0(self.m, lambda: append_record(Path(self.c.out_dir) / 'eval.jsonl', record))
+            on_rank0(self.m, lambda: append_evaluation(self.c, record))
             self.say(f'added to {self.c.out_dir}/eval.jsonl')
 
     def evaluate_and_save(self):

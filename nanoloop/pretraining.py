@@ -26,7 +26,7 @@ class Task(NamedTuple):
 
     model: Any  # a GPT, on its device
     batches: Any  # a source of batches, see nanoloop/batches.py
-    evaluate: Any  # () -> {split: {loss, ppl, bpb}} for train and val, or None if a signal came first
+    evaluate: Any  # () -> {split: {loss, ppl, bpb, ...}} for train and val, or None if a signal came first
     checkpoint_extra: dict  # further entries of the checkpoint: tokenizer and data, see datasets.identify
     origin: str = ''  # where the weights come from; '' = random
 

@@ -161,7 +161,7 @@ def other_measure(state, c, extra):
 
 def was_is(key, old, new):
     """Returns the text for a value that has changed."""
-    return f'{key} was {old}, is {new}'
+    return f'{key} was {old or repr(old)}, is {new or repr(new)}'  # '' is shown as such
 
 
 def differences(c, machine, state, new_measure=()):
@@ -191,13 +191,13 @@ def resuming_line(step, last_step, limit):
 
 
 def evaluation_line(step, losses, seconds):
-    """Returns the line and the record of an evaluation. losses: {split: {loss, ppl, bpb}}."""
+    """Returns the line and the record of an evaluation. losses: see evaluate."""
     train, val = losses['train']['loss'], losses['val']
     text = f'step {step}: train loss {train:.4f}, val loss {val["loss"]:.4f}, val ppl {val["ppl"]:.2f}, '
-    text += f'val bpb {val["bpb"]:.4f}, took {seconds:.1f}s'
-    return text, {'iter': step, 'train/eval_loss': train} | {
-        f'val/{key}': value for key, value in val.items()
-    }
+    text += f'val bpb {val["bpb"]:.4f}, '
+    text += ''.join(f'val {key} {value:.4f}, ' for key, value in val.items() if key.startswith('loss@'))
+    record = {'iter': step, 'train/eval_loss': train} | {f'val/{key}': value for key, value in val.items()}
+    return f'{text}took {seconds:.1f}s', record
 
 
 def step_line(step, loss, grad_norm, extra, lr, n_loop, seconds, mfu, tokens, eta, flops_done):

@@ -130,10 +130,10 @@ def start_wandb(c, run_id):
         raise UserError(f'wandb_log=True, but wandb.init failed: {error}; {hint}') from None
 
 
-def append_record(path, record):
-    """Appends a record to a file of JSON lines, in one write."""
-    with open(path, 'ab', buffering=0) as file:
-        file.write(to_json(record))
+def append_evaluation(c, record):
+    """Appends the record of an evaluation to the run's eval.jsonl, in one write, with loops and data set."""
+    with open(Path(c.out_dir) / 'eval.jsonl', 'ab', buffering=0) as file:
+        file.write(to_json(record | dict(n_loop=c.n_loop, dataset=c.dataset)))
 
 
 def read_records(path):

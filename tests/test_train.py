@@ -238,9 +238,10 @@ def test_a_huge_loss_is_reported(tiny_data):
     split = Split(tiny_data, read_meta(tiny_data), 'val', 8, 12)
     m = types.SimpleNamespace(rank=0, world=1, device='cpu', cpu_group=None, autocast=contextlib.nullcontext)
     m.to_device = lambda x: x
-    c = types.SimpleNamespace(eval_iters=1, batch_size=2, dataset='tiny')
-    table = lambda x, y: (torch.full((1, *x.shape), 1000.0), None)  # noqa: E731
+    c = types.SimpleNamespace(eval_iters=1, eval_loops='', batch_size=2, dataset='tiny')
+    table = lambda x, y, *_: (torch.full((1, *x.shape), 1000.0), None)  # noqa: E731
     model = types.SimpleNamespace(loss_table=table, training=True, eval=lambda: None, train=lambda mode: None)
+    model.config = types.SimpleNamespace(n_loop=2)
     result = evaluate(model, {'val': split}, c, m, [1] * 12)
     assert result['val']['loss'] == 1000 and math.isfinite(result['val']['ppl'])
 
@@ -630,7 +631,7 @@ def torchrun(*argv):
     return subprocess.Popen([*command, *argv], env=env, cwd=ROOT, **pipe)
 
 
-SAMPLED = ['--loop_sampling=poisson', '--loop_max=5', '--diagnose=7', '--learning_rate=1e-3']
+SAMPLED = '--loop_sampling=poisson --loop_max=5 --eval_loops=1,6 --diagnose=7 --learning_rate=1e-3'.split()
 
 
 @pytest.mark.parametrize('more', [[], SAMPLED], ids=['fixed', 'sampled'])
@@ -644,8 +645,10 @@ def test_two_processes_train_as_one(call, flags, tmp_path, more):
     one, two = (read_log(tmp_path / name) for name in ('out', 'two'))
     assert [line['iter'] for line in one] == [line['iter'] for line in two]
     assert len(losses(tmp_path / 'two')) == 20
+    keys = 'train/loss', 'val/loss', 'val/bpb', 'val/loss@1', 'val/loss@6', 'train/grad_norm'
     for a, b in zip(one, two, strict=True):
-        for key in ('train/loss', 'val/loss', 'val/bpb', 'train/grad_norm'):
+        assert a.keys() == b.keys()
+        for key in keys:
             assert a.get(key, 0) == pytest.approx(b.get(key, 0), abs=1e-5), (a, b)
     status, _, err = call(main, *flags, '--gradient_accumulation_steps=3')
     assert status == 0  # one process divides everything
