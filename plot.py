@@ -1,5 +1,6 @@
 """
-Draws what runs have logged: losses, loss against loops, and per loop what --diagnose measures.
+Draws what runs have logged: losses, loss against loops, losses with the numbers of loops of --eval_loops, and
+per loop what --diagnose measures.
 
     python plot.py --out_dir=out-flt,out-lt --image=flt-lt.png
     python plot.py --out_dir=a-seed1+a-seed2+a-seed3,b-seed1+b-seed2 --image=a-b.pdf
@@ -24,7 +25,7 @@ import numpy as np
 
 from nanoloop.checks import check, missing_package
 from nanoloop.eval_plot import check_image
-from nanoloop.run_folder import read_records
+from nanoloop.run_logs import check_same_data, loops_logged, loss_by_loops, read_run, series
 
 
 class Panel(NamedTuple):
@@ -50,51 +51,6 @@ class PlotConfig:
     image: str = ''  # .png, .pdf or .svg; '' = log.png, of several runs comparison.png, in the first folder
 
 
-class Run(NamedTuple):
-    """What a run has logged."""
-
-    name: str
-    records: list  # of log.jsonl, dicts
-    evaluations: list  # of eval.jsonl, dicts: evaluations with other numbers of loops
-
-
-def read_run(folder):
-    """Reads the logs of a run. Raises UserError if there are none."""
-    folder = Path(folder)
-    check((folder / 'log.jsonl').exists(), 'out_dir', str(folder), 'the folder of a run with a log.jsonl')
-    records = read_records(folder / 'log.jsonl')
-    check(records, 'out_dir', str(folder), 'a run that has logged something')
-    evaluations = folder / 'eval.jsonl'
-    return Run(folder.name, records, read_records(evaluations) if evaluations.exists() else [])
-
-
-def check_same_data(folders):
-    """Raises UserError if the checkpoints of runs that are drawn as their mean are of different data sets."""
-    from nanoloop.checkpoint import checkpoint_paths, read_first  # they import torch
-
-    data = {}
-    for folder in folders:
-        if paths := checkpoint_paths(folder):
-            checkpoint = read_first(paths)
-            config = checkpoint.get('config', {})
-            identity = (checkpoint.get('data') or {}).get('sha256') or config.get('dataset')
-            data.setdefault(identity, f'{folder} ({config.get("dataset")})')
-    expected = f'runs of one data set joined by +, not {" and ".join(data.values())}'
-    check(len(data) < 2, 'out_dir', '+'.join(folders), expected)
-
-
-def series(records, key, x='iter'):
-    """Returns {x: value} of a log key, from the records that have a value for it."""
-    return {record[x]: record[key] for record in records if record.get(key) is not None}
-
-
-def loss_by_loops(run, dataset):
-    """Returns {number of loops: validation loss} of a run's last evaluated step on a data set."""
-    records = [record for record in run.evaluations if record.get('dataset') == dataset]
-    last = max((record['iter'] for record in records), default=0)
-    return series([record for record in records if record['iter'] == last], 'val/loss', 'n_loop')
-
-
 def draw_group(axis, curves, color, style, label):
     """Draws the mean of curves, {x: y} each, and their band, where at least one has a value."""
     xs = sorted(set().union(*curves))
@@ -107,9 +63,14 @@ def draw_group(axis, curves, color, style, label):
         axis.fill_between(xs, lowest, highest, color=color, alpha=0.2, linewidth=0)
 
 
+def name_group(runs):
+    """Returns the name of runs that are drawn as their mean."""
+    return ' + '.join(dict.fromkeys(run.name for run in runs))
+
+
 def comparisons(groups):
     """Returns the panels that show all groups: (y label, x label, [(group, curves, style, label)])."""
-    names = [' + '.join(dict.fromkeys(run.name for run in runs)) for runs in groups]
+    names = [name_group(runs) for runs in groups]
     evaluations = [record for runs in groups for run in runs for record in run.evaluations]
     datasets = list(dict.fromkeys(record.get('dataset') for record in evaluations))
     losses, loops = [], []
@@ -121,6 +82,19 @@ def comparisons(groups):
             loops.append((i, [loss_by_loops(run, dataset) for run in runs], style, label))
     panels = [('loss, nats per token', 'step', losses), ('validation loss, nats per token', 'loops', loops)]
     return [panel for panel in panels if any(any(curves) for _, curves, _, _ in panel[2])]
+
+
+def depth_panels(groups):
+    """Returns a panel for each group that has used --eval_loops: (name, {number of loops: curves}).
+
+    curves: {step: validation loss} of each run.
+    """
+    panels = []
+    for runs in groups:
+        loops = loops_logged([record for run in runs for record in run.records])
+        lines = {n: [series(run.records, f'val/loss@{n}') for run in runs] for n in loops}
+        panels.append((name_group(runs), {n: curves for n, curves in lines.items() if any(curves)}))
+    return [(name, lines) for name, lines in panels if lines]
 
 
 def loop_panels(run):
@@ -152,6 +126,23 @@ def draw_comparison(axis, panel, colors):
     axis.legend(fontsize='small')
 
 
+def draw_depths(axes, panels, colors):
+    """Draws the panels of depth_panels(), with the same colors and limits in all."""
+    depths = sorted({n for _, lines in panels for n in lines})
+    curves = [curve for _, lines in panels for of_runs in lines.values() for curve in of_runs]
+    # an untrained model's loss is high, and the same for all numbers of loops: it is cut off
+    losses = [loss for curve in curves for step, loss in curve.items() if step > 0]
+    for axis, (name, lines) in zip(axes, panels, strict=True):
+        for n, of_runs in lines.items():
+            label = f'val, {n} loop{"s" * (n > 1)}'
+            draw_group(axis, of_runs, colors(depths.index(n) / len(depths)), 'o-', label)
+        axis.set(title=name, xlabel='step', ylabel='validation loss, nats per token')
+        if losses:
+            margin = 0.05 * (max(losses) - min(losses)) or 0.01
+            axis.set_ylim(min(losses) - margin, max(losses) + margin)
+        axis.legend(fontsize='small')
+
+
 def draw_loops(axis, name, panel, lines, colors):
     """Draws a panel of loop_panels()."""
     for loop, line in lines.items():
@@ -162,18 +153,19 @@ def draw_loops(axis, name, panel, lines, colors):
 
 
 def draw(pyplot, groups, image):
-    """Draws all panels: a row that compares the groups, and a row for each run that logged its loops.
+    """Draws all panels: a row about the groups, and a row for each run that logged its loops.
 
     Returns whether a run has logged its loops, and whether one has evaluations with other numbers of loops.
     """
-    comparing = comparisons(groups)
+    comparing, depths = comparisons(groups), depth_panels(groups)
     runs = [(run, panels) for group in groups for run in group if (panels := loop_panels(run))]
-    n_columns = max([len(comparing), *(len(panels) for _, panels in runs)])
+    n_columns = max([len(comparing) + len(depths), *(len(panels) for _, panels in runs)])
     size = (4.2 * n_columns, 3.4 * (1 + len(runs)))  # inches
     grid = dict(figsize=size, squeeze=False, layout='constrained')
     figure, rows = pyplot.subplots(1 + len(runs), n_columns, **grid)
     for axis, panel in zip(rows[0], comparing, strict=False):
         draw_comparison(axis, panel, pyplot.get_cmap('tab10'))
+    draw_depths(rows[0][len(comparing) :][: len(depths)], depths, pyplot.get_cmap('viridis'))
     for row, (run, panels) in zip(rows[1:], runs, strict=True):
         for axis, (panel, lines) in zip(row, panels, strict=False):
             draw_loops(axis, run.name, panel, lines, pyplot.get_cmap('viridis'))
@@ -207,7 +199,7 @@ def main(argv):
         print('for what happens loop by loop: train.py --diagnose=100')
     if not with_evaluations:
         evaluate = f'train.py --out_dir={names[0][0]} --init_from=resume --eval_only=True'
-        print(f'for the loss against loops: {evaluate} --n_loop=1, 2, 4, ...')
+        print(f'for the loss against loops: {evaluate} --eval_loops=1,2,4,8')
     print(f'drawn: {image}')
 
 

@@ -1,5 +1,7 @@
 """The picture of runs: what it shows is what was logged."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -37,7 +39,7 @@ def test_runs_are_compared_in_one_panel_and_looked_into_one_by_one(call, flags, 
     status, out, err = call(plot.main, folders, f'--image={tmp_path}/a.png')
     assert status == 0 and out.endswith(f'drawn: {tmp_path}/a.png\n'), err
     assert (
-        f'train.py --out_dir={tmp_path}/out --init_from=resume --eval_only=True --n_loop=1, 2' in out
+        f'train.py --out_dir={tmp_path}/out --init_from=resume --eval_only=True --eval_loops=1,2' in out
         and '--diagnose' not in out
     )
     assert (tmp_path / 'a.png').read_bytes()[:8] == b'\x89PNG\r\n\x1a\n'
@@ -76,6 +78,57 @@ def test_seeds_are_a_mean_and_a_band_and_evaluations_a_curve_over_loops(call, fl
     (line,) = drawn()[0, '', 'validation loss, nats per token'].get_lines()
     assert line.get_xdata().tolist() == [1, 2, 4]
     assert line.get_ydata()[1] == pytest.approx(np.mean(losses, axis=0)[-1])  # as many loops as in training
+
+
+def write_log(folder, evaluations, other=()):
+    folder.mkdir()
+    (folder / 'log.jsonl').write_text(''.join(f'{json.dumps(record)}\n' for record in evaluations))
+    (folder / 'eval.jsonl').write_text(''.join(f'{json.dumps(record)}\n' for record in other))
+
+
+def evaluation(step, loss, **others):
+    return {'iter': step, 'val/loss': loss} | {f'val/loss@{n[1:]}': x for n, x in others.items()}
+
+
+def test_eval_loops_are_a_line_per_number_of_loops_in_a_panel_of_each_group(call, tmp_path, drawn):
+    a = [evaluation(0, 9.0, n1=9.0, n10=9.0, n2=9.0), evaluation(5, 2.0, n1=3.0, n10=1.5, n2=2.5)]
+    b = [evaluation(0, 9.5, n1=9.5), evaluation(5, 2.2, n1=3.4), evaluation(9, 2.1, n1=3.2, n2=None)]
+    for name, records in (('a', a), ('b', b), ('plain', [evaluation(0, 9.0), evaluation(5, 2.0)])):
+        write_log(tmp_path / name, records)
+    groups = f'{tmp_path}/a+{tmp_path}/b,{tmp_path}/plain,{tmp_path}/b'
+    status, _, err = call(plot.main, f'--out_dir={groups}')
+    assert status == 0, err
+    panels = {title: axis for (_, title, label), axis in drawn().items() if 'validation' in label}
+    assert list(panels) == ['a + b', 'b'] and len(drawn()) == 3  # and the losses of all
+    lines = {line.get_label(): line for line in panels['a + b'].get_lines()}
+    assert list(lines) == ['val, 1 loop', 'val, 2 loops', 'val, 10 loops']
+    assert lines['val, 1 loop'].get_xdata().tolist() == [0, 5, 9]
+    assert np.allclose(lines['val, 1 loop'].get_ydata(), [9.25, 3.2, 3.2])
+    assert lines['val, 10 loops'].get_ydata().tolist() == [9.0, 1.5]
+    (line,) = panels['b'].get_lines()
+    assert line.get_label() == 'val, 1 loop' and line.get_ydata().tolist() == [9.5, 3.4, 3.2]
+    assert line.get_color() == lines['val, 1 loop'].get_color()
+    assert len({line.get_color() for line in lines.values()}) == 3
+    # comparable, and not squeezed by the untrained model
+    assert panels['a + b'].get_ylim() == panels['b'].get_ylim() == pytest.approx((1.405, 3.495))
+    assert {axis.get_xlabel() for axis in panels.values()} == {'step'}
+
+
+def test_one_evaluation_with_eval_loops_is_a_curve_over_loops(call, tmp_path, drawn):
+    last = evaluation(9, 2.0, n1=3.0, n8=1.5) | dict(n_loop=4, dataset='x')
+    early = evaluation(5, 7.0, n1=7.0, n3=7.0) | dict(n_loop=4, dataset='x')
+    write_log(tmp_path / 'a', [evaluation(9, 2.0)], [early, last])
+    status, out, _ = call(plot.main, f'--out_dir={tmp_path}/a')
+    assert status == 0 and 'for the loss against loops' not in out
+    (line,) = drawn()[0, '', 'validation loss, nats per token'].get_lines()
+    assert line.get_xydata().tolist() == [[1, 3.0], [4, 2.0], [8, 1.5]]
+
+
+def test_a_run_that_was_evaluated_at_its_start_only_is_drawn(call, tmp_path, drawn):
+    write_log(tmp_path / 'a', [evaluation(0, 2.0, n1=3.0)])
+    assert call(plot.main, f'--out_dir={tmp_path}/a')[0] == 0
+    low, high = drawn()[0, 'a', 'validation loss, nats per token'].get_ylim()
+    assert low < 3 < high
 
 
 def test_what_cannot_be_drawn_is_told(call, tmp_path):
