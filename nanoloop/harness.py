@@ -112,7 +112,8 @@ class NanoLoop(TemplateLM):
         self.model, self.checkpoint = load_checkpoint(found, m.device)
         cast_linears_(self.model, m.dtype)
         self.mean_loops = {}  # {kind of request: loops per token of the last call}
-        log.info('%s, n_loop %d %s; %s', found['path'], self.policy.n_loop, self.policy.name, m.line)
+        about = ' '.join([f'n_loop={self.policy.n_loop}', self.policy.name]).strip()
+        log.info('%s: %s; %s', found['path'], about, m.line)
 
     def get_model_info(self):
         """Returns what the harness writes into its file of results about the model."""

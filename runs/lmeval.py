@@ -17,32 +17,42 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from configurator import command
-from nanoloop.checks import UserError
+from nanoloop.checks import UserError, check
 
 DEFAULTS = dict(model='nanoloop', batch_size='auto', device='auto')
+REFUSING = (('lm_eval', 'config'), ('lm_eval', '_cli'))  # folders of the harness that read what a user gives
 
 
 def complete(args, EvaluatorConfig):  # noqa: N803, it is a class
-    """Sets the flags that neither the command nor its file --config gives, and checks the model's."""
+    """Sets the flags that neither the command nor its file --config gives, and checks those of the model."""
     from nanoloop.harness_args import ModelArgs, make
 
     given = EvaluatorConfig.load_yaml_config(args.config) if args.config else {}
     given |= {key: value for key, value in vars(args).items() if value}
+    model_args = given.get('model_args')
+    if given.get('model', 'nanoloop') == 'nanoloop' and isinstance(model_args, dict):
+        for key in model_args.keys() & DEFAULTS.keys():  # which the harness takes as flags only
+            check(key not in given, 'model_args', key, f'no flag --{key} beside it')
+            given[key] = model_args[key]
+        args.model_args = {key: value for key, value in model_args.items() if key not in DEFAULTS}
     for key, value in DEFAULTS.items():
-        setattr(args, key, given.setdefault(key, value))
-    model_args = given.get('model_args') or {}
-    if args.model == 'nanoloop' and isinstance(model_args, dict):  # before the harness reads all its tasks
-        make(ModelArgs, 'model_args', model_args)
+        setattr(args, key, given.get(key, value))
+    if args.model == 'nanoloop':  # the harness would first read all its tasks
+        machine = dict(batch_size=args.batch_size, device=args.device)
+        make(ModelArgs, 'model_args', (args.model_args or {}) | machine)
 
 
 def is_refusal(error):
-    """Returns whether the harness has refused what it was asked for, which has no class of its own."""
-    frames = [Path(frame.filename).parts for frame in traceback.extract_tb(error.__traceback__)]
-    return frames[-1][-3:-1] == ('lm_eval', 'config')
+    """Returns whether the harness has refused what it was asked for, for which it has no class of its own."""
+    *_, last = traceback.extract_tb(error.__traceback__)
+    package, folder, _ = Path(last.filename).parts[-3:]
+    return (package, folder) in REFUSING or (folder == 'lm_eval' and last.name == 'simple_evaluate')
 
 
 @lambda main: command(main, parallel=True)
 def main(argv):
+    if {'--help', '-h'} & set(argv):
+        print(__doc__)
     import nanoloop.harness  # noqa: F401, it registers the model; first, since it says if a package is missing
 
     # isort: split
@@ -52,9 +62,9 @@ def main(argv):
 
     setup_logging()
     sys.argv[1:] = argv  # which the harness reads
-    cli = HarnessCLI()
-    args = cli.parse_args()
     try:
+        cli = HarnessCLI()
+        args = cli.parse_args()
         if args.command == 'run':
             complete(args, EvaluatorConfig)
         cli.execute(args)

@@ -13,7 +13,9 @@ from helpers import randomize
 
 import eval as eval_script
 from model import GPT, GPTConfig
+from nanoloop.checks import UserError
 from nanoloop.generate import generate
+from nanoloop.harness_args import ModelArgs
 from nanoloop.perplexity import rolling_windows
 from nanoloop.results import read_csv
 from nanoloop.tokenizer import Characters, HuggingFace
@@ -109,12 +111,17 @@ def test_rolling_equals_the_models_own_cross_entropy(path, n):
     assert lm.eot_token_id == LETTERS.index('\n') and lm.loglikelihood_rolling(asks(('',))) == [0]
 
 
-@pytest.mark.parametrize('batch_size', ['auto', 1, 3])
 @pytest.mark.parametrize(
-    'args', [{}, dict(n_loop=1), dict(n_loop=5, kv_budget=5), dict(exit='diff', exit_threshold=0)]
+    'args',
+    [
+        dict(),
+        dict(n_loop=1, batch_size=1),
+        dict(n_loop=5, kv_budget=5, batch_size=3),
+        dict(exit='diff', exit_threshold=0),
+    ],
 )
-def test_a_continuation_has_its_log_likelihood_and_its_greedy_flag(path, args, batch_size):
-    lm = make(path, batch_size=batch_size, **args)
+def test_a_continuation_has_its_log_likelihood_and_its_greedy_flag(path, args):
+    lm = make(path, **args)
     asked = [('abc', 'd'), ('abc', 'ef'), ('abc', 'g'), ('', 'abca'), (' ', 'ab'), ('a', text_of(16))]
     asked += [(text_of(25), 'ab'), (text_of(25), 'cde'), (text_of(14), 'a'), (text_of(14), 'ab'), ('b', '')]
     likely = lm.generate_until(asks(*((text, dict(max_gen_toks=2)) for text, _ in asked[:3])))
@@ -151,12 +158,17 @@ def test_choices_share_the_computation_of_a_long_context_only(path):
 # texts
 
 
-@pytest.mark.parametrize('batch_size', ['auto', 1, 2])
 @pytest.mark.parametrize(
-    'args', [dict(n_loop=2), dict(exit='gate', exit_threshold=0.6, min_loops=2), dict(kv_budget=1)]
+    'args',
+    [
+        dict(n_loop=2),
+        dict(batch_size=1),
+        dict(exit='gate', exit_threshold=0.6, min_loops=2),
+        dict(kv_budget=1, batch_size=2),
+    ],
 )
-def test_generated_texts_equal_those_of_single_prompts(rope, args, batch_size):
-    lm = make(rope, batch_size=batch_size, **args)
+def test_generated_texts_equal_those_of_single_prompts(rope, args):
+    lm = make(rope, **args)
     prompts = ['abc', 'a', text_of(11), 'hello'.replace('l', 'i').replace('o', 'j'), text_of(30), '']
     options = dict(n_loop=lm.policy.n_loop, kv_budget=lm.policy.kv_budget, early_exit=lm.policy.early_exit)
     for n in (6, 20):  # 20: more than fits into block_size
@@ -260,7 +272,8 @@ def write_tasks(folder):
 
 @pytest.fixture
 def own_tasks(monkeypatch):
-    """Spares the 10 s in which the harness reads its thousands of tasks."""
+    """Spares the 10 s in which the harness reads its thousands of tasks, and its logs on a closed stderr."""
+    monkeypatch.setattr('lm_eval.utils.setup_logging', lambda: None)
     monkeypatch.setattr('lm_eval.tasks.TaskManager', partial(TaskManager, include_defaults=False))
 
 
@@ -303,3 +316,123 @@ def test_the_command_answers_as_the_model_does_without_a_network(
             expected = lm.loglikelihood(asks(*((question['q'], choice) for choice in question['choices'])))
             for ((log_p, greedy),), (reference, flag) in zip(answer, expected, strict=True):
                 assert float(log_p) == pytest.approx(reference, abs=1e-4) and greedy == str(flag)
+
+
+def test_exits_change_the_numbers_as_in_eval_and_low_precision_does_not_round_them(
+    call, own_tasks, rope, tmp_path
+):
+    write_tasks(tmp_path)
+    wikitext = ['--tasks=wikitext', f'--wikitext={tmp_path}/pages.jsonl', f'--csv={tmp_path}/eval.csv']
+    flags = [f'--init_from={rope}', '--device=cpu', '--dtype=bfloat16', '--loops=3']
+    policies = ['--exit=gate', '--exit_threshold=0.6', '--kv_budget=1']
+    assert call(eval_script.main, *flags, *policies, *wikitext)[0] == 0
+    rows = read_csv(tmp_path / 'eval.csv')
+    texts = [json.loads(line)['page'] for line in (tmp_path / 'pages.jsonl').read_text().splitlines()]
+    losses = []
+    for row, args in zip(rows, [{}, dict(exit='gate', exit_threshold=0.6), dict(kv_budget=1)], strict=True):
+        lm = NanoLoop(init_from=rope, device='cpu', dtype='bfloat16', **args)
+        log_p = lm.loglikelihood_rolling(asks(*((text,) for text in texts)), disable_tqdm=True)
+        losses.append(-sum(log_p) / sum(map(len, texts)))
+        assert losses[-1] == pytest.approx(float(row['loss']), rel=1e-7)
+        assert lm.mean_loops['loglikelihood_rolling'] == pytest.approx(float(row['mean_loops']))
+    assert len(set(losses)) == 3
+
+
+def test_an_evaluation_that_was_stopped_continues_from_the_cache(own_tasks, rope, tmp_path, monkeypatch):
+    names, path = write_tasks(tmp_path), f'{tmp_path}/cache'
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+
+    def evaluate(**options):
+        with pytest.MonkeyPatch.context() as patch:
+            for method, answer in options.items():
+                patch.setattr(NanoLoop, method, answer)
+            lm = NanoLoop(init_from=rope, **PLAIN)
+            return lm_eval.simple_evaluate(
+                lm, tasks=names, task_manager=manager, use_cache=path, bootstrap_iters=0
+            )
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(generate=stop)
+    again = evaluate(texts_of=stop)['results']  # no text is scored again
+    assert again == evaluate(texts_of=stop, generate=stop)['results']
+
+
+@pytest.mark.parametrize(
+    'argv, told',
+    [
+        ('--model_args out_dir=x,n_lop=2', "model_args='n_lop', expected one of out_dir, init_from, n_loop"),
+        ('--model_args pretrained=gpt2', "model_args='pretrained', expected one of out_dir, init_from"),
+        ('--model_args n_loop=two', "n_loop='two', expected int or None"),
+        ('--model_args n_loop=0', 'n_loop=0, expected at least 1'),
+        ('--model_args n_loop=1.5', 'n_loop=1.5, expected int or None'),
+        ('--model_args exit=kl', 'exit_threshold=None, expected a number with exit=kl: try 0.001'),
+        ('--model_args exit=x', "exit='x', expected one of '', kl, diff, gate"),
+        ('--model_args min_loops=2', 'min_loops=2, expected 1 without an exit'),
+        ('--model_args batch_size=0', 'batch_size=0, expected auto or a number, at least 1'),
+        ('--batch_size huge', "batch_size='huge', expected auto or a number"),
+        ('--model_args device=cpu --device cpu', "model_args='device', expected no flag --device beside it"),
+        ('--tasks own_page', 'Tasks not found: own_page'),
+        ('--config nowhere.yaml', 'Config file not found'),
+        ('', 'No tasks specified'),
+        ('--tasks own_pages --model_args out_dir=nowhere', "out_dir='nowhere': there is no folder nowhere"),
+        ('--tasks own_pages --model_args init_from={rope},kv_budget=4', 'expected at most the 3 loops'),
+        ('--tasks own_pages --model_args init_from={path},exit=gate', 'the model has no exit gate'),
+        ('--tasks own_pages --model_args init_from={rope},device=tpu', "device='tpu', expected auto, cpu"),
+        ('--tasks own_pages --model_args init_from={rope},dtype=int8', "dtype='int8', expected one of auto"),
+        ('--tasks own_pages --model_args init_from={rope} --apply_chat_template', 'have no chat template'),
+        ('--tasks own_prompts --model_args init_from={rope} --gen_kwargs temperature=-1', 'temperature=-1.0'),
+        ('--tasks own_prompts --model_args init_from={rope} --gen_kwargs max_gen_toks=x', 'invalid literal'),
+        (
+            '--tasks own_prompts --model_args init_from={rope} --gen_kwargs until=3',
+            'until=[3], expected a text',
+        ),
+        (
+            '--tasks own_prompts --model_args init_from={rope} --gen_kwargs penalty=3',
+            "gen_kwargs='penalty', exp",
+        ),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(argv, told, call, own_tasks, path, rope, tmp_path):
+    write_tasks(tmp_path)
+    argv = argv.format(path=path, rope=rope).split()
+    argv += ['--tasks', 'own_pages'] * (argv[:1] == ['--model_args'])
+    status, _, err = call(lmeval.main, *argv, '--include_path', str(tmp_path))
+    last = err.splitlines()[-1]
+    assert status == 2 and last.startswith('lmeval.py: ') and told in last and 'Traceback' not in err
+
+
+def test_text_outside_the_vocabulary_is_refused(path):
+    lm = make(path)
+    with pytest.raises(UserError, match='characters that the tokenizer does not know'):
+        lm.loglikelihood_rolling(asks(('XYZ',)))
+    lm.words = Characters(LETTERS + 'X')  # a token more than the model has
+    with pytest.raises(UserError, match="text='aX', expected text in the 12 tokens of the model"):
+        lm.generate_until(asks(('aX', {})))
+
+
+def test_model_arguments_and_the_harness_own_file_of_flags(call, own_tasks, rope, tmp_path, monkeypatch):
+    write_tasks(tmp_path)
+    seen = []
+    monkeypatch.setattr(NanoLoop, '__init__', lambda self, **args: seen.append(args) or stop())
+
+    def stop():
+        raise UserError('seen')
+
+    folder = tmp_path / 'of flags.yaml'
+    folder.write_text(f'tasks: [own_pages]\nbatch_size: 7\nmodel_args: {{init_from: {rope}}}\n')
+    common = '--include_path', str(tmp_path)
+    assert call(lmeval.main, '--config', str(folder), *common)[0] == 2
+    assert call(lmeval.main, '--config', str(folder), '--model_args', 'out_dir=a,device=cpu', *common)[0] == 2
+    assert seen == [
+        dict(init_from=rope, batch_size=7, device='auto'),
+        dict(out_dir='a', batch_size=7, device='cpu'),
+    ]
+
+
+def test_a_folder_may_be_a_number_or_in_the_home_folder(monkeypatch):
+    monkeypatch.setenv('HOME', '/home/me')
+    assert ModelArgs(out_dir=123).out_dir == '123' and ModelArgs(batch_size='4').batch_size == 4
+    assert ModelArgs(init_from='ouro:~/Ouro').init_from == 'ouro:/home/me/Ouro'
