@@ -13,6 +13,7 @@ from helpers import randomize
 
 import eval as eval_script
 from model import GPT, GPTConfig
+from nanoloop import scoring
 from nanoloop.checks import UserError
 from nanoloop.generate import generate
 from nanoloop.harness_args import ModelArgs
@@ -237,6 +238,28 @@ def test_a_special_end_of_text_token_ends_a_text(tmp_path, monkeypatch):
 def test_a_newline_ends_no_text_of_characters(path, monkeypatch):
     monkeypatch.setattr(harness.Generation, 'stream', drawn([11], [0], [11]))
     assert make(path).generate_until(asks(('a', dict(max_gen_toks=3)))) == ['\na\n']
+
+
+def test_processes_share_the_requests_of_a_call(rope, monkeypatch):
+    lm, shares = make(rope), {}
+    texts = asks(*((text_of(n, n),) for n in (4, 30, 9, 2)))
+    prompts = asks(*((text_of(n, n), dict(max_gen_toks=4)) for n in (3, 8, 5)))
+    calls = [(lm.loglikelihood_rolling, texts), (lm.generate_until, prompts)]
+    alone = [method(requests) for method, requests in calls]
+
+    def gather(m, value):
+        shares[m.rank] = value
+        return [value, shares[1]]
+
+    monkeypatch.setattr(scoring, 'gather', gather)
+    monkeypatch.setattr(harness, 'gather', gather)
+    lm.m.world = 2
+    for (method, requests), expected in zip(calls, alone, strict=True):
+        for lm.m.rank in (1, 0):
+            together = method(requests)
+        assert together == (expected if method == lm.generate_until else pytest.approx(expected, abs=1e-9))
+        answers = [share[0] if method == lm.generate_until else share[0][0] for share in shares.values()]
+        assert sorted(map(len, answers)) == [len(requests) // 2, (len(requests) + 1) // 2]
 
 
 # -----------------------------------------------------------------------------
