@@ -103,7 +103,7 @@ class NanoLoop(TemplateLM):
         found = find_from_flags(c.init_from, c.out_dir, words=('resume',), prefer=BEST, say=log.warning)
         config, *_ = configure_checkpoint(found)
         self.policy = c.policy(config)
-        self.words = find_tokenizer(found)  # not `tokenizer`, of which the harness expects more
+        self.words = find_tokenizer(found)  # the harness expects chat templates of `tokenizer`
         machine = dict(backend='auto', compile=False, deterministic=False, peak_flops=None)
         seed = torch.initial_seed()  # which the harness has set from its flag --seed
         self.m = m = setup(SimpleNamespace(device=c.device, dtype=c.dtype, seed=seed, **machine))
@@ -138,10 +138,6 @@ class NanoLoop(TemplateLM):
         ids, size = self.words.encode(string), self.model.config.vocab_size
         check(max(ids, default=0) < size, 'text', string[:40], f'text in the {size} tokens of the model')
         return ids
-
-    def chat_template(self, chat_template=False):
-        check(not chat_template, 'apply_chat_template', chat_template, NO_CHAT)
-        return ''
 
     def apply_chat_template(self, chat_history, add_generation_prompt=True):
         raise UserError(f'apply_chat_template=True, expected {NO_CHAT}')

@@ -150,9 +150,11 @@ def test_choices_share_the_computation_of_a_long_context_only(path):
     lm = make(path)
     tokens = [('x', [1] * 6, [2, 3]), ('y', [1] * 6, [2, 4, 5]), ('z', [1] * 6, [5, 5]), ('w', [1], [2, 3])]
     tokens += [('v', [1], [2]), ('u', [1] * 15, [2, 3]), ('t', [1] * 15, [4])]
+    beyond = [('s', [1] * 20, [2, 3]), ('r', [1] * 20, [4])]  # they lose different beginnings
     items = group_by_context(tokens, [lm.texts_of(*ids) for _, *ids in tokens])
+    items += group_by_context(beyond, [lm.texts_of(*ids) for _, *ids in beyond])
     names = [[name for name, _ in item.info['requests']] for item in items]
-    assert names == [['x', 'y'], ['z'], ['w'], ['v'], ['u', 't']]
+    assert names == [['x', 'y'], ['z'], ['w'], ['v'], ['u', 't'], ['s'], ['r']]
 
 
 # -----------------------------------------------------------------------------
@@ -198,6 +200,7 @@ def test_sampling_follows_gen_kwargs_and_the_seed(rope):
     def draw(seed=5, **kwargs):
         torch.manual_seed(seed)
         lm = make(rope)
+        assert torch.initial_seed() == seed  # what the tasks of the harness draw is not touched
         return lm.generate_until(asks(*[('ab', dict(max_gen_toks=8, **kwargs))] * 4))
 
     greedy, drawn = draw(), draw(do_sample=True, temperature=1.5)
@@ -212,6 +215,8 @@ def test_requests_of_unlike_settings_are_not_mixed(rope):
     asked = [('ab', dict(max_gen_toks=4)), ('c', dict(max_new_tokens=2)), ('ab', dict(max_gen_toks=2))]
     texts = lm.generate_until(asks(*asked))
     assert [len(text) for text in texts] == [4, 2, 2] and texts[0][:2] == texts[2]
+    stops = [harness.read_generation(kwargs)[1] for kwargs in ({}, dict(until=None), dict(until='a'))]
+    assert stops == [[], [], ['a']]
 
 
 def drawn(*tokens):
@@ -237,7 +242,7 @@ def test_a_special_end_of_text_token_ends_a_text(tmp_path, monkeypatch):
 
 def test_a_newline_ends_no_text_of_characters(path, monkeypatch):
     monkeypatch.setattr(harness.Generation, 'stream', drawn([11], [0], [11]))
-    assert make(path).generate_until(asks(('a', dict(max_gen_toks=3)))) == ['\na\n']
+    assert make(path).generate_until(asks(('a', dict(max_gen_toks=3, until='\nb')))) == ['\na\n']
 
 
 def test_processes_share_the_requests_of_a_call(rope, monkeypatch):
@@ -251,6 +256,7 @@ def test_processes_share_the_requests_of_a_call(rope, monkeypatch):
         shares[m.rank] = value
         return [value, shares[1]]
 
+    monkeypatch.setattr(lm.cache_hook, 'add_partial', lambda *args: pytest.fail('one of two has it'))
     monkeypatch.setattr(scoring, 'gather', gather)
     monkeypatch.setattr(harness, 'gather', gather)
     lm.m.world = 2
@@ -369,7 +375,7 @@ def test_an_evaluation_that_was_stopped_continues_from_the_cache(own_tasks, rope
         with pytest.MonkeyPatch.context() as patch:
             for method, answer in options.items():
                 patch.setattr(NanoLoop, method, answer)
-            lm = NanoLoop(init_from=rope, **PLAIN)
+            lm = NanoLoop(init_from=rope, batch_size=1, **PLAIN)
             return lm_eval.simple_evaluate(
                 lm, tasks=names, task_manager=manager, use_cache=path, bootstrap_iters=0
             )
@@ -377,10 +383,19 @@ def test_an_evaluation_that_was_stopped_continues_from_the_cache(own_tasks, rope
     def stop(*args):
         raise KeyboardInterrupt
 
+    def stop_after_one(self, *args):
+        if done:
+            raise KeyboardInterrupt
+        done.append(args)
+        return original(self, *args)
+
+    original, done = NanoLoop.generate, []
     with pytest.raises(KeyboardInterrupt):
-        evaluate(generate=stop)
-    again = evaluate(texts_of=stop)['results']  # no text is scored again
-    assert again == evaluate(texts_of=stop, generate=stop)['results']
+        evaluate(generate=stop_after_one)
+    rest = []
+    again = evaluate(texts_of=stop, generate=lambda self, *args: rest.append(args) or original(self, *args))
+    assert len(done) == 1 and len(rest) == 2  # no text is scored again, and two of three are generated
+    assert again['results'] == evaluate(texts_of=stop, generate=stop)['results']
 
 
 @pytest.mark.parametrize(
@@ -425,6 +440,11 @@ def test_a_mistake_is_told_in_one_line(argv, told, call, own_tasks, path, rope, 
     status, _, err = call(lmeval.main, *argv, '--include_path', str(tmp_path))
     last = err.splitlines()[-1]
     assert status == 2 and last.startswith('lmeval.py: ') and told in last and 'Traceback' not in err
+
+
+def test_chat_templates_are_refused(path):
+    with pytest.raises(UserError, match="models have no chat template"):
+        make(path).apply_chat_template([dict(role='user', content='a')])
 
 
 def test_text_outside_the_vocabulary_is_refused(path):
