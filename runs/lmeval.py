@@ -8,7 +8,8 @@ The command lm-eval of EleutherAI's lm-evaluation-harness, for any model of this
 
 It has the flags of lm-eval (--help), of which --model is nanoloop, --batch_size and --device are auto unless
 they are given. The keys of --model_args are out_dir, init_from, n_loop, exit, exit_threshold, min_loops,
-kv_budget and dtype, see sample.py --help. A batch has 8192 tokens, or batch_size rows of the longest text.
+kv_budget, dtype, batch_size and device, see sample.py --help. A batch has 8192 tokens, or batch_size rows of
+the longest text.
 """
 
 import sys
