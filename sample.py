@@ -27,7 +27,7 @@ import torch
 from nanoloop.checkpoint import BEST, check_tokenizer, find_from_flags, find_tokenizer, load_checkpoint
 from nanoloop.checks import Above, AtMost, Choice, Count, Name, NotNegative, Size, check, settle_fields
 from nanoloop.decode import Stats, cast_linears_
-from nanoloop.early_exit import EXIT, EarlyExit
+from nanoloop.early_exit import EXIT, make_early_exit
 from nanoloop.generate import Generation
 from nanoloop.lens import predictions_by_loop
 from nanoloop.lens_page import LensView, check_lens
@@ -78,17 +78,9 @@ class SampleConfig:
         plain = not (self.exit or self.speculate)
         check(plain or not self.compile, 'compile', True, 'False with an exit or speculate')
         check(not (self.exit and self.speculate), 'speculate', self.speculate, '0 with an exit')
-        if not self.exit:
-            check(self.exit_threshold is None, 'exit_threshold', self.exit_threshold, 'None without an exit')
-            check(self.min_loops == 1, 'min_loops', self.min_loops, '1 without an exit')
-        elif not EXIT[self.exit].needs_gate:  # else the model is asked first
-            self.early_exit().check_threshold()
+        make_early_exit(self)
         check(self.speculate or self.draft_loops == 1, 'draft_loops', self.draft_loops, '1 without speculate')
         check_lens(self)
-
-    def early_exit(self):
-        """Returns the EarlyExit that the keys describe, None without one."""
-        return EarlyExit(self.exit, self.exit_threshold, self.min_loops) if self.exit else None
 
 
 def print_samples(tokens, texts, start, live):
@@ -165,7 +157,7 @@ def print_lens(c, model, tokenizer, prompt, early_exit, about):
 @command
 def main(argv):
     c = configure((SampleConfig,), argv, say=print_error)
-    early_exit = c.build(SampleConfig).early_exit()
+    early_exit = make_early_exit(c.build(SampleConfig))
     device, _ = choose_device(c.device)
     dtype, _ = choose_dtype(c.dtype, device.type)
     compile, _ = choose_compile(c.compile, device.type, 0)

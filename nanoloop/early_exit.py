@@ -127,3 +127,18 @@ class EarlyExit:
         if i + 1 < self.min_loops:
             return torch.zeros_like(value, dtype=torch.bool), memory
         return self.rule.exits(value, self.threshold), memory
+
+
+def make_early_exit(c):
+    """Returns the EarlyExit of the keys exit, exit_threshold and min_loops of c, None for exit=''.
+
+    Raises UserError for keys that do not go together.
+    """
+    if not c.exit:
+        check(c.exit_threshold is None, 'exit_threshold', c.exit_threshold, 'None without an exit')
+        check(c.min_loops == 1, 'min_loops', c.min_loops, '1 without an exit')
+        return None
+    early_exit = EarlyExit(c.exit, c.exit_threshold, c.min_loops)
+    if not early_exit.rule.needs_gate:  # else the model is asked first
+        early_exit.check_threshold()
+    return early_exit

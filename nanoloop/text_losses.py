@@ -200,7 +200,7 @@ def read_rows(model, idx, lengths, prompts, policy):
     """
     options = dict(n_loop=policy.n_loop, kv_budget=policy.kv_budget, early_exit=policy.early_exit)
     decoder = Decoder(model, *idx.shape, **options)
-    x = model.lm_head.weight.new_zeros(*idx.shape, model.config.n_embd)  # (n, T, C)
+    x = model.transformer.wte.weight.new_zeros(*idx.shape, model.config.n_embd)  # (n, T, C)
     start = 0
     for chunk in idx[:, : max(prompts)].split(decoder.cache.chunk, dim=1):
         counts = [min(max(n - start, 0), chunk.size(1)) for n in prompts]

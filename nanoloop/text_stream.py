@@ -6,18 +6,20 @@ import codecs
 
 
 class TextStream:
-    """Turns the tokens of one sample into text, and ends it before the text `stop`.
+    """Turns the tokens of one sample into text, and ends it before the first of the texts `stops`.
 
-    done: the sample has ended, because of stop or because rest() was called.
+    An empty text in stops is ignored. done: the sample has ended, because of stops or because rest() was
+    called.
     """
 
-    def __init__(self, tokenizer, stop):
-        self.tokenizer, self.stop = tokenizer, stop
+    def __init__(self, tokenizer, *stops):
+        self.tokenizer, self.stops = tokenizer, [stop for stop in stops if stop]
+        self.starts = {stop[:n] for stop in self.stops for n in range(1, len(stop))}
         self.decoder = codecs.getincrementaldecoder('utf-8')('replace')  # a character can take several tokens
         self.text, self.printed, self.done = '', 0, False
 
     def add(self, token):
-        """Takes a token. Returns the new text, without an end that may become `stop` or half a character."""
+        """Takes a token. Returns the new text, without an end that may become a stop or half a character."""
         return '' if self.done else self.grow(self.decoder.decode(self.tokenizer.decode_bytes([token])))
 
     def rest(self):
@@ -27,11 +29,10 @@ class TextStream:
     def grow(self, text, last=False):
         """Appends text. Returns what can now be printed; last: nothing follows."""
         self.text += text
-        stop_at = self.text.find(self.stop) if self.stop else -1
-        self.done = stop_at >= 0 or last
-        end = len(self.text) if stop_at < 0 else stop_at
-        if not self.done:  # the longest end of the text that is a beginning of stop
-            lengths = range(len(self.stop) - 1, 0, -1)
-            end -= next((n for n in lengths if self.text.endswith(self.stop[:n])), 0)
+        found = [self.text.find(stop) for stop in self.stops if stop in self.text]
+        self.done = bool(found) or last
+        end = min(found, default=len(self.text))
+        if not self.done:  # the longest end of the text that is a beginning of a stop
+            end -= max((len(start) for start in self.starts if self.text.endswith(start)), default=0)
         new, self.printed = self.text[self.printed : end], end
         return new

@@ -67,10 +67,14 @@ def test_stop_ends_each_sample_before_it(call, flags):
 
 
 def test_text_keeps_back_what_may_become_the_stop_and_what_is_half_a_character():
-    text = TextStream(Characters('abcd'), stop='abc')
+    text = TextStream(Characters('abcd'), 'abc')
     parts = [text.add(i) for i in (3, 0, 1, 3, 0, 1, 2, 3)]
     assert parts == ['d', '', '', 'abd', '', '', '', ''] and text.done
-    text = TextStream(Bytes(), stop='')
+    text = TextStream(Characters('abcd'), 'abca', '', 'bd')
+    assert [text.add(i) for i in (1, 2, 0, 1, 2, 3, 0, 1, 3)] == ['', 'bc', '', '', '', 'abcd', '', '', 'a']
+    assert text.done and text.text[: text.printed] == 'bcabcda'
+    assert TextStream(Bytes(), 'cd', 'ab').grow('xabcdy') == 'x'
+    text = TextStream(Bytes(), '')
     assert [text.add(i) for i in 'é'.encode() + b'\xe2'] == ['', 'é', ''] and text.rest() == '\ufffd'
 
 
