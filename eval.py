@@ -158,7 +158,7 @@ def main(argv):
     rows = [row for name in tasks for row in evaluator.run(name, tasks[name], loaded[name])]
     leave(m)
     if RANK == 0:
-        for line in (*format_table(rows), *against_one_loop(rows)):
+        for line in (*format_table(rows), *against_one_loop(rows, config.n_loop)):
             print_line(line)
         if c.plot:
             print_line(f'drawn: {draw_results(results)}')

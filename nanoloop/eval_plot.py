@@ -82,7 +82,8 @@ def draw_means(rows, path):
                 xs = [row[x] for row in same]
                 draw_line(axis, xs, means, errors, colors(number % 10), f'{name} (n = {same[0]["n_first"]})')
         part = (row for row in rows if row['task'] == task)
-        label_panels(pair, f'{task}: {MEASURES[measure]}', {row['loops'] for row in part})
+        label = MEASURES[measure] if task == measure else f'{task}: {MEASURES[measure]}'
+        label_panels(pair, label, {row['loops'] for row in part})
     figure.savefig(path, dpi=150)
 
 
@@ -100,11 +101,18 @@ def make_panels(n):
 
 def label_panels(pair, label, loops):
     """Labels the axes of two panels, over loops and over FLOPs. loops: the numbers that were measured."""
+    from matplotlib.ticker import EngFormatter, LogLocator
+
     pair[0].set(ylabel=label, xlabel='loops per token', xscale='log')
     pair[0].minorticks_off()
     pair[0].set_xticks(sorted(loops), sorted(loops))
-    known = pair[1].dataLim.xmax > 0  # not where the FLOPs of all rows are missing
-    pair[1].set(xlabel='FLOPs per token', xscale='log' if known else 'linear')
+    pair[1].set_xlabel('FLOPs per token')
+    low, high = pair[1].dataLim.intervalx
+    if high > 2.5 * low > 0:  # has two of the ticks below; low is 0 where FLOPs are missing
+        pair[1].set_xscale('log')
+        pair[1].minorticks_off()
+        pair[1].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    pair[1].xaxis.set_major_formatter(EngFormatter())  # 5 M
     handles = pair[0].get_legend_handles_labels()  # beside the panels: CORE has 22 tasks
     pair[1].legend(*handles, fontsize='x-small', loc='upper left', bbox_to_anchor=(1.02, 1))
 

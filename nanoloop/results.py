@@ -154,14 +154,17 @@ def format_value(row, column, error, form):
     return f'{text} +- {float(row[error]):{form}}' if error and row[error] not in ('', 'nan') else text
 
 
-def against_one_loop(rows):
-    """Returns what the loops give: a line per task that has results for one loop and for more."""
+def against_one_loop(rows, n_loop):
+    """Returns what the loops give: a line per task that has results for one loop and for more.
+
+    n_loop: the number of loops of the model, which is compared with 1; the most of the rows if they lack it.
+    """
     lines = []
     for task in dict.fromkeys(row['task'] for row in rows if '/' not in row['task']):
         plain = {int(row['loops']): row for row in rows if row['task'] == task and not row['policy']}
         if len(plain) < 2 or 1 not in plain:
             continue
-        most = max(plain)
+        most = n_loop if n_loop in plain and n_loop > 1 else max(plain)
         column = next(name for name in ('accuracy', 'loss', 'ppl', 'centered') if plain[1][name])
         one, all_loops = float(plain[1][column]), float(plain[most][column])
         values = f'{one:.4f} with 1 loop, {all_loops:.4f} with {most}: {all_loops - one:+.4f}'
