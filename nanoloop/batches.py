@@ -22,6 +22,7 @@ class Batch(NamedTuple):
     targets: torch.Tensor  # (B, T) each position's next token, -1 = ignored
     seed: int  # for the default generator, from which dropout and noise are drawn
     weights: torch.Tensor | None = None  # (B, T) weight of each token's loss; None = 1
+    values: dict = {}  # further values to log, means of the micro-batch: {name: float}
 
 
 def micro_batch_number(m, micro):

@@ -138,6 +138,11 @@ class Generation:
                 self.unyielded.extend(self.next_tokens(n_left))
             yield self.unyielded.popleft()
 
+    def replace(self, tokens):
+        """Puts other tokens (B,) in place of the newest ones that stream has yielded, the result of a tool."""
+        check(not self.speculate, 'speculate', self.speculate, '0 where tokens are replaced')
+        self.newest = tokens
+
     def next_tokens(self, n_left):
         """Returns the next tokens, (B,) each: 1, or up to n_left with speculation."""
         if self.newest is None:

@@ -26,9 +26,10 @@ class Task(NamedTuple):
 
     model: Any  # a GPT, on its device
     batches: Any  # a source of batches, see nanoloop/batches.py
-    evaluate: Any  # () -> {split: {loss, ppl, bpb, ...}} for train and val, or None if a signal came first
+    evaluate: Any  # () -> {split: {loss, ...}}, val at least, or None if a signal came first
     checkpoint_extra: dict  # further entries of the checkpoint: tokenizer and data, see datasets.identify
     origin: str = ''  # where the weights come from; '' = random
+    dropout: bool = True  # the model trains in training mode; False: in eval mode, as it samples
 
 
 def pretraining(c, m, checkpoint, stopped, say):
@@ -36,20 +37,13 @@ def pretraining(c, m, checkpoint, stopped, say):
 
     checkpoint: the weights to begin with, or None. say: a report.Teller. Raises UserError.
     """
-    n, world = c.gradient_accumulation_steps, m.world
-    expected = f'a multiple of the {world} processes: {world}, {2 * world}, {4 * world}, ...'
-    check(n % world == 0, 'gradient_accumulation_steps', n, expected)
+    check_micro_batches(c, m)
     folder, meta = prepare_data(c, m, say)
     config = settle_config(c, meta, checkpoint)
     sizes = c.block_size, c.vocab_size
     splits = {name: open_split(folder, meta, name, *sizes) for name in ('train', 'val')}
     # only now is memory taken: what a user can get wrong has been refused before
-    changes = {key: c[key] for key in given_keys(c)}
-    model = GPT(config) if checkpoint is None else load_checkpoint(checkpoint, **changes)[0]
-    model.to(m.device)
-    if m.compile:
-        for block in model.blocks():
-            block.compile()
+    model = build_model(c, m, config, checkpoint)
     say(describe(folder, meta))
     if c.vocab_size > 2 * meta['vocab_size']:
         say(f'vocab_size={c.vocab_size} is far above the {meta["vocab_size"]} of the data')
@@ -60,6 +54,24 @@ def pretraining(c, m, checkpoint, stopped, say):
     same = max_over_ranks(m, number) == -max_over_ranks(m, -number)
     check(same, 'dataset', c.dataset, 'the same data on all machines, prepare it on each in the same way')
     return Task(model, batches, validate, kept, origin(c, checkpoint))
+
+
+def check_micro_batches(c, m):
+    """Raises UserError unless the processes can share the micro-batches of a step evenly."""
+    n, world = c.gradient_accumulation_steps, m.world
+    expected = f'a multiple of the {world} processes: {world}, {2 * world}, {4 * world}, ...'
+    check(n % world == 0, 'gradient_accumulation_steps', n, expected)
+
+
+def build_model(c, m, config, checkpoint):
+    """Returns the GPT of a GPTConfig on the device, with a checkpoint's weights or, for None, random ones."""
+    changes = {key: c[key] for key in given_keys(c)}
+    model = GPT(config) if checkpoint is None else load_checkpoint(checkpoint, **changes)[0]
+    model.to(m.device)
+    if m.compile:
+        for block in model.blocks():
+            block.compile()
+    return model
 
 
 def find_initial_checkpoint(c, say=None):

@@ -2,6 +2,7 @@
 One training step: forward and backward passes of its micro-batches, clipping, and the optimizers' update.
 """
 
+import collections
 import math
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ class StepResult(NamedTuple):
 
     loss: float  # the mean over ranks of this and of extra is that over the step's targets
     grad_norm: float  # of the gradient of all ranks, before clipping
-    extra: dict  # further values to log, from the objective: {name: float}
+    extra: dict  # further values to log, of the objective and the batches: {name: float}
 
 
 def train_step(training_loss, optimizers, scaler, batches, n_loop, c, m, stopped=lambda: False, look=None):
@@ -26,11 +27,13 @@ def train_step(training_loss, optimizers, scaler, batches, n_loop, c, m, stopped
     no weight. Returns None if stopped() became true between micro-batches. look: see diagnose.Look.
     """
     micros, sums, targets_counted = c.gradient_accumulation_steps // m.world, {}, 0
+    values = collections.Counter()  # of the batches
     for micro in range(micros):
         if micro and stopped():
             return None
         batch = next(batches)
         targets_counted += int((batch.targets != -1).sum())
+        values.update({name: x / micros for name, x in batch.values.items()})
         idx, targets = m.to_device(batch.idx), m.to_device(batch.targets)  # (B, T) each
         weights = None if batch.weights is None else m.to_device(batch.weights)
         if look and micro == 0:
@@ -52,7 +55,7 @@ def train_step(training_loss, optimizers, scaler, batches, n_loop, c, m, stopped
         torch._foreach_mul_([p.grad for p in params if p.grad is not None], rescale)
     grad_norm = nn.utils.clip_grad_norm_(params, c.grad_clip or math.inf)
     # here the host waits for the device
-    *values, grad_norm = torch.stack([*sums.values(), grad_norm]).tolist()
+    *means, grad_norm = torch.stack([*sums.values(), grad_norm]).tolist()
     if look:
         look.after_clipping()
     for optimizer in optimizers:
@@ -60,5 +63,5 @@ def train_step(training_loss, optimizers, scaler, batches, n_loop, c, m, stopped
             scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
     scaler.update()  # a disabled scaler does nothing
-    extra = {name: value * rescale for name, value in zip(sums, values, strict=True)}
-    return StepResult(extra.pop('loss'), grad_norm, extra)
+    extra = {name: mean * rescale for name, mean in zip(sums, means, strict=True)}
+    return StepResult(extra.pop('loss'), grad_norm, extra | values)
