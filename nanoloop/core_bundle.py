@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nanoloop.checks import UserError, check, missing_package
-from nanoloop.files import lock_folder, sync_folder
+from nanoloop.files import cache_folder, lock_folder, sync_folder
 from nanoloop.tables import read_jsonl
 from nanoloop.tokenizer import read_text
 
@@ -67,7 +67,7 @@ def find_bundle(folder, say):
         folder = Path(folder).expanduser()
         check(folder.is_dir(), 'core_dir', str(folder), "a folder; '' downloads the data of CORE")
         return folder
-    cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'nanoloop'
+    cache = cache_folder()
     if not (cache / BUNDLE).is_dir():
         cache.mkdir(parents=True, exist_ok=True)
         lock = lock_folder(cache, 'a second download', say, wait=True)

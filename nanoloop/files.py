@@ -18,6 +18,11 @@ NOT_SUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, er
 NOT_SUPPORTED |= {errno.EACCES, errno.EPERM, errno.EISDIR}
 
 
+def cache_folder():
+    """Returns the folder of what is downloaded once; it may not exist yet."""
+    return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'nanoloop'
+
+
 def sync(file):
     """Waits until everything written to an open file is on the disk. Returns the file."""
     file.flush()

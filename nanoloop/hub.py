@@ -105,6 +105,21 @@ class HubDocuments:
         return sum(self.open(split).select_columns(self.column).data.nbytes for split in splits)
 
 
+@contextlib.contextmanager
+def reach_hub(path, key, expected):
+    """Raises UserError for the data set `path` of the hub if the network fails inside the block.
+
+    key, expected: the flag that names a copy, and what that is.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = ' '.join(str(error).split())[:200]
+        raise UserError(
+            f'{path} cannot be reached ({reason}): without a network, --{key}=FILE names a copy, {expected}'
+        ) from None
+
+
 def table_format(path):
     """Returns the format of a table's file by its name, None for another file."""
     suffixes = Path(path).suffixes

@@ -21,9 +21,9 @@ from pathlib import Path
 
 import numpy as np
 
-from nanoloop.checks import UserError, check
+from nanoloop.checks import check
 from nanoloop.core import context_limit, crop
-from nanoloop.hub import HubDocuments
+from nanoloop.hub import HubDocuments, reach_hub
 from nanoloop.scoring import Evaluation, Item, Text
 from nanoloop.tables import READERS, read_table
 from nanoloop.tokenizer import read_text
@@ -48,14 +48,8 @@ def read_rows(path, key):
         rows = read_table(path, key)
         return rows, hash_text(repr(rows))
     load = HUB[key]
-    try:
+    with reach_hub(load['path'], key, f'{" or ".join(READERS)} with {load["column"]}'):
         texts = list(HubDocuments(**load).texts(['test']))
-    except OSError as error:
-        reason = ' '.join(str(error).split())[:200]
-        raise UserError(
-            f'{load["path"]} cannot be reached ({reason}): without a network, --{key}=FILE names a copy, '
-            f'{" or ".join(READERS)} with {load["column"]}'
-        ) from None
     return [{load['column']: text} for text in texts], f'{load["path"]}'
 
 

@@ -12,7 +12,7 @@ import tokenize
 import pytest
 from helpers import ROOT
 
-FOLDERS = ('', 'nanoloop/', 'data/*/', 'runs/', 'config/')  # tests/ may name devices and print
+FOLDERS = ('', 'nanoloop/', 'nanoloop/*/', 'data/*/', 'runs/', 'config/')  # tests/ may name devices and print
 SOURCES = {
     path.relative_to(ROOT).as_posix(): path.read_text()
     for folder in FOLDERS

@@ -1,0 +1,55 @@
+"""
+HumanEval: functions that are written from their docstrings (arXiv:2107.03374). Needs no torch.
+"""
+
+import re
+
+from nanoloop.checks import check
+from nanoloop.tasks.base import Task, ask, take
+from nanoloop.tasks.run_code import passes
+from nanoloop.tasks.sources import Source, Unavailable
+
+FENCE = re.compile(r'```(?:python|py)?[ \t]*\n(.*?)(?:\n```|\Z)', re.DOTALL)
+
+
+class HumanEval(Task):
+    """Functions of Python, judged by tests. Options: humaneval, a file or a folder; run_code.
+
+    run_code: answers may be run, see run_code.py. There is no training split.
+    """
+
+    name = 'humaneval'
+    source = Source('humaneval', 'openai/openai_humaneval', 'openai_humaneval', 'prompt', dict(test='test'))
+
+    def parse(self, row, where):
+        """Returns (prompt, solution, tests, the name of the function) of a row."""
+        kept = take(row, where, 'prompt', 'canonical_solution', 'test', 'entry_point')
+        check(kept[-1].isidentifier(), f'{where}: entry_point', kept[-1], 'the name of a function')
+        return tuple(kept)
+
+    def make_item(self, kept):
+        prompt, solution, test, entry_point = kept
+        return ask(prompt, prompt + solution, prompt=prompt, test=test, entry_point=entry_point)
+
+    def judge(self, item, answer):
+        self.check_judge()
+        program = make_program(item['prompt'], answer, item['entry_point'])
+        return passes(program, item['prompt'], item['test'], item['entry_point'])
+
+    def check_judge(self):
+        if not self.options.get('run_code'):
+            raise Unavailable(
+                'humaneval runs programs that the model wrote, without being a security boundary: '
+                '--run_code=True allows it'
+            )
+
+
+def make_program(prompt, answer, entry_point):
+    """Returns the program of an answer: a whole function, in a code fence or not, or the prompt's rest.
+
+    In front of a whole function stands the prompt, for its imports and helpers.
+    """
+    found = FENCE.search(answer)
+    code = found[1] if found else answer
+    whole = re.search(rf'^(async )?def {entry_point}\b', code, re.MULTILINE)
+    return f'{prompt}\n\n{code}' if whole else prompt + code
