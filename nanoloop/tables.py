@@ -12,9 +12,8 @@ from nanoloop.tokenizer import read_text
 HALF = re.compile(r'\\u[dD][89a-fA-F]')  # how JSON may write a half of a surrogate pair
 
 
-def read_jsonl(path):
-    """Returns the objects of a file of JSON lines, blank lines left out. Raises UserError for a bad line."""
-    rows = []
+def read_json_lines(path):
+    """Yields (number, value) of the lines of a file that are not blank. Raises UserError for a bad line."""
     for number, line in enumerate(read_text(path).split('\n'), 1):  # not splitlines: a text may have U+2028
         if not line.strip():
             continue
@@ -24,10 +23,16 @@ def read_jsonl(path):
             raise UserError(f'{path}, line {number} is no JSON: {error}') from None
         if HALF.search(line) and not is_unicode(row):
             raise UserError(f'{path}, line {number}: expected texts, it has half of a surrogate pair')
+        yield number, row
+
+
+def read_jsonl(path):
+    """Returns the objects of a file of JSON lines, blank lines left out. Raises UserError for a bad line."""
+    rows = []
+    for number, row in read_json_lines(path):
         if not isinstance(row, dict):
-            raise UserError(
-                f'{path}, line {number}: expected an object {{"name": value, ...}}, got {line[:40]}'
-            )
+            got = json.dumps(row)[:40]
+            raise UserError(f'{path}, line {number}: expected an object {{"name": value, ...}}, got {got}')
         rows.append(row)
     return rows
 
