@@ -70,6 +70,7 @@ from nanoloop.optimizer import (
 )
 from nanoloop.parallel import leave, max_over_ranks, on_rank0, reduce_sum, wrap
 from nanoloop.pretraining import find_initial_checkpoint, pretraining
+from nanoloop.rl import RLConfig, reinforcement
 from nanoloop.run_folder import Log, append_evaluation, git_commit, open_out_dir
 from nanoloop.saving import quarantine_broken, save_checkpoint
 from nanoloop.signals import Signals, exit_status, signal_name
@@ -212,7 +213,7 @@ class Trainer:
         c, m = self.c, self.m
         on_rank0(m, self.open_folder)
         parameters(self.model)  # every parameter is counted, or this ends the run
-        set_trained_parts(self.model, self.rule)
+        set_trained_parts(self.model, self.rule, self.task.dropout)
         self.plain_loss = TrainingLoss(self.model, c)
         self.optimizers, lines = make_optimizers(self.model, c)
         self.scaler = m.scaler()
@@ -405,9 +406,9 @@ class Trainer:
 @functools.partial(command, parallel=True)
 def main(argv):
     began = time.monotonic()
-    c = configure((TrainConfig, GPTConfig), argv, print_line)
+    c = configure((TrainConfig, RLConfig, GPTConfig), argv, print_line)
     checkpoint, resuming = find_initial_checkpoint(c, print_error if RANK == 0 else None)
-    settings = c.build(TrainConfig)
+    settings, _ = c.build(TrainConfig), c.build(RLConfig)
     fresh = checkpoint is None or resuming
     check(fresh or not c.baseline, 'baseline', c.baseline, f'none with the weights of {c.init_from}')
     apply_baseline(c, print_line if RANK == 0 else None)
@@ -419,7 +420,7 @@ def main(argv):
         m = setup(settings, work)
         signals = stack.enter_context(Signals(m, print_error if RANK == 0 else None, say.hurry))
         say.now('preparing data and model')
-        task = pretraining(c, m, checkpoint, signals.stopped, say)
+        task = (reinforcement if c.rl_task else pretraining)(c, m, checkpoint, signals.stopped, say)
         trainer = Trainer(task, c, m, signals, checkpoint if resuming else {}, say)
         stack.callback(trainer.close)
         del checkpoint

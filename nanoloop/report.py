@@ -191,13 +191,15 @@ def resuming_line(step, last_step, limit):
 
 
 def evaluation_line(step, losses, seconds):
-    """Returns the line and the record of an evaluation. losses: see evaluate."""
-    train, val = losses['train']['loss'], losses['val']
-    text = f'step {step}: train loss {train:.4f}, val loss {val["loss"]:.4f}, val ppl {val["ppl"]:.2f}, '
-    text += f'val bpb {val["bpb"]:.4f}, '
-    text += ''.join(f'val {key} {value:.4f}, ' for key, value in val.items() if key.startswith('loss@'))
-    record = {'iter': step, 'train/eval_loss': train} | {f'val/{key}': value for key, value in val.items()}
-    return f'{text}took {seconds:.1f}s', record
+    """Returns the line and the record of an evaluation. losses: see Task.evaluate."""
+    shown, record = [], {'iter': step}
+    if 'train' in losses:
+        record['train/eval_loss'] = losses['train']['loss']
+        shown.append(f'train loss {record["train/eval_loss"]:.4f}')
+    for key, value in losses['val'].items():
+        record[f'val/{key}'] = value
+        shown.append(f'val {key} {value:{".2f" if key == "ppl" else ".4f"}}')
+    return f'step {step}: {", ".join(shown)}, took {seconds:.1f}s', record
 
 
 def step_line(step, loss, grad_norm, extra, lr, n_loop, seconds, mfu, tokens, eta, flops_done):
@@ -209,6 +211,7 @@ def step_line(step, loss, grad_norm, extra, lr, n_loop, seconds, mfu, tokens, et
     rate, ms = tokens / seconds, 1000 * seconds
     left = '?' if eta is None else timedelta(seconds=min(10**9, round(eta)))
     text = f'iter {step}: loss {loss:.4f}, time {ms:.2f}ms, mfu {"n/a" if mfu is None else f"{mfu:.2%}"}, '
+    text += f'reward {extra["reward"]:.4f}, ' if 'reward' in extra else ''
     text += f'grad {grad_norm:.2f}, lr {lr:.1e}, tok/s {rate:,.0f}, loops {n_loop}, eta {left}'
     record = {'iter': step, 'train/loss': loss, 'train/grad_norm': grad_norm, 'lr': lr, 'mfu': mfu}
     record |= {'train/ms': ms, 'train/tok_per_sec': rate, 'train/loops': n_loop, 'train/flops': flops_done}
