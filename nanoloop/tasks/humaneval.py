@@ -6,7 +6,7 @@ import re
 
 from nanoloop.checks import check
 from nanoloop.tasks.base import Task, ask, take
-from nanoloop.tasks.run_code import passes
+from nanoloop.tasks.run_code import check_machine, passes
 from nanoloop.tasks.sources import Source, Unavailable
 
 FENCE = re.compile(r'```(?:python|py)?[ \t]*\n(.*?)(?:\n```|\Z)', re.DOTALL)
@@ -24,17 +24,19 @@ class HumanEval(Task):
     def parse(self, row, where):
         """Returns (prompt, solution, tests, the name of the function) of a row."""
         kept = take(row, where, 'prompt', 'canonical_solution', 'test', 'entry_point')
-        check(kept[-1].isidentifier(), f'{where}: entry_point', kept[-1], 'the name of a function')
+        check(kept[3].isidentifier(), f'{where}: entry_point', kept[3], 'the name of a function')
+        check('def check(' in kept[2], f'{where}: test', kept[2][:40], 'tests that define check(candidate)')
         return tuple(kept)
 
     def make_item(self, kept):
         prompt, solution, test, entry_point = kept
-        return ask(prompt, prompt + solution, prompt=prompt, test=test, entry_point=entry_point)
+        return ask(prompt, prompt + solution, test=test, entry_point=entry_point)
 
     def judge(self, item, answer):
         self.check_judge()
-        program = make_program(item['prompt'], answer, item['entry_point'])
-        return passes(program, item['prompt'], item['test'], item['entry_point'])
+        name, reference = item['entry_point'], item['messages'][-1]['content']
+        program = make_program(item['messages'][0]['content'], answer, name)
+        return passes(program, reference, item['test'], name)
 
     def check_judge(self):
         if not self.options.get('run_code'):
@@ -42,14 +44,18 @@ class HumanEval(Task):
                 'humaneval runs programs that the model wrote, without being a security boundary: '
                 '--run_code=True allows it'
             )
+        check_machine()
 
 
 def make_program(prompt, answer, entry_point):
     """Returns the program of an answer: a whole function, in a code fence or not, or the prompt's rest.
 
-    In front of a whole function stands the prompt, for its imports and helpers.
+    In front of a whole function stands the beginning of the prompt, its imports and helpers.
     """
     found = FENCE.search(answer)
     code = found[1] if found else answer
-    whole = re.search(rf'^(async )?def {entry_point}\b', code, re.MULTILINE)
-    return f'{prompt}\n\n{code}' if whole else prompt + code
+    head = re.compile(rf'^def {entry_point}\b', re.MULTILINE)
+    if not head.search(code):
+        return prompt + code
+    start = head.search(prompt)
+    return prompt[: start.start() if start else 0] + code
