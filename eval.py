@@ -53,7 +53,7 @@ class EvalConfig:
     out_dir: Name = 'out'  # folder of a run (its best.pt, else its ckpt.pt), or another name as in init_from
     init_from: Name = 'resume'  # resume (the model in out_dir), a folder, a file, gpt2..gpt2-xl, ouro:FOLDER
     # what is measured
-    tasks: Name = 'loss'  # names with commas between them: loss, wikitext, lambada, core, mano, ...
+    tasks: Name = 'loss'  # names with commas between them: loss, core, mano, gsm8k, chatcore, ...
     loops: Numbers(int, 1) = ''  # numbers of loops, such as 1,2,4,8: all in one pass; '' = the model's
     exit: Choice(('', *EXIT)) = ''  # early exit, of at most the largest number of loops; '' = none
     exit_threshold: Numbers(float, 0) = ''  # thresholds of exit, such as 0.1,0.05: a row for each
@@ -64,10 +64,18 @@ class EvalConfig:
     split: str = 'val'  # tasks=loss: the split of the data set
     windows: Size = 0  # loss: windows, 0 = all; mano, p_hop: questions per difficulty, 0 = 2000
     core_dir: str = ''  # tasks=core: the folder with core.yaml; '' = downloaded once
-    max_per_task: Count | None = None  # core, lambada, wikitext: most questions of a task; None = all
+    max_per_task: Count | None = None  # most questions of a task, but for loss, mano, p_hop; None = all
     fewshot_seeds: Numbers(int, 0) = '1234'  # core: seeds that draw the questions in front, such as 1234,2345
     wikitext: str = ''  # file of WikiText: raw text, .jsonl or .parquet; '' = from the hub
     lambada: str = ''  # file of LAMBADA: .jsonl or .parquet with text; '' = from the hub
+    # tasks of a chat model
+    arc: str = ''  # file or folder of ARC: .jsonl, .parquet or .csv; '' = from the hub
+    mmlu: str = ''  # file or folder of MMLU: .csv, .jsonl or .parquet; '' = from the hub
+    gsm8k: str = ''  # file or folder of GSM8K: .jsonl or .parquet; '' = from the hub
+    humaneval: str = ''  # file or folder of HumanEval: .jsonl or .parquet; '' = from the hub
+    words: str = ''  # spellingbee, simplespelling: file with a word on each line; '' = downloaded once
+    run_code: bool = False  # humaneval: run programs that the model wrote; limits, but no security boundary
+    max_new_tokens: Count = 512  # most tokens of an answer
     # output
     csv: str = ''  # file of the rows; '' = eval.csv in the model's folder
     items: str = ''  # file of JSON lines with the decision on every item; '' = none
@@ -156,6 +164,7 @@ def main(argv):
     base = dict(dtype=str(m.dtype)[6:], step=step, run=results.run, checkpoint=checkpoint['path'])
     evaluator = Evaluator(model, m, policies, results, base, c.batch_tokens, items_file, Progress)
     rows = [row for name in tasks for row in evaluator.run(name, tasks[name], loaded[name])]
+    rows = list({id(row): row for row in rows}.values())  # chatcore's tasks may be named beside it
     leave(m)
     if RANK == 0:
         for line in (*format_table(rows), *against_one_loop(rows, config.n_loop)):

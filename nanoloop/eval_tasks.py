@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nanoloop import core, generated_eval, perplexity
+from nanoloop import chat_eval, core, generated_eval, perplexity
 from nanoloop.checks import UserError, check
 from nanoloop.datasets import find_data, identify, open_split, read_meta
 from nanoloop.scoring import Evaluation, Item, Text
@@ -93,4 +93,6 @@ TASKS = {
     'core': EvalTask(core.core, core.combine),
     'mano': EvalTask(generated_eval.mano, generated_eval.combine),
     'p_hop': EvalTask(generated_eval.p_hop, generated_eval.combine),
+    **{name: EvalTask(functools.partial(chat_eval.chat_task, name)) for name in chat_eval.TASKS},
+    'chatcore': EvalTask(chat_eval.chatcore, chat_eval.combine),
 }

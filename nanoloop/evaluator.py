@@ -44,7 +44,8 @@ class Evaluator:
         start, progress = time.monotonic(), self.progress(evaluation.name)
         chosen = [self.policies[i] for i in missing]
         try:
-            results = score(self.model, evaluation, chosen, self.m, self.batch_tokens, progress)
+            measure = evaluation.score or score
+            results = measure(self.model, evaluation, chosen, self.m, self.batch_tokens, progress)
         finally:
             progress.close()
         seconds = round(time.monotonic() - start, 2)  # of all that were measured together

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from nanoloop.checks import check
+from nanoloop.decode import Stats
 from nanoloop.generate import Generation, Sampler
 
 
@@ -26,6 +27,7 @@ class Rollouts(NamedTuple):
     entropy: torch.Tensor  # (B, N) float32, of the distribution it was drawn from, nats; 0 elsewhere
     answers: list  # of B lists: the ids behind each prompt, without the token that ended it
     finished: list  # of B bools: the answer has ended by itself
+    stats: Stats  # of the decoder
 
 
 class RecordingSampler(Sampler):
@@ -97,11 +99,11 @@ def roll_out(model, prompts, max_new_tokens, stop=(), tool=None, temperature=1.0
             break
         if following != token:
             generation.replace(torch.tensor(following, device=device))
-    return collect(prompts, answers)
+    return collect(prompts, answers, generation.stats)
 
 
-def collect(prompts, answers):
-    """Returns the Rollouts of prompts (lists of ids) and their Answers."""
+def collect(prompts, answers, stats):
+    """Returns the Rollouts of prompts (lists of ids) and their Answers. stats: of the decoder."""
     pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
 
     def table(name, dtype, before):
@@ -117,4 +119,5 @@ def collect(prompts, answers):
         entropy=table('entropy', torch.float32, blank),
         answers=[answer.ids[:-1] if answer.finished else answer.ids for answer in answers],
         finished=[answer.finished or not answer.stop for answer in answers],
+        stats=stats,
     )

@@ -41,6 +41,8 @@ class Evaluation(NamedTuple):
     # an int array (k,)
     judge: Callable
     summarise: Callable  # the records of all items, in their order -> {column of eval.csv: number}
+    # None = score, below; or a function with its arguments, for which `judge` is what it needs
+    score: Callable | None = None
 
 
 class Policy(NamedTuple):

@@ -168,9 +168,9 @@ if not sandbox.filter_calls():
     print('none')
     raise SystemExit
 def try_all():
-    for act in (os.fork, lambda: subprocess.run(['true']), lambda: os.posix_spawn('/bin/true', ['true'], {}), socket.socket, socket.socketpair,
-                lambda: os.execv('/bin/true', ['true']), lambda: os.kill(os.getpid(), 0),
-                lambda: signal.pthread_kill(threading.get_ident(), 0),
+    for act in (os.fork, lambda: subprocess.run(['true']), socket.socket, socket.socketpair,
+                lambda: os.posix_spawn('/bin/true', ['true'], {}), lambda: os.execv('/bin/true', ['true']),
+                lambda: os.kill(os.getpid(), 0), lambda: signal.pthread_kill(threading.get_ident(), 0),
                 lambda: threading.Thread(target=print).start()):
         try:
             act()
@@ -223,7 +223,6 @@ def test_humaneval_is_judged_by_its_tests(tmp_path):
     row['test'] = 'def check(candidate):\n    assert candidate(9) == root(9) == helper(3)\n'
     (tmp_path / 'a.jsonl').write_text(json.dumps(row))
     task = make_task('humaneval', dict(humaneval=str(tmp_path / 'a.jsonl'), run_code=True))
-    task.check_judge()
     for answer, right in (
         (task[0]['messages'][1]['content'], True),
         ('```python\ndef root(x):\n    return math.sqrt(helper(x))\n```', True),

@@ -427,4 +427,6 @@ def test_code_runs_only_when_it_is_allowed(options):
     task = make_task('humaneval', options)
     with pytest.raises(Unavailable, match='--run_code=True allows it'):
         task.judge(task[0], '    return x / 2\n')
-    make_task('humaneval', dict(options, run_code=True)).check_judge()
+    with pytest.raises(Unavailable, match='--run_code=True allows it'):
+        TASKS['humaneval'].check_judge(options)
+    TASKS['humaneval'].check_judge(dict(run_code=True))

@@ -23,7 +23,8 @@ class Task(Sequence):
     kind: 'choice' (an item has `letters`, one of which is its `answer`) or 'text' (an answer is generated)
     baseline: the accuracy of random answers
     tools: whether the calculator is used while an answer is generated
-    source: where its rows come from, a Source, unless it makes them
+    option: the key that names its data
+    source: where its rows are, a Source, unless it makes them
     parse(row, where): what it keeps of a row, plain values; raises UserError for a row that it cannot take
     make_item(kept): the item
     judge(item, answer): whether a text is a right answer
@@ -39,8 +40,8 @@ class Task(Sequence):
 
     def read(self):
         """Returns the rows that __getitem__ makes items of."""
-        found = read_rows(self.source, self.options.get(self.source.option) or '', self.split)
-        return [self.parse(row, where) for where, row in found]
+        rows = read_rows(self.source, self.option, self.options.get(self.option) or '', self.split)
+        return [self.parse(row, where) for where, row in rows]
 
     def __len__(self):
         return len(self.rows)
@@ -52,8 +53,9 @@ class Task(Sequence):
         """Returns the reward of an answer, for reinforcement learning."""
         return float(self.judge(item, answer))
 
-    def check_judge(self):
-        """Raises Unavailable if answers cannot be judged."""
+    @classmethod
+    def check_judge(cls, options):
+        """Raises Unavailable if these options do not allow to judge, UserError if the machine does not."""
 
     @functools.cached_property
     def data(self):

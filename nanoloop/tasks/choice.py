@@ -94,22 +94,21 @@ class ArcEasy(Choice):
     """Science questions of school exams, the easier part. Options: arc, a file or a folder."""
 
     name = 'arc_easy'
-    source = Source('arc', 'allenai/ai2_arc', 'ARC-Easy', 'question', ARC_SPLITS, ('easy',), ('challenge',))
+    option = 'arc'
+    source = Source('allenai/ai2_arc', 'ARC-Easy', 'question', ARC_SPLITS, ('easy',), ('challenge',))
 
 
 class ArcChallenge(Choice):
     """Science questions of school exams, the harder part. Options: arc, a file or a folder."""
 
     name = 'arc_challenge'
-    source = Source(
-        'arc', 'allenai/ai2_arc', 'ARC-Challenge', 'question', ARC_SPLITS, ('challenge',), ('easy',)
-    )
+    option = 'arc'
+    source = Source('allenai/ai2_arc', 'ARC-Challenge', 'question', ARC_SPLITS, ('challenge',), ('easy',))
 
 
 class Mmlu(Choice):
     """Questions of 57 subjects; train is auxiliary_train. Options: mmlu, a file or a folder."""
 
     name = 'mmlu'
-    source = Source(
-        'mmlu', 'cais/mmlu', 'all', 'question', dict(train='auxiliary_train', test='test'), ('all',)
-    )
+    option = 'mmlu'
+    source = Source('cais/mmlu', 'all', 'question', dict(train='auxiliary_train', test='test'), ('all',))

@@ -20,9 +20,8 @@ class Gsm8k(Task):
     """
 
     name, tools = 'gsm8k', True
-    source = Source(
-        'gsm8k', 'openai/gsm8k', 'main', 'question', dict(train='train', test='test'), (), ('socratic',)
-    )
+    option = 'gsm8k'
+    source = Source('openai/gsm8k', 'main', 'question', dict(train='train', test='test'), (), ('socratic',))
 
     def parse(self, row, where):
         """Returns (question, solution) of a row."""

@@ -19,7 +19,8 @@ class HumanEval(Task):
     """
 
     name = 'humaneval'
-    source = Source('humaneval', 'openai/openai_humaneval', 'openai_humaneval', 'prompt', dict(test='test'))
+    option = 'humaneval'
+    source = Source('openai/openai_humaneval', 'openai_humaneval', 'prompt', dict(test='test'))
 
     def parse(self, row, where):
         """Returns (prompt, solution, tests, the name of the function) of a row."""
@@ -33,18 +34,24 @@ class HumanEval(Task):
         return ask(prompt, prompt + solution, test=test, entry_point=entry_point)
 
     def judge(self, item, answer):
-        self.check_judge()
+        self.allow(self.options)
         name, reference = item['entry_point'], item['messages'][-1]['content']
         program = make_program(item['messages'][0]['content'], answer, name)
         return passes(program, reference, item['test'], name)
 
-    def check_judge(self):
-        if not self.options.get('run_code'):
+    @classmethod
+    def check_judge(cls, options):
+        cls.allow(options)
+        check_machine()
+
+    @staticmethod
+    def allow(options):
+        """Raises Unavailable unless the options allow to run code."""
+        if not options.get('run_code'):
             raise Unavailable(
                 'humaneval runs programs that the model wrote, without being a security boundary: '
                 '--run_code=True allows it'
             )
-        check_machine()
 
 
 def make_program(prompt, answer, entry_point):

@@ -23,7 +23,6 @@ class Unavailable(UserError):
 class Source(NamedTuple):
     """Where the rows of a task come from."""
 
-    option: str  # the key that names a file or a folder
     path: str  # the data set's name on the hub,
     config: str  # its configuration,
     column: str  # and a column of text
@@ -32,36 +31,36 @@ class Source(NamedTuple):
     of_others: tuple = ()  # and files with one of these are not
 
 
-def read_rows(source, value, split):
+def read_rows(source, option, value, split):
     """Yields (where, row) of a split: a row is a dict, `where` names its file and number for a message.
 
-    value: a file or a folder, '' = the hub. A file is taken for either split. Of a folder those files are
-    taken whose names have the split in them, such as test-00000.parquet or test/law_test.csv; if none has,
-    those without the other split. Raises Unavailable if there is no such data, and UserError for a file that
-    cannot be read.
+    option, value: a key, and the file or folder that it names; '' = the hub. A file is for either split.
+    Of a folder those files are taken whose names have the split in them, such as test-00000.parquet or
+    test/law_test.csv; if none has, those without the other split. Raises Unavailable if there is no such
+    data, and UserError for a file that cannot be read.
     """
     known = ' or '.join(source.splits)
     check(split in source.splits, 'split', split, f'{known}: {source.path} has no other')
     if value:
-        for path in find_files(source, Path(value).expanduser(), split):
-            for number, row in enumerate(read_file(path, source.option), 1):
+        for path in find_files(source, option, Path(value).expanduser(), split):
+            for number, row in enumerate(read_file(path, option), 1):
                 yield f'{path}, row {number}', row
         return
-    with reach_hub(source.path, source.option, f'a file or folder, {" or ".join(FORMATS)}'):
+    with reach_hub(source.path, option, f'a file or folder, {" or ".join(FORMATS)}'):
         documents = HubDocuments(source.path, source.column, name=source.config)
         rows = documents.open(source.splits[split])
     for number, row in enumerate(rows, 1):
         yield f'{source.path}, row {number}', row
 
 
-def find_files(source, path, split):
+def find_files(source, option, path, split):
     """Returns the files of a split that a path stands for, see read_rows."""
-    check(path.exists(), source.option, str(path), 'a file or folder that exists')
+    check(path.exists(), option, str(path), 'a file or folder that exists')
     files = [path]
     if path.is_dir():
         found = (file for file in path.rglob('*') if file.suffix in FORMATS and file.is_file())
         files = sorted(file for file in found if not hidden(file.relative_to(path)))
-        check(files, source.option, str(path), f'a folder with files {" or ".join(FORMATS)}')
+        check(files, option, str(path), f'a folder with files {" or ".join(FORMATS)}')
     own = [file for file in files if words(file) & set(source.of_task)]
     files = own or [file for file in files if not words(file) & set(source.of_others)]
     if path.is_dir():
@@ -70,7 +69,7 @@ def find_files(source, path, split):
         files = named or [file for file in files if not words(file.relative_to(path)) & other]
     if not files:
         what = ' '.join((*source.of_task[:1], split))
-        raise Unavailable(f'{source.option}={str(path)!r}, expected files with {what} in their names')
+        raise Unavailable(f'{option}={str(path)!r}, expected files with {what} in their names')
     return files
 
 

@@ -25,11 +25,11 @@ class Spelling(Task):
     the word. sizes: the number of items of each split.
     """
 
-    sizes = {}
+    option, sizes = 'words', {}
 
     def read(self):
         """Returns the words of the split."""
-        file = self.options.get('words') or ''
+        file = self.options.get(self.option) or ''
         text = read_text(file or download_words())
         lines = dict.fromkeys(line.strip().lower() for line in text.split('\n'))
         words = [word for word in lines if word and set(word) <= set(string.ascii_lowercase)]
