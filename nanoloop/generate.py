@@ -139,7 +139,7 @@ class Generation:
             yield self.unyielded.popleft()
 
     def replace(self, tokens):
-        """Puts other tokens (B,) in place of the newest ones that stream has yielded, the result of a tool."""
+        """Puts other tokens (B,), a tool's result, in place of those that stream has yielded last."""
         check(not self.speculate, 'speculate', self.speculate, '0 where tokens are replaced')
         self.newest = tokens
 

@@ -60,7 +60,7 @@ def reinforcement(c, m, checkpoint, stopped, say):
     tokenizer = find_tokenizer(checkpoint)
     config = settle_config(c, dict(tokenizer=tokenizer.spec), checkpoint)
     check(config.dropout == 0, 'dropout', config.dropout, '0 with rl_task: answers are sampled without it')
-    questions = find_questions(c, tokenizer, config, say)
+    questions = find_questions(c, tokenizer, config)
     model = build_model(c, m, config, checkpoint)
     say(questions.describe())
     if c.loop_sampling != 'fixed':
@@ -145,7 +145,7 @@ def describe_answers(rollouts, rewards):
 
 
 def pass_at_k(rewards):
-    """Returns the probability that one of k answers is right, {'pass@k': mean over questions}, k = 1, 2, 4, ...
+    """Returns the probability that one of k answers is right, for k = 1, 2, 4, ...: {'pass@1': mean, ...}.
 
     rewards: (n, samples); an answer is right if its reward is 1 or more. With c of s answers right it is
     1 - C(s - c, k) / C(s, k), which is unbiased. Source: Chen et al., arXiv:2107.03374.
@@ -178,7 +178,8 @@ def evaluate(model, questions, c, m, stopped, tell):
                 seed = random_sequence(0, number, stream='rollouts')
                 _, rewards = ask(model, questions, own, c.n_loop, seed, c, m)
                 values = {'reward': rewards.mean().item(), **pass_at_k(rewards)}
-                sums, names = sums + len(own) * torch.tensor([*values.values()], dtype=torch.float64), [*values]
+                names, means = [*values], torch.tensor([*values.values()], dtype=torch.float64)
+                sums = sums + len(own) * means
     finally:
         model.train(training)
     means = dict(zip(names, (reduce_sum(m, sums) / len(asked)).tolist(), strict=True))

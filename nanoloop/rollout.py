@@ -1,5 +1,5 @@
 """
-Rollouts: answers that a model samples to prompts, in one batch, with what reinforcement learning needs of them.
+Rollouts: answers that a model samples to prompts, in one batch, and what training on them needs.
 
 The predictions are those of a training forward pass in eval mode: every token takes n_loop loops with a KV
 cache of its own, and is drawn at temperature 1 from all tokens unless the options say otherwise.
@@ -75,7 +75,7 @@ def roll_out(model, prompts, max_new_tokens, stop=(), tool=None, temperature=1.0
              **options):  # fmt: skip
     """Samples an answer to each prompt. Returns Rollouts.
 
-    model: in eval mode. prompts: lists of ids. max_new_tokens: most tokens of an answer, forced ones included.
+    model: in eval mode. prompts: lists of ids. max_new_tokens: most tokens of an answer, forced ones too.
     stop: ids that end an answer, () = it has max_new_tokens tokens. tool: called with the ids of an answer
     after each drawn token, it returns the ids that are forced to follow, mostly none. options: see Decoder.
     """
