@@ -32,9 +32,10 @@ from nanoloop.generate import Generation
 from nanoloop.lens import predictions_by_loop
 from nanoloop.lens_page import LensView, check_lens
 from nanoloop.machine import autocast, choose_compile, choose_device, choose_dtype
+from nanoloop.plain_tokenizers import SPECIAL_TEXT
 from nanoloop.signals import exit_on_sigterm
 from nanoloop.text_stream import TextStream
-from nanoloop.tokenizer import SPECIAL, read_text
+from nanoloop.tokenizer import read_text
 
 
 @dataclass
@@ -124,8 +125,10 @@ def read_prompt(start, tokenizer, vocab_size):
     if start.startswith('FILE:'):
         start = read_text(start.removeprefix('FILE:'))
     ids = tokenizer.encode(start, special=True) or [tokenizer.eot_token]
-    if not tokenizer.has_special and (written := re.search(SPECIAL, start)):
-        print_error(f'{written[0]} is ordinary text here: {tokenizer.no_special}')
+    if others := [text for text in re.findall(SPECIAL_TEXT, start) if text not in tokenizer.special_ids]:
+        known = ', '.join(tokenizer.special_ids)
+        reason = f'the special tokens are {known}' if known else tokenizer.no_special
+        print_error(f'{others[0]} is ordinary text here: {reason}')
     check(max(ids) < vocab_size, 'start', start[:40], 'text in the tokens of the checkpoint')
     return start, ids
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from nanoloop import chat_eval, core, generated_eval, perplexity
+from nanoloop.added_tokens import extends
 from nanoloop.checks import UserError, check
 from nanoloop.datasets import find_data, identify, open_split, read_meta
 from nanoloop.scoring import Evaluation, Item, Text
@@ -44,7 +45,7 @@ def loss(c, tokenizer, config, say):
     meta = read_meta(folder)
     own, others = (spec['kind'] for spec in (tokenizer.spec, meta['tokenizer']))
     expected = f'one in the tokens of the model, of kind {own}, not {others}'
-    check(tokenizer.spec == meta['tokenizer'], 'dataset', c.dataset, expected)
+    check(extends(tokenizer.spec, meta['tokenizer']), 'dataset', c.dataset, expected)
     split = open_split(folder, meta, c.split, config.block_size, config.vocab_size)
     data = identify(folder, meta)['sha256'][:8]
     settings = f'dataset={c.dataset} split={c.split} windows={c.windows} data={data}'

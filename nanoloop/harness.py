@@ -236,7 +236,7 @@ class NanoLoop(TemplateLM):
 
         stops: the texts that end it, for each prompt. args: GenerationArgs.
         """
-        special = self.words.has_special and not self.words.token_bytes[self.eot_token_id]
+        special = self.words.special_ids and not self.words.token_bytes[self.eot_token_id]
         end = self.eot_token_id if special else None
         texts, lengths = [TextStream(self.words, *own) for own in stops], [len(ids) for ids in prompts]
         idx = pad([np.array(ids) for ids in prompts], 0, self.m)  # (B, T)

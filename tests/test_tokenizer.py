@@ -5,9 +5,9 @@ import random
 import pytest
 import torch
 
-from nanoloop import tokenizer as module
+from nanoloop import byte_pairs as module
+from nanoloop.blanks import LINE_ENDS, split_at_blanks
 from nanoloop.tokenizer import (
-    LINE_ENDS,
     Bytes,
     Characters,
     HuggingFace,
@@ -16,7 +16,6 @@ from nanoloop.tokenizer import (
     choose_tokenizer,
     make_tokenizer,
     read_text,
-    split_at_blanks,
     tokenizer_file,
 )
 
