@@ -35,7 +35,6 @@ def find_questions(c, tokenizer, config):
     """Returns the questions of c.rl_task. Raises UserError for a task that is not there, or without data."""
     data = find_generated(c.rl_task)
     if data is not None:
-        check(not c.rl_data, 'rl_data', c.rl_data, f"'' for {data.name}, which needs no file")
         return GeneratedQuestions(data, c, tokenizer, config)
     names = ', '.join([*TEXT_TASKS, *(f'{name}:N' for name in GENERATED)])
     check(c.rl_task in TEXT_TASKS, 'rl_task', c.rl_task, f'one of {names}')
@@ -93,8 +92,10 @@ class TaskQuestions:
         self.name, self.tokenizer, self.seed = c.rl_task, tokenizer, c.seed
         self.max_new_tokens, self.micros = c.max_new_tokens, c.gradient_accumulation_steps
         task = TEXT_TASKS[c.rl_task]
-        option = task.source.option if hasattr(task, 'source') else 'words'
-        self.tasks = {split: make_task(c.rl_task, {option: c.rl_data}, split) for split in ('train', 'test')}
+        self.tasks = {
+            split: make_task(c.rl_task, dict(gsm8k=c.gsm8k, words=c.words), split)
+            for split in ('train', 'test')
+        }
         self.stop = [special_id(tokenizer, name) for name in ('assistant_end', 'bos')]
         self.tool = make_calculator(tokenizer) if task.tools else None
         room = config.block_size + 1 - c.max_new_tokens

@@ -38,7 +38,8 @@ from nanoloop.rollout import roll_out
 class RLConfig:
     # reinforcement learning
     rl_task: str = ''  # train on the model's own answers to the questions of a task; '' = off
-    rl_data: str = ''  # file or folder with the questions; '' = from the Hugging Face hub
+    gsm8k: str = ''  # rl_task=gsm8k: file or folder of its questions; '' = from the Hugging Face hub
+    words: str = ''  # rl_task=spellingbee, simplespelling: file with a word on each line; '' = downloaded
     rl_samples: Count = 16  # answers to each question; batch_size is a multiple of it
     max_new_tokens: Count = 256  # most tokens of an answer
     temperature: NotNegative = 1.0  # of the samples; only 1 without top_k draws from what is trained

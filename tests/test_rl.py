@@ -1,6 +1,7 @@
 """Rollouts and reinforcement learning: what is sampled, how it is weighed, and that a run resumes exactly."""
 
 import itertools
+import json
 import math
 import types
 from contextlib import nullcontext
@@ -14,12 +15,14 @@ from test_recipes import RECIPES, build
 import train
 from model import GPT, GPTConfig
 from nanoloop import rl
+from nanoloop.added_tokens import chat_tokenizer
 from nanoloop.generated import find_generated
 from nanoloop.objective import TrainingLoss, set_trained_parts
 from nanoloop.questions import Question, find_questions
 from nanoloop.randomness import random_generator
 from nanoloop.rl import RLConfig, one_by_one, pass_at_k
 from nanoloop.rollout import roll_out
+from nanoloop.tokenizer import Bytes
 from nanoloop.training_step import train_step
 from train import TrainConfig
 
@@ -27,6 +30,7 @@ SIZES = dict(block_size=12, vocab_size=23, n_head=2, n_embd=12, n_prelude=1, n_b
 M = types.SimpleNamespace(
     rank=0, world=1, cpu_group=None, device='cpu', autocast=nullcontext, to_device=lambda x: x
 )
+CHAT = chat_tokenizer(Bytes())
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8], [9]]
 LOOPS = pytest.mark.parametrize('n_loop', [1, 2, 5])
 
@@ -190,8 +194,60 @@ def test_questions_of_a_generated_task_are_its_rows(name):
 def questions_of(name):
     data = find_generated(name)
     tokenizer = types.SimpleNamespace(spec=dict(words=data.words))
-    c = types.SimpleNamespace(init_from='x', rl_task=name, rl_data='', seed=3)
+    c = types.SimpleNamespace(init_from='x', rl_task=name, gsm8k='', words='', seed=3)
     return find_questions(c, tokenizer, types.SimpleNamespace(block_size=data.row_len))
+
+
+def gsm8k(tmp_path, n=40, **keys):
+    """Questions of a made file of GSM8K in bytes, the answer to question i is i."""
+    path = tmp_path / 'gsm8k.jsonl'
+    lines = [
+        dict(question='x' * (i % 9) + f'{i}?', answer=f'It is <<{i}+0={i}>>{i}.\n#### {i}') for i in range(n)
+    ]
+    path.write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    c = dict(
+        rl_task='gsm8k', gsm8k=str(path), words='', seed=3, max_new_tokens=60, gradient_accumulation_steps=2
+    )
+    return find_questions(types.SimpleNamespace(**c | keys), CHAT, types.SimpleNamespace(block_size=72))
+
+
+def test_an_epoch_asks_every_question_once_in_an_order_of_its_own(tmp_path):
+    questions = gsm8k(tmp_path)
+    n = len(questions.indices['train'])
+    batches = [questions.train(step, number, 3) for step in range(n) for number in range(2)]  # six epochs
+    prompts = [tuple(question.prompt) for batch in batches for question in batch]
+    epochs = [prompts[i : i + n] for i in range(0, 6 * n, n)]
+    assert all(len(set(epoch)) == n for epoch in epochs) and len(set(map(tuple, epochs))) == 6
+    assert not {tuple(question.prompt) for question in questions.val(99)} & set(prompts)
+    assert len(questions.val(99)) == len(questions.indices['test']) > 0
+
+
+def test_an_answer_is_judged_as_text_and_long_prompts_are_left_out(tmp_path):
+    questions = gsm8k(tmp_path)
+    assert 'left out' in questions.describe() and questions.left_out > 0
+    assert all(len(question.prompt) + 60 <= 73 for question in questions.train(0, 0, 50))
+    for index in questions.indices['test'][:3]:
+        question = questions.make('test', index)
+        assert question.prompt[-1] == CHAT.special_ids['<|assistant_start|>']
+        right = CHAT.encode(f'so\n#### {index}')
+        assert question.reward(right) == 1 and question.reward(right + CHAT.encode('0')) == 0
+    ids = [CHAT.special_ids[f'<|python_{edge}|>'] for edge in ('start', 'end')]
+    outputs = [CHAT.special_ids[f'<|output_{edge}|>'] for edge in ('start', 'end')]
+    call = [ids[0], *CHAT.encode('6*7'), ids[1]]
+    assert questions.tool(call) == [outputs[0], *CHAT.encode('42'), outputs[1]] and not questions.tool(
+        call[:-1]
+    )
+    assert questions.stop[0] == CHAT.special_ids['<|assistant_end|>']
+
+
+def test_questions_that_leave_no_room_are_refused(tmp_path):
+    for n, text in ((80, 'at most block_size'), (70, 'a lower max_new_tokens')):
+        with pytest.raises(ValueError, match=text):
+            gsm8k(tmp_path, max_new_tokens=n)
+    with pytest.raises(ValueError, match='special|conversations'):
+        c = dict(rl_task='gsm8k', gsm8k=str(tmp_path / 'gsm8k.jsonl'), words='', seed=3, max_new_tokens=9)
+        c = types.SimpleNamespace(**c, gradient_accumulation_steps=1)
+        find_questions(c, Bytes(), types.SimpleNamespace(block_size=72))
 
 
 # -----------------------------------------------------------------------------
