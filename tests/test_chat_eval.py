@@ -52,6 +52,17 @@ PROBLEMS = [
 ]
 
 
+FUNCTIONS = [
+    dict(
+        prompt=f'def f{i}(x):\n    """ x + {i} """\n',
+        canonical_solution=f'    return x + {i}\n',
+        test=f'def check(candidate):\n    assert candidate(1) == {i + 1}\n',
+        entry_point=f'f{i}',
+    )
+    for i in range(2)
+]
+
+
 def write_rows(path, rows):
     path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
     return str(path)
@@ -59,7 +70,7 @@ def write_rows(path, rows):
 
 @pytest.fixture
 def files(tmp_path):
-    """Files of the tasks but for HumanEval, {key: path}."""
+    """Files of the tasks, {key: path}."""
     words = [a + b + c for a in 'bcdfgkl' for b in 'aeiou' for c in ('at', 'an', 'oo', 'ell')]
     (tmp_path / 'words.txt').write_text('\n'.join(words))
     (tmp_path / 'arc').mkdir()
@@ -69,6 +80,7 @@ def files(tmp_path):
         arc=str(tmp_path / 'arc'),
         mmlu=write_rows(tmp_path / 'mmlu.jsonl', QUESTIONS),
         gsm8k=write_rows(tmp_path / 'gsm8k.jsonl', PROBLEMS),
+        humaneval=write_rows(tmp_path / 'humaneval.jsonl', FUNCTIONS),
         words=str(tmp_path / 'words.txt'),
     )
 
@@ -251,9 +263,9 @@ def test_ranks_share_the_answers(files, monkeypatch):
         assert [r.mean_loops for r in together] == pytest.approx([r.mean_loops for r in alone])
 
 
-@pytest.mark.parametrize('name', ['gsm8k', 'spellingbee', 'simplespelling'])
+@pytest.mark.parametrize('name', ['gsm8k', 'humaneval', 'spellingbee', 'simplespelling'])
 def test_a_model_that_knows_the_answers_scores_exactly(name, files, monkeypatch):
-    evaluation, tokenizer, table = evaluate(name, files), Chat(), {}
+    evaluation, tokenizer, table = evaluate(name, files, run_code=True), Chat(), {}
     task, n = evaluation.items.task, len(evaluation.items)
     known = [i for i in range(n) if i % 3 == 0]
     for i in range(n):
@@ -267,7 +279,7 @@ def test_a_model_that_knows_the_answers_scores_exactly(name, files, monkeypatch)
     columns = evaluation.summarise(result.records)
     assert columns['accuracy'] == columns['centered'] == sum(right) / n
     cut = sum(not table[tuple(item.texts[0].ids)][1] for item in evaluation.items)
-    assert columns['note'] == f'{cut} of {n} answers did not end'
+    assert columns['note'] == f'{cut} of {n} answers did not end' * (cut > 0)
     assert columns['tokens'] == sum(len(table[tuple(item.texts[0].ids)][0]) for item in evaluation.items)
 
 
