@@ -23,7 +23,7 @@ from nanoloop.early_exit import EarlyExit
 from nanoloop.prepare import Writer
 from nanoloop.results import csv_beside, read_csv
 from nanoloop.scoring import Policy, score
-from nanoloop.tokenizer import Bytes, Numbers
+from nanoloop.tokenizer import Bytes, Characters, Numbers
 from nanoloop.tool_use import make_calculator
 
 NAMES = (
@@ -106,10 +106,10 @@ def evaluate(name, files, tokenizer=None, **changed):
 def answer_by_table(monkeypatch, table):
     """Lets models answer by a table, {prompt's ids: (answer's ids, whether it has ended)}."""
 
-    def roll_out(model, prompts, max_new_tokens, stop, tool, temperature, n_loop, **options):
+    def roll_out(model, prompts, max_new_tokens, stop, tool, temperature, n_loop, kv_budget, early_exit):
         answers, finished = zip(*(table[tuple(ids)] for ids in prompts), strict=True)
         stats = Stats()
-        stats.loops_taken[n_loop] += sum(map(len, answers))
+        stats.loops_taken[early_exit or kv_budget or n_loop] += sum(map(len, answers))
         return SimpleNamespace(answers=answers, finished=finished, stats=stats)
 
     monkeypatch.setattr(chat_eval, 'roll_out', roll_out)
@@ -187,6 +187,16 @@ def test_the_same_questions_are_asked_every_time_and_fewer_are_the_first_ones(fi
     assert [item.info['index'] for item in fewer.items] == indices[:4]
     assert 'max_per_task=4 data=' in fewer.settings and fewer.settings != evaluate('mmlu', files).settings
     assert evaluate('gsm8k', files).settings.endswith('max_new_tokens=24')
+
+
+def test_letters_that_the_tokenizer_does_not_know_are_told_before_any_question(files):
+    class Few(Chat):
+        def encode(self, text, special=False):
+            return Characters('\n abcdefghijklmnopqrstuvwxyzMCRQ').encode(text)
+
+    for name in ('mmlu', 'gsm8k'):
+        with pytest.raises(UserError, match="characters that the tokenizer does not know: .*'0' '1' '2'"):
+            evaluate(name, files, Few())
 
 
 def test_a_letter_of_several_tokens_is_refused(files):
@@ -272,7 +282,10 @@ def test_a_model_that_knows_the_answers_scores_exactly(name, files, monkeypatch)
         prompt, ids = reference(task[i], tokenizer)
         table.setdefault(prompt, (ids, True) if i in known else (tokenizer.encode('#### 1000'), i % 2 == 0))
     answer_by_table(monkeypatch, table)
-    result, _ = evaluation.score(None, evaluation, [Policy(2), Policy(3)], M, 4096, lambda *a: None)
+    policies = [Policy(2), Policy(9), Policy(9, kv_budget=3), Policy(9, early_exit=4)]
+    result, *others = evaluation.score(None, evaluation, policies, M, 4096, lambda *a: None)
+    assert [r.mean_loops for r in (result, *others)] == [2, 9, 3, 4]
+    assert all(other.records == result.records for other in others)
     json.dumps(result.records)
     right = [table[tuple(item.texts[0].ids)][0][-4:] != list(b'1000') for item in evaluation.items]
     assert [bool(record['correct']) for record in result.records] == right and 0 < sum(right) < n

@@ -31,6 +31,7 @@ def judge(program, **options):
     [
         RIGHT,
         f"print('x' * 10**6)\n{RIGHT}",
+        f'import os\nassert not os.listdir()\n{RIGHT}',
         'from collections import UserList, Counter, namedtuple\n'
         'class L(list): pass\nclass I(int): pass\n'
         'def double(x):\n    return L(2 * x) if isinstance(x, list) else I(8) if x == 4 else 2 * x\n',
@@ -43,6 +44,8 @@ def test_a_right_function_passes(program):
 
 
 WRONG = {
+    'a wrong value for a call by name': "def double(x):\n    return '' if x == 'a' else 2 * x\n",
+    'twice the memory': f'x = bytearray(2**29)\n{RIGHT}',
     'a wrong value': 'def double(x):\n    return x\n',
     'no value': 'def double(x):\n    pass\n',
     'an error': 'def double(x):\n    raise ValueError\n',
@@ -205,6 +208,10 @@ def test_values_are_built_in_types_when_they_arrive():
         made = sandbox.plain(value)
         assert made == expected and type(made) is type(expected) and str(made) == str(expected)
         assert sandbox.Values(__import__('io').BytesIO(pickle.dumps(made))).load() == expected
+    source, target = os.pipe()
+    os.write(target, (2**40).to_bytes(8, 'little'))
+    with pytest.raises(EOFError):  # before it makes room for it
+        sandbox.Channel(source, target).receive()
     for value in (iter([]), range(3), object(), print, 1j, [object()]):
         with pytest.raises(TypeError):
             sandbox.plain(value)
