@@ -9,11 +9,11 @@ import pytest
 import torch
 from helpers import TINY, randomize
 
-import eval as eval_script
 import train
 from eval import main
 from model import GPT, GPTConfig
 from nanoloop import chat_eval
+from nanoloop.added_tokens import SPECIAL, Added, chat_tokenizer
 from nanoloop.calculator import calculate
 from nanoloop.chat_eval import CHATCORE, chat_task, chatcore, combine
 from nanoloop.checks import UserError
@@ -23,24 +23,10 @@ from nanoloop.early_exit import EarlyExit
 from nanoloop.prepare import Writer
 from nanoloop.results import csv_beside, read_csv
 from nanoloop.scoring import Policy, score
-from nanoloop.tokenizer import Bytes, Characters, Numbers
+from nanoloop.tokenizer import Bytes, Characters
 from nanoloop.tool_use import make_calculator
 
-NAMES = (
-    'bos user_start user_end assistant_start assistant_end python_start python_end output_start output_end'
-)
-
-
-class Chat(Bytes):
-    """Bytes, and behind them the special tokens of conversations."""
-
-    special_ids = {f'<|{name}|>': 256 + i for i, name in enumerate(NAMES.split())}
-
-    def decode_bytes(self, ids):
-        texts = {i: text.encode() for text, i in self.special_ids.items()}
-        return b''.join(texts.get(i) or bytes([i]) for i in ids)
-
-
+CHAT = chat_tokenizer(Bytes())
 M = SimpleNamespace(rank=0, world=1, cpu_group=None, autocast=torch.no_grad, to_device=lambda x: x)
 QUESTIONS = [
     dict(question=f'{i} + 1?', choices=[str(i + (j == i % 4)) for j in range(4)], answer=i % 4)
@@ -99,7 +85,7 @@ def config(**changed):
 
 def evaluate(name, files, tokenizer=None, **changed):
     """The Evaluation of a task."""
-    (evaluation,) = chat_task(name, keys(**files, **changed), tokenizer or Chat(), config(), None)
+    (evaluation,) = chat_task(name, keys(**files, **changed), tokenizer or CHAT, config(), None)
     return evaluation
 
 
@@ -139,8 +125,8 @@ def test_the_answer_is_the_most_likely_letter_and_no_other_token_counts(policy, 
         prompt = item.texts[0].ids[:-1]
         assert [text.ids for text in item.texts] == [[*prompt, letter] for letter in letters]
         row = QUESTIONS[record['index']]
-        assert prompt == render_prompt(evaluation.items.task[record['index']]['messages'], Chat())
-        assert f'Question: {row["question"]}'.lower() in Chat().decode(prompt).lower()
+        assert prompt == render_prompt(evaluation.items.task[record['index']]['messages'], CHAT)
+        assert f'Question: {row["question"]}'.lower() in CHAT.decode(prompt).lower()
         assert record['gold'] == row['answer'] and record['correct'] == (record['answer'] == row['answer'])
         if policy.plain:
             with torch.no_grad():
@@ -170,7 +156,7 @@ def test_a_model_that_knows_the_choices_scores_exactly(files):
 
 
 def test_a_prompt_that_is_longer_than_the_context_keeps_its_end(files):
-    (evaluation,) = chat_task('mmlu', keys(**files), Chat(), config(pos='learned', block_size=40), None)
+    (evaluation,) = chat_task('mmlu', keys(**files), CHAT, config(pos='learned', block_size=40), None)
     whole = evaluate('mmlu', files)
     for item, full in zip(evaluation.items, whole.items, strict=True):
         assert [text.ids for text in item.texts] == [text.ids[-41:] for text in full.texts]
@@ -190,24 +176,24 @@ def test_the_same_questions_are_asked_every_time_and_fewer_are_the_first_ones(fi
 
 
 def test_letters_that_the_tokenizer_does_not_know_are_told_before_any_question(files):
-    class Few(Chat):
+    class Few(Added):
         def encode(self, text, special=False):
             return Characters('\n abcdefghijklmnopqrstuvwxyzMCRQ').encode(text)
 
     for name in ('mmlu', 'gsm8k'):
         with pytest.raises(UserError, match="characters that the tokenizer does not know: .*'0' '1' '2'"):
-            evaluate(name, files, Few())
+            evaluate(name, files, Few(Bytes(), SPECIAL))
 
 
 def test_a_letter_of_several_tokens_is_refused(files):
-    class Long(Chat):
+    class Long(Added):
         def encode(self, text, special=False):
             return super().encode(text) * (2 if text == 'C' else 1)
 
     with pytest.raises(
         UserError, match="tasks='mmlu', expected a model whose tokenizer has one token for each"
     ):
-        evaluate('mmlu', files, Long()).items[0]
+        evaluate('mmlu', files, Long(Bytes(), SPECIAL)).items[0]
 
 
 # -----------------------------------------------------------------------------
@@ -275,7 +261,7 @@ def test_ranks_share_the_answers(files, monkeypatch):
 
 @pytest.mark.parametrize('name', ['gsm8k', 'humaneval', 'spellingbee', 'simplespelling'])
 def test_a_model_that_knows_the_answers_scores_exactly(name, files, monkeypatch):
-    evaluation, tokenizer, table = evaluate(name, files, run_code=True), Chat(), {}
+    evaluation, tokenizer, table = evaluate(name, files, run_code=True), CHAT, {}
     task, n = evaluation.items.task, len(evaluation.items)
     known = [i for i in range(n) if i % 3 == 0]
     for i in range(n):
@@ -303,7 +289,7 @@ def test_the_calculator_is_given_where_a_task_has_it(files):
 
 
 def test_the_calculator_writes_its_result_behind_a_call():
-    tokenizer = Chat()
+    tokenizer = CHAT
     tool, special = make_calculator(tokenizer), {key[2:-2]: i for key, i in tokenizer.special_ids.items()}
     start, end = special['python_start'], special['python_end']
     call = [*b'so ', start, *b'12*4', end]
@@ -331,7 +317,7 @@ def test_the_calculator_writes_its_result_behind_a_call():
 
 def test_chatcore_is_the_mean_of_centered_accuracies_and_names_what_is_missing(files):
     told = []
-    evaluations = chatcore(keys(**files), Chat(), config(), told.append)
+    evaluations = chatcore(keys(**files), CHAT, config(), told.append)
     assert [e.name for e in evaluations] == ['arc_easy', 'arc_challenge', 'mmlu', 'gsm8k', 'spellingbee']
     (line,) = told
     assert line.startswith('chatcore: humaneval is left out: ') and '--run_code=True' in line
@@ -359,7 +345,7 @@ def test_chatcore_leaves_out_what_cannot_be_had_and_refuses_a_file_that_cannot_b
 
     monkeypatch.setattr('nanoloop.tasks.sources.HubDocuments', unreachable)
     told = []
-    evaluations = chatcore(keys(gsm8k=files['gsm8k'], words=files['words']), Chat(), config(), told.append)
+    evaluations = chatcore(keys(gsm8k=files['gsm8k'], words=files['words']), CHAT, config(), told.append)
     assert [e.name for e in evaluations] == ['gsm8k', 'spellingbee'] and len(told) == 4
     assert 'mmlu is left out: cais/mmlu cannot be reached (no network)' in told[2]
     (tmp_path / 'bad.jsonl').write_text('{}\n')
@@ -368,11 +354,12 @@ def test_chatcore_leaves_out_what_cannot_be_had_and_refuses_a_file_that_cannot_b
         (f'{tmp_path}/none', 'a file or folder that exists'),
     ):
         with pytest.raises(UserError, match=expected):
-            chatcore(keys(gsm8k=path), Chat(), config(), told.append)
+            chatcore(keys(gsm8k=path), CHAT, config(), told.append)
     easy = write_rows(tmp_path / 'arc_easy.jsonl', QUESTIONS)
-    assert [
-        e.name for e in chatcore(keys(arc=easy, words=files['words']), Chat(), config(), told.append)
-    ] == ['arc_easy', 'spellingbee']
+    assert [e.name for e in chatcore(keys(arc=easy, words=files['words']), CHAT, config(), told.append)] == [
+        'arc_easy',
+        'spellingbee',
+    ]
     with pytest.raises(UserError, match='no token'):
         chatcore(
             keys(**files), SimpleNamespace(special_ids={}, spec=dict(kind='byte')), config(), told.append
@@ -383,15 +370,14 @@ def test_chatcore_leaves_out_what_cannot_be_had_and_refuses_a_file_that_cannot_b
 # the script
 
 
-def test_eval_measures_chat_tasks_for_loops_and_policies(call, files, tmp_path, monkeypatch):
+def test_eval_measures_chat_tasks_for_loops_and_policies(call, files, tmp_path):
     (tmp_path / 'data').mkdir()
-    writer = Writer(tmp_path / 'data', Numbers(265), 'random ids')
+    writer = Writer(tmp_path / 'data', CHAT, 'random ids')
     for split in ('train', 'val'):
         writer.add(split, np.arange(600) % 265)
     writer.finish()
     out = f'--out_dir={tmp_path}/out'
     train.main([f'--dataset={tmp_path}/data', out, *TINY, '--pos=rope', '--max_iters=1', '--eval_iters=1'])
-    monkeypatch.setattr(eval_script, 'find_tokenizer', lambda checkpoint: Chat())
     flags = [out, '--device=cpu', '--dtype=float32', *(f'--{key}={path}' for key, path in files.items())]
     flags += ['--loops=1,2', '--kv_budget=1', '--max_per_task=3', '--max_new_tokens=4']
     flags += ['--tasks=mmlu,simplespelling,chatcore', f'--items={tmp_path}/items.jsonl']
