@@ -6,6 +6,7 @@ nanochat, they are made from a list of English words. Needs no torch.
 import random
 import string
 import urllib.request
+from pathlib import Path
 
 from nanoloop.checks import UserError, check
 from nanoloop.core_bundle import NETWORK_ERRORS, SECONDS
@@ -30,6 +31,8 @@ class Spelling(Task):
     def read(self):
         """Returns the words of the split."""
         file = self.options.get(self.option) or ''
+        found = not file or Path(file).expanduser().is_file()
+        check(found, 'words', file, 'a file that exists, with a word on each line')
         text = read_text(file or download_words())
         lines = dict.fromkeys(line.strip().lower() for line in text.split('\n'))
         words = [word for word in lines if word and set(word) <= set(string.ascii_lowercase)]
