@@ -10,6 +10,7 @@ the same for the same --seed. Change the tables, or write a file of your own: on
 
 import argparse
 import json
+import os
 import random
 import sys
 from pathlib import Path
@@ -123,7 +124,7 @@ def main(argv):
     with replace_file(flags.output) as file:
         for _ in range(flags.n):
             file.write(json.dumps(draw_conversation(dice, names), ensure_ascii=False) + '\n')
-    print_line(f'{flags.n:,} conversations in {flags.output}')
+    print_line(f'{flags.n:,} conversations in {os.path.relpath(flags.output)}')
 
 
 if __name__ == '__main__':
