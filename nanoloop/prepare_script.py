@@ -5,13 +5,14 @@ download of a text.
 
 import contextlib
 import difflib
+import os
 import re
 import shutil
 import urllib.request
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
-from nanoloop.checks import UserError
+from nanoloop.checks import UserError, check
 from nanoloop.files import lock_folder, replace_file
 from nanoloop.hub import HubDocuments, local_documents, write_hub
 from nanoloop.prepare import SHARD_TOKENS
@@ -78,6 +79,20 @@ def check_names(argv, names):
         raise UserError(f'unrecognised option {flag[0]}{hint} (see --help)')
 
 
+def name_folder(script, name):
+    """Returns the folder data/NAME for a script data/*/prepare.py.
+
+    Raises UserError if the folder belongs to another script, or is none of data/.
+    """
+    own = Path(script).resolve().parent
+    data = own.parent
+    place = (data / name).resolve()
+    free = place == own or not (place / 'prepare.py').exists()
+    check(free, 'name', name, f'another: that set is made by {os.path.relpath(place / "prepare.py")}')
+    check(place not in (data, *data.parents), 'name', name, 'a name, for the folder data/NAME')
+    return data / name
+
+
 def prepare_hub(argv, doc, folder, path, splits, say, eot=True, **load):
     """Prepares a set of the hub with the flags in argv; interrupted, the same command goes on.
 
@@ -116,10 +131,10 @@ def write_documents(args, folder, documents, splits, say, eot):
     )
 
 
-def fetch(url, path, say):
+def fetch(url, path, say, flag='input'):
     """Downloads url to path unless it is there. Returns path. Raises UserError if it cannot be downloaded.
 
-    say: called with a line if another process is downloading it; this one waits.
+    say: called with a line if another process is downloading it; this one waits. flag: names a copy instead.
     """
     if path.exists():
         return path
@@ -138,5 +153,5 @@ def fetch(url, path, say):
                 if file.tell() != int(answer.headers.get('Content-Length', file.tell())):
                     raise OSError('the connection ended early')
         except OSError as error:
-            raise UserError(f'{url} cannot be downloaded ({error}): give the file with --input') from None
+            raise UserError(f'{url} cannot be downloaded ({error}): give the file with --{flag}') from None
     return path

@@ -9,7 +9,6 @@ import json
 import os
 import pickle
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -1040,12 +1039,12 @@ def test_an_option_that_is_not_known_is_told_first(argv, told):
     ],
 )
 def test_a_text_does_not_become_the_set_of_another_script(name, told):
-    name_folder = runpy.run_path(str(ROOT / 'data' / 'text' / 'prepare.py'))['name_folder']
+    script = ROOT / 'data' / 'text' / 'prepare.py'
     if told:
         with pytest.raises(ValueError, match=f'name=.{name}., {told}'):
-            name_folder(name)
+            prepare_script.name_folder(script, name)
     else:
-        assert name_folder(name) == ROOT / 'data' / name
+        assert prepare_script.name_folder(script, name) == ROOT / 'data' / name
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):

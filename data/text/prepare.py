@@ -16,7 +16,6 @@ Tables are parquet and jsonl (or jsonl.gz) files, and with --column also json an
 encode them; interrupted, the same command goes on.
 """
 
-import os
 import sys
 from pathlib import Path
 
@@ -30,13 +29,13 @@ from nanoloop.prepare_script import (
     TOKENIZER,
     VAL_SHARE,
     expanded,
+    name_folder,
     parse,
     prepare_tables,
 )
 from nanoloop.text_files import TABLE_FILE, find_texts
 from nanoloop.tokenizer import choose_tokenizer, read_text
 
-DATA = Path(__file__).resolve().parents[1]
 FLAGS = {
     'input': dict(type=expanded, required=True, nargs='+', metavar='PATH', help='files, or folders of them'),
     'tokenizer': dict(default='byte', metavar='NAME', help=f'{TOKENIZER}; default: byte'),
@@ -48,20 +47,10 @@ FLAGS = {
 }
 
 
-def name_folder(name):
-    """Returns the folder data/NAME. Raises UserError if it belongs to another script, or is none of data/."""
-    folder = DATA / name
-    place = folder.resolve()
-    own = place == DATA / 'text' or not (place / 'prepare.py').exists()
-    check(own, 'name', name, f'another: that set is made by {os.path.relpath(place / "prepare.py")}')
-    check(place not in (DATA, *DATA.parents), 'name', name, 'a name, for the folder data/NAME')
-    return folder
-
-
 @command
 def main(argv):
     args = parse(argv, __doc__, FLAGS)
-    folder, source = name_folder(args.name), ', '.join(path.name for path in args.input)
+    folder, source = name_folder(__file__, args.name), ', '.join(path.name for path in args.input)
     if args.column or all(TABLE_FILE.fullmatch(path.name) for path in args.input):
         check(args.pattern == '*', 'pattern', args.pattern, 'none: tables are given as --input DIR/*.jsonl')
         prepare_tables(args, folder, args.input, say=print_line)
