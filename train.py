@@ -39,6 +39,7 @@ from nanoloop.checks import (
     Count,
     Name,
     NotNegative,
+    Positive,
     Share,
     Size,
     StepsOrShare,
@@ -69,12 +70,12 @@ from nanoloop.optimizer import (
     prepare_step,
 )
 from nanoloop.parallel import leave, max_over_ranks, on_rank0, reduce_sum, wrap
-from nanoloop.pretraining import find_initial_checkpoint, pretraining
+from nanoloop.pretraining import find_initial_checkpoint, pretraining, settle_epochs
 from nanoloop.rl import RLConfig, reinforcement
 from nanoloop.run_folder import Log, append_evaluation, git_commit, open_out_dir
 from nanoloop.saving import quarantine_broken, save_checkpoint
 from nanoloop.signals import Signals, exit_status, signal_name
-from nanoloop.training_step import train_step
+from nanoloop.training_step import BadSteps, train_step
 
 
 @dataclass
@@ -115,6 +116,7 @@ class TrainConfig:
     head_lr: NotNegative | None = None  # rate of the head, needs tie_weights=False; None = learning_rate
     lr_width: Count | None = None  # multiply AdamW's rates by sqrt(lr_width / n_embd); None = off
     max_iters: Size = 600000  # number of training steps
+    epochs: Positive | None = None  # train on every row so often, instead of max_iters; None = off
     weight_decay: NotNegative = 0.1  # of all matrices but the injection's; muon: of the blocks' only; 0 = off
     weight_decay_end: NotNegative | None = None  # weight_decay falls or rises to it linearly; None = constant
     beta1: Share = 0.9  # AdamW beta1
@@ -187,8 +189,8 @@ class Trainer:
         self.last_step = c.max_iters
         if c.max_flops is not None:
             self.last_step = step_of_max_flops(c, self.step, self.flops_done, self.flops)
-        self.limit = 'max_iters' if self.last_step == c.max_iters else 'max_flops'  # the key that ends it
-        self.bad_steps = 0  # steps in a row without an update
+        steps = 'epochs' if c.epochs else 'max_iters'
+        self.limit = steps if self.last_step == c.max_iters else 'max_flops'  # the key that ends it
         self.lock = self.log = None
 
     def open_folder(self):
@@ -217,6 +219,7 @@ class Trainer:
         self.plain_loss = TrainingLoss(self.model, c)
         self.optimizers, lines = make_optimizers(self.model, c)
         self.scaler = m.scaler()
+        self.bad_steps = BadSteps(c, self.scaler, self.say)
         if self.state:
             self.restore()
         elif self.task.origin:
@@ -278,7 +281,7 @@ class Trainer:
                 continue  # a signal came first
             if look:
                 self.log.write(look.line(self.step), {'iter': self.step, **look.values})
-            self.count_bad_step(result)
+            self.bad_steps.count(self.step, result, self.saved)
             self.step += 1
             self.signals.save_first()
             if first:
@@ -297,20 +300,6 @@ class Trainer:
         """Returns the diagnostics of the next step, None if they are not due."""
         due = self.c.diagnose and self.step % self.c.diagnose == 0 and self.m.rank == 0
         return Look(self.plain_loss, n_loop, self.m.autocast, self.scaler.get_scale()) if due else None
-
-    def count_bad_step(self, result):
-        """Counts skipped steps in a row. Raises UserError at max_bad_steps."""
-        # float16: overflows are normal while the loss scale is searched, so they are not counted
-        if math.isfinite(result.grad_norm) or (self.scaler.is_enabled() and self.scaler.get_scale() >= 1):
-            self.bad_steps = 0
-            return
-        self.bad_steps += 1
-        loss = f'(loss {result.loss:.4g})'
-        self.say(f'iter {self.step}: the gradient is not finite {loss}, the step is skipped')
-        last = 'none' if self.saved is None else f'step {self.saved} in {self.c.out_dir}'
-        expected = f'a finite gradient at iter {self.step}, {self.bad_steps} steps were skipped in a row; '
-        expected += f'try a lower one; the last good checkpoint: {last}'
-        check(self.bad_steps < self.c.max_bad_steps, 'learning_rate', self.c.learning_rate, expected)
 
     def evaluate(self):
         """Returns the validation loss, a line and a record; None if a signal came first."""
@@ -412,6 +401,7 @@ def main(argv):
     fresh = checkpoint is None or resuming
     check(fresh or not c.baseline, 'baseline', c.baseline, f'none with the weights of {c.init_from}')
     apply_baseline(c, print_line if RANK == 0 else None)
+    settle_epochs(c, print_line if RANK == 0 else None)
     layers = c.n_prelude + c.n_block * c.n_loop + c.n_coda
     work = c.max_iters * c.gradient_accumulation_steps * c.batch_size * c.block_size * layers * c.n_embd
     with contextlib.ExitStack() as stack:

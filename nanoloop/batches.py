@@ -6,7 +6,9 @@ the data.
 
 import functools
 import itertools
+import math
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
@@ -46,6 +48,46 @@ def draw_windows(split, c, m, step, micro):
 def window_batches(split, c, m):
     """Returns the source of windows of a split; while one batch is used, the next one is read."""
     return functools.partial(read_ahead, functools.partial(draw_windows, split, c, m), c, m)
+
+
+# -----------------------------------------------------------------------------
+# epochs: each row of the data once, in a new order
+
+
+def steps_per_epoch(n_rows, c):
+    """Returns the steps of an epoch over n_rows rows. The last one has the rows that remain."""
+    return math.ceil(n_rows / (c.gradient_accumulation_steps * c.batch_size))
+
+
+def steps_of_epochs(n_rows, c):
+    """Returns the steps of c.epochs epochs over n_rows rows, rounded up: of 0.5, half of an epoch's."""
+    whole, part = divmod(Fraction(repr(c.epochs)), 1)  # exact: 0.1 of 30 rows are 3
+    left = part * n_rows / (c.gradient_accumulation_steps * c.batch_size)
+    return int(whole) * steps_per_epoch(n_rows, c) + math.ceil(left)
+
+
+@functools.lru_cache(maxsize=1)
+def row_order(seed, epoch, n_rows):
+    """Returns the order of the rows in an epoch, numbered from 0, a permutation (n_rows,)."""
+    return random_generator(seed, epoch, stream='rows').permutation(n_rows)
+
+
+def take_rows(split, c, m, step, micro):
+    """Returns a Batch of the next rows of an epoch. It depends on seed, step and micro-batch number only.
+
+    Past the last row of the epoch it has no targets.
+    """
+    number, n_rows = micro_batch_number(m, micro), int(split.train_windows.sum())
+    epoch, step_in_epoch = divmod(step, steps_per_epoch(n_rows, c))
+    start = (step_in_epoch * c.gradient_accumulation_steps + number) * c.batch_size
+    rows = row_order(c.seed, epoch, n_rows)[start : start + c.batch_size]
+    idx, targets = split.read_train_windows(rows, c.batch_size)
+    return Batch(torch.from_numpy(idx), torch.from_numpy(targets), batch_seed(c, step, number))
+
+
+def row_batches(split, c, m):
+    """Returns the source of a split's rows, epoch after epoch."""
+    return functools.partial(read_ahead, functools.partial(take_rows, split, c, m), c, m)
 
 
 def read_ahead(make, c, m, step):

@@ -277,7 +277,10 @@ class Split:
 
     def draw(self, rng, n):
         """Draws n training windows with a numpy Generator. Returns inputs and targets, each (n, T) int64."""
-        numbers = rng.integers(self.train_windows.sum(), size=n)
+        return self.read_train_windows(rng.integers(self.train_windows.sum(), size=n), n)
+
+    def read_train_windows(self, numbers, n):
+        """Reads training windows given by number. Returns as read_windows."""
         return self.read_windows(self.locate(numbers, self.train_windows, self.train_step), n)
 
     def eval_windows(self, n=None):

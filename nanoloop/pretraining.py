@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 
 from model import GPT, GPTConfig
 from nanoloop import LOCAL_RANK, PLACE
-from nanoloop.batches import window_batches
+from nanoloop.batches import row_batches, steps_of_epochs, steps_per_epoch, window_batches
 from nanoloop.checkpoint import checkpoint_paths, configure_checkpoint, find_from_flags, load_checkpoint
 from nanoloop.checks import check
 from nanoloop.datasets import describe, find_data, identify, open_split, read_meta
 from nanoloop.evaluate import evaluate
+from nanoloop.generated import Generated
 from nanoloop.objective import check_loops
 from nanoloop.parallel import max_over_ranks
 from nanoloop.run_folder import check_out_dir, earlier_runs
@@ -47,13 +48,33 @@ def pretraining(c, m, checkpoint, stopped, say):
     say(describe(folder, meta))
     if c.vocab_size > 2 * meta['vocab_size']:
         say(f'vocab_size={c.vocab_size} is far above the {meta["vocab_size"]} of the data')
-    batches = window_batches(splits['train'], c, m)
+    batches = (row_batches if c.epochs else window_batches)(splits['train'], c, m)
     validate = functools.partial(evaluate, model, splits, c, m, meta['token_bytes'], stopped, say.now)
     kept = dict(tokenizer=meta['tokenizer'], data=identify(folder, meta))
     number = int(kept['data']['sha256'][:15], 16)
     same = max_over_ranks(m, number) == -max_over_ranks(m, -number)
     check(same, 'dataset', c.dataset, 'the same data on all machines, prepare it on each in the same way')
     return Task(model, batches, validate, kept, origin(c, checkpoint))
+
+
+def settle_epochs(c, say=None):
+    """Sets c.max_iters to the steps of c.epochs, if there are any. say: called with a line about them.
+
+    Raises UserError with max_iters given as well, and for data that is not rows in files.
+    """
+    if c.epochs is None:
+        return
+    expected = f'None with max_iters={c.max_iters}: give one of the two'
+    check('max_iters' not in c.given, 'epochs', c.epochs, expected)
+    folder = find_data(c.dataset)
+    meta = {} if isinstance(folder, Generated) else read_meta(folder)
+    expected = f'None with dataset={c.dataset}: only the rows of a folder, as data/sft has, are counted; '
+    check('row_len' in meta, 'epochs', c.epochs, f'{expected}give max_iters')
+    n_rows = sum(file['tokens'] // meta['row_len'] for file in meta['splits']['train']['files'])
+    c['max_iters'] = steps_of_epochs(n_rows, c)
+    if say:
+        steps = steps_per_epoch(n_rows, c)
+        say(f'epochs = {c.epochs:g}: {n_rows:,} rows are {steps:,} steps, max_iters = {c.max_iters}')
 
 
 def check_micro_batches(c, m):

@@ -76,6 +76,7 @@ def reinforcement(c, m, checkpoint, stopped, say):
 
 def check_keys(c, checkpoint):
     """Raises UserError for keys that mean nothing with rl_task. reward_loops=all sets the objective."""
+    check(c.epochs is None, 'epochs', c.epochs, 'None with rl_task, whose questions are drawn')
     check(checkpoint is not None, 'init_from', c.init_from, 'a PATH with rl_task: weights to begin with')
     if c.reward_loops == 'all':
         fits = 'objective' not in c.given or c.objective == 'step'

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from nanoloop.checks import check
 from nanoloop.parallel import sum_over_ranks
 
 
@@ -18,6 +19,27 @@ class StepResult(NamedTuple):
     loss: float  # the mean over ranks of this and of extra is that over the step's targets
     grad_norm: float  # of the gradient of all ranks, before clipping
     extra: dict  # further values to log, of the objective and the batches: {name: float}
+
+
+class BadSteps:
+    """Counts the steps in a row whose gradient is not finite, which are skipped."""
+
+    def __init__(self, c, scaler, say):
+        self.c, self.scaler, self.say, self.n = c, scaler, say, 0
+
+    def count(self, step, result, saved):
+        """Counts a StepResult. Raises UserError at max_bad_steps. saved: step of the last checkpoint."""
+        # float16: overflows are normal while the loss scale is searched, so they are not counted
+        if math.isfinite(result.grad_norm) or (self.scaler.is_enabled() and self.scaler.get_scale() >= 1):
+            self.n = 0
+            return
+        self.n += 1
+        loss = f'(loss {result.loss:.4g})'
+        self.say(f'iter {step}: the gradient is not finite {loss}, the step is skipped')
+        last = 'none' if saved is None else f'step {saved} in {self.c.out_dir}'
+        expected = f'a finite gradient at iter {step}, {self.n} steps were skipped in a row; '
+        expected += f'try a lower one; the last good checkpoint: {last}'
+        check(self.n < self.c.max_bad_steps, 'learning_rate', self.c.learning_rate, expected)
 
 
 def train_step(training_loss, optimizers, scaler, batches, n_loop, c, m, stopped=lambda: False, look=None):

@@ -1,11 +1,15 @@
 """Supervised fine-tuning: conversations packed into rows, mixtures, and epochs over rows."""
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from test_conversation import ChatBytes, assistant, user
 
+import train
+from nanoloop.batches import steps_of_epochs, steps_per_epoch, take_rows
 from nanoloop.checks import UserError
 from nanoloop.conversation import render
 from nanoloop.datasets import open_split, read_meta
@@ -165,3 +169,145 @@ def test_the_order_of_a_mixture_is_always_the_same_and_mixes_its_parts(tmp_path)
     assert (rows[0] == rows[1]).all()
     texts = [bytes(t for t in row if t < 256) for row in rows[0].tolist()[:20]]
     assert any(int(text[4:6]) < 50 for text in texts) and any(int(text[4:6]) >= 50 for text in texts)
+
+
+# -----------------------------------------------------------------------------
+# epochs
+
+SMALL = ['--device=cpu', '--compile=False', '--sample_tokens=0', '--n_prelude=1', '--n_block=1', '--n_coda=0']
+SMALL += [
+    '--n_loop=2',
+    '--n_head=2',
+    '--n_embd=16',
+    '--warmup_iters=0',
+    '--learning_rate=1e-2',
+    '--dropout=0.1',
+]
+SMALL += ['--decay_lr=False', '--eval_iters=1', '--batch_size=3', '--gradient_accumulation_steps=4']
+
+
+@pytest.fixture(scope='module')
+def rows(tmp_path_factory):
+    """A data set of 31 training rows in three files, each of which has another content."""
+    folder = tmp_path_factory.mktemp('rows')
+    writer = Writer(folder, TOKENIZER, 'test', shard_tokens=12 * 9, resume=False)
+    for number in range(31):
+        writer.add('train', [BOS, 100 + number] + [5] * 7, [0, 1] + [number % 2] * 7)
+    writer.add('val', [BOS] * 18, [1] * 18)
+    writer.finish(row_len=9)
+    return folder
+
+
+def keys(**more):
+    given = dict(seed=1, batch_size=3, gradient_accumulation_steps=4, epochs=1.0)
+    return SimpleNamespace(**(given | more))
+
+
+def places(world):
+    return [SimpleNamespace(world=world, rank=rank) for rank in range(world)]
+
+
+def global_batch(split, c, step, world):
+    """Returns the numbers of the rows in the micro-batches of a step, in their order."""
+    micros = c.gradient_accumulation_steps // world
+    batches = [take_rows(split, c, m, step, micro) for micro in range(micros) for m in places(world)]
+    return [int(target[0]) - 100 for batch in batches for target in batch.targets if target[0] != -1]
+
+
+@pytest.mark.parametrize('more', [{}, dict(batch_size=1), dict(batch_size=31, gradient_accumulation_steps=4)])
+def test_an_epoch_has_each_row_once_in_an_order_of_its_own_that_depends_on_the_seed(rows, more):
+    split, c = open_split(rows, read_meta(rows), 'train', 8, 265), keys(**more)
+    n = steps_per_epoch(31, c)
+    epochs = [[row for step in range(n) for row in global_batch(split, c, e * n + step, 1)] for e in range(3)]
+    assert all(sorted(epoch) == list(range(31)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3 and epochs[0] != sorted(epochs[0])
+    other = keys(seed=2, **more)
+    assert [row for step in range(n) for row in global_batch(split, other, step, 1)] != epochs[0]
+
+
+def test_the_global_batches_of_an_epoch_do_not_depend_on_the_number_of_processes(rows):
+    split, c = open_split(rows, read_meta(rows), 'train', 8, 265), keys()
+    for step in range(2 * steps_per_epoch(31, c)):
+        assert (
+            global_batch(split, c, step, 1)
+            == global_batch(split, c, step, 2)
+            == global_batch(split, c, step, 4)
+        )
+
+
+@pytest.mark.parametrize(
+    'epochs, n_rows, steps',
+    [
+        (1.0, 31, 3),
+        (1.0, 24, 2),
+        (2.0, 31, 6),
+        (0.5, 24, 1),
+        (0.5, 31, 2),
+        (1.5, 24, 3),
+        (0.1, 360, 3),
+        (0.01, 31, 1),
+    ],
+)
+def test_the_steps_of_epochs(epochs, n_rows, steps):
+    assert steps_of_epochs(n_rows, keys(epochs=epochs)) == steps  # of 12 rows each
+
+
+@pytest.fixture
+def run(rows, tmp_path, call):
+    """run(name, *flags) -> (status, stdout, stderr) of training on the rows, its weights in tmp_path/name."""
+    return lambda name, *flags: call(
+        train.main, *SMALL, f'--dataset={rows}', f'--out_dir={tmp_path / name}', *flags
+    )
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)['model']
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_run_of_epochs_resumes_to_the_bit_in_the_middle_and_at_the_end_of_an_epoch(run, tmp_path):
+    status, out, err = run('whole', '--epochs=2')
+    assert status == 0 and 'epochs = 2: 31 rows are 3 steps, max_iters = 6' in out, err
+    whole = weights(tmp_path / 'whole' / 'ckpt.pt')
+    for name, epochs in (('middle', 0.5), ('end', 1)):
+        assert run(name, f'--epochs={epochs}')[0] == 0
+        assert not equal(weights(tmp_path / name / 'ckpt.pt'), whole)
+        status, out, _ = run(name, '--epochs=2', '--init_from=resume')
+        assert status == 0 and f'resuming at step {2 if epochs == 0.5 else 3} of 6' in out
+        assert equal(weights(tmp_path / name / 'ckpt.pt'), whole)
+    status, out, _ = run('end', '--init_from=resume')  # the checkpoint's epochs
+    assert status == 0 and 'resuming at step 6 of 6: nothing is left to do, a larger epochs goes on' in out
+
+
+def test_without_epochs_rows_are_drawn_as_before(rows):
+    split = open_split(rows, read_meta(rows), 'train', 8, 265)
+    drawn = split.draw(np.random.default_rng(5), 64)[1][:, 0] - 100
+    assert drawn.tolist() == np.random.default_rng(5).integers(31, size=64).tolist()
+
+
+@pytest.mark.parametrize(
+    'flags, told',
+    [
+        (['--max_iters=5'], 'epochs=1.0, expected None with max_iters=5: give one of the two'),
+        (['--dataset=mano:3'], 'epochs=1.0, expected None with dataset=mano:3: only the rows of a folder'),
+        (['--epochs=0'], 'epochs=0.0, expected above 0'),
+        (['--epochs=inf'], 'epochs='),
+        (['--epochs=-1'], 'epochs=-1.0, expected above 0'),
+        (['--rl_task=mano:1'], 'None with rl_task'),
+    ],
+)
+def test_epochs_of_what_has_no_rows_are_refused(run, flags, told):
+    status, _, err = run('out', '--epochs=1', *flags)
+    assert status == 2 and told in err and err.count('\n') == 1, err
+
+
+def test_a_text_has_no_epochs(run, tmp_path):
+    writer = Writer(tmp_path / 'text', TOKENIZER, 'test', resume=False)
+    for split in ('train', 'val'):
+        writer.add(split, list(range(99)))
+    writer.finish()
+    status, _, err = run('out', '--epochs=1', f'--dataset={tmp_path / "text"}')
+    assert status == 2 and 'only the rows of a folder, as data/sft has, are counted; give max_iters' in err
