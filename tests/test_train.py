@@ -115,7 +115,7 @@ def test_a_run_is_the_loop_that_one_would_write(call, flags, tmp_path):
     optimizer = torch.optim.AdamW(groups, betas=(0.7, 0.8), foreach=False)
     for step in range(c.max_iters):
         for micro in range(3):
-            idx, targets, seed, _ = batches.draw_windows(
+            idx, targets, seed, *_ = batches.draw_windows(
                 split, c, types.SimpleNamespace(rank=0, world=1), step, micro
             )
             torch.manual_seed(seed)
