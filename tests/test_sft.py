@@ -1,21 +1,30 @@
 """Supervised fine-tuning: conversations packed into rows, mixtures, and epochs over rows."""
 
+import json
 import random
+import re
+import runpy
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT
 from test_conversation import ChatBytes, assistant, user
 
 import train
+from configurator import configure
+from model import GPT, GPTConfig
 from nanoloop.batches import steps_of_epochs, steps_per_epoch, take_rows
+from nanoloop.checkpoint import load_checkpoint
 from nanoloop.checks import UserError
-from nanoloop.conversation import render
+from nanoloop.conversation import render, render_prompt
 from nanoloop.datasets import open_split, read_meta
 from nanoloop.mixture import Part, describe, hold_out, take, write_rows
+from nanoloop.optimizer import lr_at
 from nanoloop.packing import pack
 from nanoloop.prepare import Writer
+from nanoloop.tokenizer import make_tokenizer
 
 TOKENIZER = ChatBytes()
 TOKENIZER.token_bytes = [1] * 256 + [0] * 9
@@ -311,3 +320,201 @@ def test_a_text_has_no_epochs(run, tmp_path):
     writer.finish()
     status, _, err = run('out', '--epochs=1', f'--dataset={tmp_path / "text"}')
     assert status == 2 and 'only the rows of a folder, as data/sft has, are counted; give max_iters' in err
+
+
+# -----------------------------------------------------------------------------
+# the loss, and the whole
+
+
+@pytest.mark.parametrize('n_loop', [1, 3])
+def test_the_loss_on_prompts_is_exactly_zero_by_gradient(tmp_path, n_loop):
+    source = items('aa', 'b', 'cccc')
+    folder = prepare(tmp_path, [take('x', source, 3)], [take('x', source, 1)])
+    split = open_split(folder, read_meta(folder), 'train', 39, 265)
+    idx, targets = (torch.from_numpy(a) for a in split.read_train_windows(np.arange(2), 2))
+    sizes = dict(n_prelude=1, n_block=1, n_coda=1, n_head=2, n_embd=16, block_size=39, vocab_size=265)
+    model, read = GPT(GPTConfig(**sizes)), []
+    for p in model.parameters():
+        torch.nn.init.normal_(p)
+    model.transformer.ln_f.register_forward_hook(lambda module, args, out: read.append(out))
+    logits, loss = model(idx, targets, n_loop=n_loop)
+    assert len(read) == 1
+    (gradient,) = torch.autograd.grad(loss, read[0])  # (B, T, C)
+    ids, mask = read_rows(folder, 'train', 40)
+    counts = torch.from_numpy(mask[:, 1:]) == 1  # (B, T)
+    assert 0 < counts.sum() < counts.numel()
+    assert (gradient[~counts] == 0).all() and (gradient[counts] != 0).any(dim=-1).all()
+    nats = torch.nn.functional.cross_entropy(
+        logits[counts].double(), torch.from_numpy(ids[:, 1:].astype(np.int64))[counts]
+    )
+    assert loss.item() == pytest.approx(nats.item(), rel=1e-5)
+
+
+def test_the_schedule_and_the_rates_are_those_of_looped_nanochat():
+    files = [f'config/{name}.py' for name in ('train_looped_nanochat', 'sft', 'sft_looped_nanochat')]
+    c = configure((train.TrainConfig, GPTConfig), files, say=None)
+    c.update(max_iters=100)
+    published = dict(epochs=1.0, weight_decay=0.0, embedding_lr=0.2, head_lr=0.004, matrix_lr=0.02, n_loop=4)
+    assert {key: c[key] for key in published} == published and c.loop_sampling == 'poisson'
+    assert c.batch_size * c.gradient_accumulation_steps * c.block_size == 524_288
+    assert c.eval_iters == 20 * c.gradient_accumulation_steps and c.eval_interval == 150
+    rates = [lr_at(step, c) for step in (0, 79, 90, 99)]
+    assert rates[:2] == [0.005, 0.005] and rates[2] == pytest.approx(0.0025) and 0 < rates[3] < 0.0005
+
+
+PREPARE = runpy.run_path(str(ROOT / 'data' / 'sft' / 'prepare.py'))['main']
+WHO = 'nanoLOOP.'
+QUESTIONS = ['Who are you?', 'who are you', 'What is your name?', 'Your name?', 'Hi, who is this?']
+
+
+def write_chat(path):
+    """Writes conversations that tell who the model is, and one that is too long, each of them twice."""
+    lines = [[user(f'{question}{" " * i}'), assistant(WHO)] for i in range(3) for question in QUESTIONS]
+    lines.append([user('x' * 200), assistant(WHO)])
+    path.write_text('\n'.join(json.dumps(line) for line in lines * 2))
+    return path
+
+
+def test_a_base_model_is_fine_tuned_and_says_who_it_is(call, tmp_path):
+    chat, folder = write_chat(tmp_path / 'chat.jsonl'), tmp_path / 'sft'
+    argv = [
+        '--chat',
+        str(chat),
+        '--tokenizer=byte',
+        '--block_size=79',
+        f'--name={folder}',
+        '--take',
+        'chat=320',
+    ]
+    status, out, err = call(PREPARE, *argv)
+    lines = out.splitlines()
+    assert (status, err) == (0, ''), err
+    assert lines[0].startswith('sft: train is 2') and lines[0].endswith('of chat (conversations)')
+    assert 'rows of 80 tokens' in lines[1] and out.count(' longer than a row') == 1
+    base = [
+        f'--dataset={folder}',
+        f'--out_dir={tmp_path / "base"}',
+        '--n_embd=64',
+        '--max_iters=1',
+        '--dropout=0.0',
+    ]
+    assert call(train.main, *SMALL, *base)[0] == 0
+    flags = [
+        str(ROOT / 'config' / 'sft.py'),
+        f'--init_from={tmp_path / "base"}',
+        f'--dataset={folder}',
+        '--epochs=5',
+    ]
+    flags += [f'--out_dir={tmp_path / "out"}', '--learning_rate=5e-3', '--batch_size=8', '--eval_iters=2']
+    flags += ['--gradient_accumulation_steps=1', '--device=cpu', '--compile=False', '--sample_tokens=0']
+    status, out, err = call(train.main, *flags)
+    assert status == 0 and 'epochs = 5: ' in out, err
+    model, checkpoint = load_checkpoint(tmp_path / 'out')
+    tokenizer = make_tokenizer(checkpoint['tokenizer'])
+    prompt = render_prompt([user('Who are you?')], tokenizer)
+    answer = model.generate(torch.tensor([prompt]), len(WHO) + 1, temperature=0)[0, len(prompt) :]
+    assert tokenizer.decode(answer) == f'{WHO}<|assistant_end|>', out
+
+
+def test_local_tasks_and_the_flags_of_the_script(call, tmp_path):
+    problems = [
+        dict(question=f'{i}+1?', answer=f'It is <<{i}+1={i + 1}>>{i + 1}\n#### {i + 1}') for i in range(40)
+    ]
+    (tmp_path / 'train.jsonl').write_text('\n'.join(map(json.dumps, problems)))
+    (tmp_path / 'mmlu').mkdir()
+    (tmp_path / 'mmlu' / 'law.csv').write_text('\n'.join(f'Why {i}?,a,b,c,d,{i % 4}' for i in range(20)))
+    (tmp_path / 'words.txt').write_text(
+        '\n'.join(['bee', 'hive', 'honey', 'wax', 'queen', 'drone', 'comb', 'sting'])
+    )
+    argv = [
+        '--gsm8k',
+        tmp_path / 'train.jsonl',
+        '--mmlu',
+        tmp_path / 'mmlu',
+        '--words',
+        tmp_path / 'words.txt',
+    ]
+    argv += ['--take', 'spellingbee=30', '--take', 'simplespelling=50', 'mmlu=10', '--tokenizer=byte']
+    argv += ['--val_share=0.2', '--block_size=511', f'--name={tmp_path / "sft"}']
+    status, out, err = call(PREPARE, *map(str, argv))
+    assert status == 0, err
+    train_part, val_part = (part.split(', ') for part in out.splitlines()[0].split('; val is '))
+    assert train_part[0] == 'sft: train is 8 of mmlu' and train_part[1] == '64 of gsm8k'  # each of 32 twice
+    assert val_part[0] == '2 of mmlu' and val_part[1] == '8 of gsm8k'
+    meta = read_meta(tmp_path / 'sft')
+    assert meta['row_len'] == 512 and meta['vocab_size'] == 265 and meta['tokenizer']['kind'] == 'added'
+    ids, _ = read_rows(tmp_path / 'sft', 'train', 512)
+    tokenizer = make_tokenizer(meta['tokenizer'])
+    text = tokenizer.decode(ids.flatten())
+    assert re.search(r"<\|python_start\|>(\d+)\+1<\|python_end\|><\|output_start\|>", text)
+    assert "'.count('" in text and 'Multiple Choice' in text and 'Spell the word: ' in text
+    status, again, _ = call(PREPARE, *map(str, argv), '--all_tokens')
+    share = [int(re.search('(\\d+)% of which count', text)[1]) for text in (out, again)]
+    assert share[0] < share[1] - 20
+
+
+class Hub:
+    """A hub with few rows in every data set."""
+
+    def __init__(self, path, column, **load):
+        self.path = path
+
+    def open(self, split):
+        if self.path == SMOLTALK:
+            return items(*(f'{split} {i}' for i in range(7)))
+        choices = dict(question='Why?', choices=['a', 'b'], answer=1)
+        return [choices | dict(answer='#### 3') if 'gsm8k' in self.path else choices] * 5
+
+
+SMOLTALK = 'HuggingFaceTB/smol-smoltalk'
+
+
+def test_without_local_files_the_mixture_is_that_of_looped_nanochat(monkeypatch, tmp_path):
+    module = PREPARE.__wrapped__.__globals__
+    table = {name: tuple(share)[:3] for name, share in module['MIXTURE'].items()}
+    assert table == dict(
+        smoltalk=(460_000, 1, 24_000),
+        mmlu=(100_000, 1, 5_200),
+        gsm8k=(8_000, 2, 420),
+        identity=(1_000, 2, 0),
+        simplespelling=(200_000, 1, 0),
+        spellingbee=(80_000, 1, 0),
+    )
+    monkeypatch.setattr('nanoloop.tasks.sources.HubDocuments', Hub)
+    monkeypatch.setitem(module, 'HubDocuments', Hub)
+    monkeypatch.setitem(module, 'fetch', lambda url, path, say, flag: write_chat(tmp_path / 'chat.jsonl'))
+    (tmp_path / 'words.txt').write_text('bee\nhive\nhoney\nwax\nqueen\ndrone\ncomb\nsting')
+    monkeypatch.setattr('nanoloop.tasks.spelling.download_words', lambda: tmp_path / 'words.txt')
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    args = SimpleNamespace(chat=None, gsm8k=None, mmlu=None, words=None, take=[], val_share=None)
+    parts = [{part.name: len(part) for part in parts if len(part)} for parts in module['choose_parts'](args)]
+    assert parts[0] == dict(
+        smoltalk=7, mmlu=5, gsm8k=10, simplespelling=200_000, spellingbee=80_000, identity=64
+    )
+    assert parts[1] == dict(smoltalk=7, mmlu=5, gsm8k=5)
+    args.val_share = 0.1
+    with pytest.raises(UserError, match='val_share=0.1, expected none'):
+        module['choose_parts'](args)
+
+
+@pytest.mark.parametrize(
+    'argv, told',
+    [
+        (['--take', 'gsm8k=3'], "take='gsm8k=3', expected PART=N, with a part of chat"),
+        (['--take', 'chat'], "take='chat', expected PART=N, with a number above 0"),
+        (['--take', 'chat=0'], "take='chat=0', expected PART=N, with a number above 0"),
+        (['--val_share=1'], 'val_share=1.0, expected a number above 0 and below 1'),
+        (['--block_size=0'], 'block_size=0, expected at least 1'),
+        (['--block_size=9'], '28 longer than a row.; a larger --block_size takes longer ones'),
+        (['--name=text'], 'that set is made by'),
+        (['--tokenizer=none.json'], "'none.json' cannot be read"),
+        (['--chat=none.jsonl'], "'none.jsonl' cannot be read"),
+        (['--chta=x'], 'unrecognised option --chta, did you mean --chat?'),
+        (['--chat={chat}.txt'], 'expected a file .jsonl or .parquet'),
+    ],
+)
+def test_mistakes_in_preparing_conversations_end_in_a_line(call, tmp_path, argv, told):
+    chat = write_chat(tmp_path / 'chat.jsonl')
+    given = ['--chat', str(chat), '--tokenizer=byte', f'--name={tmp_path / "sft"}']
+    status, _, err = call(PREPARE, *given, *(text.format(chat=chat) for text in argv))
+    assert status == 2 and re.search(told, err) and err.count('\n') == 1, err
