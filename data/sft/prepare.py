@@ -7,7 +7,7 @@ Conversations for supervised fine-tuning, packed into rows, as the data set data
 
 Then train on it from a base model with config/sft.py: tokenizer and block_size are those of the base.
 
-Without local files it downloads the mixture (MIXTURE below, about 850,000 conversations): 2 GB, half an hour
+Without local files it downloads the mixture (MIXTURE below, about 850,000 conversations): 2 GB, 30 minutes
 or more, and 1.5 GB of disk for about 450 million tokens of gpt2. With local files only those are in it:
 
     --chat     a conversation on each line, [{"role": "user", "content": TEXT}, {"role": "assistant", ...}]
