@@ -1,5 +1,5 @@
 """
-What the scripts data/NAME/prepare.py share: how they read their flags, sets of the hub, and the
+What the scripts below data/ share: how they read their flags and a user's texts, sets of the hub, and the
 download of a text.
 """
 
@@ -16,7 +16,8 @@ from nanoloop.checks import UserError, check
 from nanoloop.files import lock_folder, replace_file
 from nanoloop.hub import HubDocuments, local_documents, write_hub
 from nanoloop.prepare import SHARD_TOKENS
-from nanoloop.tokenizer import choose_tokenizer
+from nanoloop.text_files import TABLE_FILE, find_texts
+from nanoloop.tokenizer import choose_tokenizer, read_text
 
 
 def expanded(text):
@@ -34,13 +35,19 @@ TEXT_FLAGS = {
     'input': dict(type=expanded, metavar='FILE', help='the text, if it is here already'),
     'val_share': VAL_SHARE | dict(default=0.1),
 }
+COLUMN = dict(metavar='NAME', help='the column of a table that holds the text, default: text')
+MAX_DOCUMENTS = dict(type=int, metavar='N', help='documents to read of each split, default: all')
 TABLE_FLAGS = {
-    'column': dict(metavar='NAME', help='the column of a table that holds the text, default: text'),
+    'column': COLUMN,
     'processes': dict(type=int, metavar='N', help='processes that encode, default: one per core'),
-    'max_documents': dict(type=int, metavar='N', help='documents to read of each split, default: all'),
+    'max_documents': MAX_DOCUMENTS,
     'shard_tokens': dict(
         type=int, metavar='N', default=SHARD_TOKENS, help=f'tokens per file, default: {SHARD_TOKENS:,}'
     ),
+}
+FILE_FLAGS = {  # a user's own texts or tables
+    'input': dict(type=expanded, required=True, nargs='+', metavar='PATH', help='files, or folders of them'),
+    'pattern': dict(default='*', help='of a folder, only the files of this pattern, say *.md'),
 }
 HUB_FLAGS = {
     'input': dict(nargs='+', metavar='PATH', help='parquet, JSON or CSV files to read instead, as one split'),
@@ -91,6 +98,33 @@ def name_folder(script, name):
     check(free, 'name', name, f'another: that set is made by {os.path.relpath(place / "prepare.py")}')
     check(place not in (data, *data.parents), 'name', name, 'a name, for the folder data/NAME')
     return data / name
+
+
+def are_tables(args, of_tables=('max_documents',)):
+    """Returns whether the flags name tables of documents, and not texts.
+
+    of_tables: the flags for tables only. Raises UserError for a flag that does not go with the files.
+    """
+    tables = bool(args.column) or all(TABLE_FILE.fullmatch(path.name) for path in args.input)
+    if tables:
+        check(args.pattern == '*', 'pattern', args.pattern, 'none: tables are given as --input DIR/*.jsonl')
+    for key in () if tables else of_tables:
+        check(getattr(args, key) is None, key, getattr(args, key), 'none: the files are no tables')
+    return tables
+
+
+def read_documents(args, say, leave_out=None):
+    """Returns an iterator of the texts that the flags name: whole files, or documents of tables.
+
+    leave_out: a path that is none of them. say: called with a line about each folder. Raises UserError for
+    files that are missing or cannot be read, those of tables when they are reached.
+    """
+    if are_tables(args):
+        options = dict(max_documents=args.max_documents, say=say)
+        return local_documents(args.input, args.column or 'text', **options).texts(['train'])
+    paths = [text for path in args.input for text in find_texts(path, args.pattern, say=say)]
+    own = leave_out and leave_out.resolve()
+    return (read_text(path) for path in dict.fromkeys(paths) if path.resolve() != own)
 
 
 def prepare_hub(argv, doc, folder, path, splits, say, eot=True, **load):

@@ -61,7 +61,10 @@ def find_texts(path, pattern='*', data_folder=None, any_bytes=False, say=None):
         say(f'{path}: {count(len(texts), "text")}; left out: {left_out}{tables and COLUMN_HINT or ""}')
     others = [file for file in texts if kinds[file] in ('binary', 'not UTF-8', UNMARKED)]
     if others and not any_bytes:
-        raise UserError(f'--input: {others[0]} is not UTF-8: --tokenizer=byte takes its bytes as they are')
+        raise UserError(
+            f'--input: {others[0]} is not UTF-8: save it so; '
+            'data/text/prepare.py --tokenizer=byte takes its bytes as they are'
+        )
     if others and say:
         say(f'{others[0]}{f" and {len(others) - 1:,} more" * (len(others) > 1)}: not UTF-8, taken as bytes')
     return texts

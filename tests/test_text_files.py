@@ -99,7 +99,7 @@ def test_what_is_not_utf8_is_taken_as_bytes_or_told(tmp_path):
     assert lines[1] == f'{tmp_path}/b.txt: not UTF-8, taken as bytes'
     assert find_texts(tmp_path / 'c.bin', any_bytes=True, say=lines.append) and 'c.bin: not UTF-8' in lines[2]
     for path, told in [
-        ('', 'b.txt is not UTF-8: --tokenizer=byte takes'),
+        ('', 'b.txt is not UTF-8: save it so; data.text.prepare.py --tokenizer=byte takes'),
         ('b.txt', 'b.txt is not UTF-8'),
         ('c.bin', 'c.bin is a binary file'),
         ('d', 'there is no such file or folder'),

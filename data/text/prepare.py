@@ -21,26 +21,25 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
 from configurator import command, print_line
-from nanoloop.checks import check
 from nanoloop.prepare import write_text
 from nanoloop.prepare_script import (
+    FILE_FLAGS,
     SPECIAL,
     TABLE_FLAGS,
     TOKENIZER,
     VAL_SHARE,
-    expanded,
+    are_tables,
     name_folder,
     parse,
     prepare_tables,
 )
-from nanoloop.text_files import TABLE_FILE, find_texts
+from nanoloop.text_files import find_texts
 from nanoloop.tokenizer import choose_tokenizer, read_text
 
 FLAGS = {
-    'input': dict(type=expanded, required=True, nargs='+', metavar='PATH', help='files, or folders of them'),
+    **FILE_FLAGS,
     'tokenizer': dict(default='byte', metavar='NAME', help=f'{TOKENIZER}; default: byte'),
     'name': dict(default='text', help='the data set is data/NAME, default: text'),
-    'pattern': dict(default='*', help='of a folder, only the files of this pattern, say *.md'),
     'val_share': VAL_SHARE,
     'special_tokens': SPECIAL,
     **TABLE_FLAGS,
@@ -51,12 +50,9 @@ FLAGS = {
 def main(argv):
     args = parse(argv, __doc__, FLAGS)
     folder, source = name_folder(__file__, args.name), ', '.join(path.name for path in args.input)
-    if args.column or all(TABLE_FILE.fullmatch(path.name) for path in args.input):
-        check(args.pattern == '*', 'pattern', args.pattern, 'none: tables are given as --input DIR/*.jsonl')
+    if are_tables(args, of_tables=('max_documents', 'processes')):
         prepare_tables(args, folder, args.input, say=print_line)
         return
-    for key in ('max_documents', 'processes'):
-        check(getattr(args, key) is None, key, getattr(args, key), 'none: the files are no tables')
     options = dict(any_bytes=args.tokenizer == 'byte', say=print_line)
     paths = [text for path in args.input for text in find_texts(path, args.pattern, folder, **options)]
     tokenizer = choose_tokenizer(args.tokenizer, lambda: map(read_text, paths))
