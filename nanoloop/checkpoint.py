@@ -23,6 +23,7 @@ from model import GPT, GPTConfig
 from nanoloop.checks import UserError, check, missing_package
 from nanoloop.datasets import find_data, read_meta
 from nanoloop.files import is_utf8
+from nanoloop.growth import grow_rows
 from nanoloop.pretrained import find_pretrained, from_nanogpt, from_nanoloop, ouro_tokenizer, read_config
 from nanoloop.tokenizer import make_tokenizer
 
@@ -209,6 +210,8 @@ def load_checkpoint(name, device='cpu', prefer=BEST, say=warnings.warn, **change
     """
     checkpoint = name if isinstance(name, dict) else find_checkpoint(name, changes, prefer, say)
     config, weights, fresh = configure_checkpoint(checkpoint, **changes)
+    if growth := checkpoint.get('growth'):
+        weights = grow_rows(weights, growth, config.tie_weights)
     model = GPT(config)
     load_weights(model, weights | initial_values(model, fresh, weights))
     return model.to(device).eval(), checkpoint
@@ -220,9 +223,11 @@ def configure_checkpoint(checkpoint, **changes):
     changes: values of GPTConfig that replace the checkpoint's. A smaller block_size keeps the first
     positions, exit_gate=True adds an untrained gate. The parameters that start anew are given by the
     beginnings of their names. Takes no memory for weights. Raises UserError if a change would give the
-    weights another meaning.
+    weights another meaning. An entry `growth` of the checkpoint, see nanoloop/growth.py, sets vocab_size.
     """
     saved, weights = translate(checkpoint)
+    if growth := checkpoint.get('growth'):
+        saved.vocab_size = growth.size
     if 'S' in saved.window_pattern:  # half of the checkpoint's block_size, not of a smaller one given now
         window = saved.window_size or max(1, saved.block_size // 2)
         saved.window_size = min(window, changes.get('block_size', window))

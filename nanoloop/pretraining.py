@@ -11,12 +11,21 @@ from typing import Any, NamedTuple
 
 from model import GPT, GPTConfig
 from nanoloop import LOCAL_RANK, PLACE
+from nanoloop.added_tokens import extends
 from nanoloop.batches import row_batches, steps_of_epochs, steps_per_epoch, window_batches
-from nanoloop.checkpoint import checkpoint_paths, configure_checkpoint, find_from_flags, load_checkpoint
+from nanoloop.checkpoint import (
+    checkpoint_paths,
+    configure_checkpoint,
+    find_from_flags,
+    load_checkpoint,
+    tokenizer_dict,
+    translate,
+)
 from nanoloop.checks import check
 from nanoloop.datasets import describe, find_data, identify, open_split, read_meta
 from nanoloop.evaluate import evaluate
 from nanoloop.generated import Generated
+from nanoloop.growth import plan_growth
 from nanoloop.objective import check_loops
 from nanoloop.parallel import max_over_ranks
 from nanoloop.run_folder import check_out_dir, earlier_runs
@@ -138,9 +147,12 @@ def prepare_data(c, m, say):
 
 
 def check_tokenizers(c, meta, checkpoint, config):
-    """Raises UserError, with the characters that differ, unless data and checkpoint have one tokenizer."""
+    """Raises UserError, with the characters that differ, unless data and checkpoint have one tokenizer.
+
+    The data's may have tokens that were added, if the checkpoint grows.
+    """
     data, weights = meta['tokenizer'], checkpoint.get('tokenizer') or meta['tokenizer']
-    if data == weights:
+    if data == weights or checkpoint.get('growth'):
         return
     expected = f'one in the tokens of the checkpoint: {config.vocab_size} of kind {weights["kind"]}'
     expected += f', not {meta["vocab_size"]} of kind {data["kind"]}'
@@ -149,7 +161,22 @@ def check_tokenizers(c, meta, checkpoint, config):
         for (name, own), (_, others) in (sets, sets[::-1]):
             if more := sorted(own - others):
                 expected += f'; only the {name} has {" ".join(map(repr, more[:20]))}'
+    if extends(data, weights):
+        expected += '; --init_from=PATH with another out_dir adds the new tokens to the model of PATH'
     check(False, 'dataset', c.dataset, expected)
+
+
+def find_growth(c, meta, checkpoint):
+    """Returns the Growth of a checkpoint for the data's tokens, None if there are no new ones.
+
+    A run that is resumed does not grow: its optimizer has a state for every row.
+    """
+    data, weights = meta['tokenizer'], checkpoint.get('tokenizer')
+    if c.init_from in ('resume', 'auto') or data['kind'] != 'added' or data == weights:
+        return None
+    weights = weights or tokenizer_dict(checkpoint)
+    vocab_size = c.vocab_size if 'vocab_size' in c.given else None
+    return weights and plan_growth(weights, data, translate(checkpoint)[0].vocab_size, c.seed, vocab_size)
 
 
 def given_keys(c):
@@ -160,6 +187,7 @@ def given_keys(c):
 def settle_config(c, meta, checkpoint):
     """Returns the GPTConfig of c's keys, or of the checkpoint with the keys that were given; also updates c.
 
+    A checkpoint that has to grow for the tokens of the data gets an entry `growth`.
     Raises UserError for one that does not go with the data, the checkpoint, or the objective.
     """
     if checkpoint is None:
@@ -168,6 +196,7 @@ def settle_config(c, meta, checkpoint):
             c['block_size'] = meta['row_len'] - 1
         config = c.build(GPTConfig)
     else:
+        checkpoint['growth'] = find_growth(c, meta, checkpoint)
         config, *_ = configure_checkpoint(checkpoint, **{key: c[key] for key in given_keys(c)})
         check_tokenizers(c, meta, checkpoint, config)
     c.update(asdict(config))
@@ -181,5 +210,7 @@ def origin(c, checkpoint):
         return ''
     had_gate = any('exit_gate.' in name for name in checkpoint['model'])
     gate = ', with a new exit gate' if c.exit_gate and not had_gate else ''
+    growth = checkpoint.get('growth')
+    grown = f', {growth}' if growth else ''
     name = checkpoint['path'] if c.init_from in ('resume', 'auto') else c.init_from
-    return f'weights of {name}, step {int(checkpoint.get("iter_num", 0))}{gate}'
+    return f'weights of {name}, step {int(checkpoint.get("iter_num", 0))}{gate}{grown}'

@@ -6,7 +6,7 @@ any number of processes draw the same ones.
 import numpy as np
 
 # what the numbers are for: each has a key of its own
-STREAMS = dict(data=0, noise=1, loops=2, rollouts=4, rows=5)
+STREAMS = dict(data=0, noise=1, loops=2, rollouts=4, rows=5, growth=6)
 
 
 def random_sequence(seed, step, micro_batch=None, *, stream):
