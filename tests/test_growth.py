@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import TINY, load, randomize, same
 
+import eval as evaluate
 import sample
 import train
 from model import GPT, GPTConfig
@@ -62,7 +63,7 @@ def test_new_rows_are_the_mean_of_the_old_tokens_plus_noise(tied):
         noise = (added - old[:40].mean(0)) / (old[:40] - old[:40].mean(0)).square().mean().sqrt()
         assert abs(noise.std() / NOISE - 1) < 0.05 and abs(noise.mean()) < NOISE / 30
         assert noise.square().mean(1).min() > 0 and len(added.unique(dim=0)) == len(added)
-    assert not tied and not torch.equal(grown[EMBEDDING][48:] - 3, grown[HEAD][48:]) or tied
+    assert tied or not torch.allclose(grown[EMBEDDING][48:] - 3, grown[HEAD][48:])
     assert same(grown, grow_rows(weights, growth, tied))  # a function of the seed
     assert not same(grown, grow_rows(weights, growth._replace(seed=8), tied))
     others = weights.keys() - {EMBEDDING, HEAD}
@@ -138,6 +139,16 @@ def test_a_run_grows_goes_on_bit_for_bit_and_samples(sets, call, tmp_path):
     ]
     status, out, _ = call(sample.main, f'--out_dir={tmp_path / "grown"}', *argv)
     assert status == 0 and '<|assistant_end|>' in out and out.startswith('<|user_start|>ab<|user_end|>')
+
+    measure = [
+        f'--out_dir={tmp_path / "grown"}',
+        f'--csv={tmp_path / "a.csv"}',
+        '--windows=4',
+        '--device=cpu',
+    ]
+    assert call(evaluate.main, *measure, f'--dataset={sets / "plain"}')[0] == 0  # of the old tokens
+    status, _, error = call(evaluate.main, *measure, f'--dataset={sets / "other"}')
+    assert status == 2 and 'expected one in the tokens of the model' in error
 
     status, _, error = run('chat', 'base', '--init_from=resume')
     assert status == 2 and error.count('\n') == 1

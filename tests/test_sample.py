@@ -11,6 +11,7 @@ import torch
 import bench
 import sample
 import train
+from nanoloop.added_tokens import chat_tokenizer
 from nanoloop.generate import Generation
 from nanoloop.tokenizer import Bytes, Characters
 from sample import TextStream, main
@@ -51,6 +52,10 @@ def test_special_tokens_that_are_ordinary_bytes_are_told(capsys):
         assert len(sample.read_prompt(start, Bytes(), 256)[1]) == len(start)
         expected = '<|endoftext|> is ordinary text here: this tokenizer has no special tokens'
         assert (expected in capsys.readouterr().err) == told
+    chat = chat_tokenizer(Bytes())
+    assert sample.read_prompt('<|bos|>a<|foo|>', chat, 265)[1] == [256, *b'a<|foo|>']
+    assert '<|foo|> is ordinary text here: the special tokens are <|bos|>, ' in capsys.readouterr().err
+    assert sample.read_prompt('', chat, 265)[1] == [256] and not capsys.readouterr().err
 
 
 def test_another_number_of_loops_is_noted_and_changes_the_text(call, flags):
