@@ -8,6 +8,7 @@ GPT-2's tokenizer is always in the table: `vs gpt2` says how many more bytes a t
 per token mean fewer tokens for the same text. Take a text that no tokenizer was trained on.
 """
 
+import os
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -72,7 +73,7 @@ def rows_of(text, tokenizers, n_bytes, results):
 @command
 def main(argv):
     args = parse(argv, __doc__, FLAGS)
-    own = [str(TRAINED)] if TRAINED.exists() else []
+    own = [os.path.relpath(TRAINED)] if TRAINED.exists() else []
     names = own if args.tokenizer is None else args.tokenizer
     tokenizers, table = find_tokenizers(names), [HEAD]
     if not tokenizers:
