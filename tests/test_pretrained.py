@@ -16,8 +16,8 @@ import train
 from model import GPT, GPTConfig
 from nanoloop import pretraining
 from nanoloop.checkpoint import load_checkpoint
+from nanoloop.plain_tokenizers import Tokenizer
 from nanoloop.pretrained import find_pretrained
-from nanoloop.tokenizer import Tokenizer
 
 IDX = torch.randint(40, (2, 16), generator=torch.Generator().manual_seed(0))
 OURO = dict(
