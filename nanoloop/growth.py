@@ -18,9 +18,8 @@ from nanoloop.randomness import random_generator
 from nanoloop.tokenizer import make_tokenizer
 
 EMBEDDING, HEAD = 'transformer.wte.weight', 'lm_head.weight'
-NOISE = (
-    0.02  # its deviation, in deviations of the old rows: a hundredth of the distance of two old rows, or so
-)
+# the noise's deviation, in deviations of the old rows: about a hundredth of the distance of two of them
+NOISE = 0.02
 
 
 class Growth(NamedTuple):

@@ -167,7 +167,8 @@ def evaluate(model, questions, c, m, stopped, tell):
     """
     asked = questions.val(c.eval_iters)
     n, training = c.batch_size // c.rl_samples, model.training
-    sums, names = 0.0, []
+    names = ['reward', *pass_at_k(torch.zeros(1, c.rl_samples))]
+    sums = torch.zeros(len(names), dtype=torch.float64)  # a rank without a question adds nothing
     model.eval()
     try:
         for start in range(0, len(asked), n * m.world):  # as many rounds on every rank
@@ -179,9 +180,8 @@ def evaluate(model, questions, c, m, stopped, tell):
             if own:
                 seed = random_sequence(0, number, stream='rollouts')
                 _, rewards = ask(model, questions, own, c.n_loop, seed, c, m)
-                values = {'reward': rewards.mean().item(), **pass_at_k(rewards)}
-                names, means = [*values], torch.tensor([*values.values()], dtype=torch.float64)
-                sums = sums + len(own) * means
+                means = [rewards.mean().item(), *pass_at_k(rewards).values()]
+                sums += len(own) * torch.tensor(means, dtype=torch.float64)
     finally:
         model.train(training)
     means = dict(zip(names, (reduce_sum(m, sums) / len(asked)).tolist(), strict=True))

@@ -162,6 +162,25 @@ def test_answers_are_made_with_the_newest_weights_and_a_seed_of_their_place():
     assert made == [(7, 0), (7, 1), (8, 0), (8, 1), (9, 0)]
 
 
+@pytest.mark.parametrize('n_questions', [1, 2, 5])
+def test_an_evaluation_does_not_depend_on_the_number_of_processes(n_questions):
+    """Also where a rank has no question. Without a group reduce_sum gives each rank's part of the means."""
+    model = randomize(GPT(GPTConfig(**SIZES | dict(vocab_size=2))))
+    c = types.SimpleNamespace(**vars(TrainConfig(batch_size=8)), **vars(RLConfig(rl_samples=4)), n_loop=3)
+    c.eval_iters, questions = n_questions, Coin()
+    questions.val = lambda n: Coin().train(0, 0, n)
+
+    def rewards(rank, world):
+        m = types.SimpleNamespace(**vars(M) | dict(rank=rank, world=world))
+        val = rl.evaluate(model, questions, c, m, lambda: False, lambda *_: None)['val']
+        assert list(val) == ['loss', 'reward', 'pass@1', 'pass@2', 'pass@4']
+        return np.array([*val.values()][1:])
+
+    alone, parts = rewards(0, 1), [rewards(rank, 2) for rank in range(2)]
+    assert alone[0] > 0 and np.allclose(sum(parts), alone, rtol=0, atol=1e-12)
+    assert not parts[1].any() == (n_questions < 3)
+
+
 def test_pass_at_k_is_the_share_of_draws_of_k_answers_with_a_right_one():
     rewards = torch.tensor(np.random.default_rng(0).integers(0, 2, (3, 5)), dtype=torch.float64)
     rewards[0] = torch.tensor([0, 0, 1.5, 0, 0.9])
