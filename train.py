@@ -71,7 +71,7 @@ from nanoloop.optimizer import (
 )
 from nanoloop.parallel import leave, max_over_ranks, on_rank0, reduce_sum, wrap
 from nanoloop.pretraining import find_initial_checkpoint, pretraining, settle_epochs
-from nanoloop.rl import RLConfig, reinforcement
+from nanoloop.rl import RLConfig, check_rl_keys, reinforcement
 from nanoloop.run_folder import Log, append_evaluation, git_commit, open_out_dir
 from nanoloop.saving import quarantine_broken, save_checkpoint
 from nanoloop.signals import Signals, exit_status, signal_name
@@ -397,7 +397,8 @@ def main(argv):
     began = time.monotonic()
     c = configure((TrainConfig, RLConfig, GPTConfig), argv, print_line)
     checkpoint, resuming = find_initial_checkpoint(c, print_error if RANK == 0 else None)
-    settings, _ = c.build(TrainConfig), c.build(RLConfig)
+    settings = c.build(TrainConfig)
+    check_rl_keys(c)
     fresh = checkpoint is None or resuming
     check(fresh or not c.baseline, 'baseline', c.baseline, f'none with the weights of {c.init_from}')
     apply_baseline(c, print_line if RANK == 0 else None)

@@ -18,7 +18,7 @@ import functools
 import itertools
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -49,6 +49,15 @@ class RLConfig:
     def __post_init__(self):
         """Raises UserError for a value out of its bounds."""
         settle_fields(self)
+
+
+def check_rl_keys(c):
+    """Raises UserError for keys of RLConfig out of their bounds, and for those given without rl_task."""
+    c.build(RLConfig)
+    for field in fields(RLConfig):
+        used = c.rl_task or field.name not in c.given or c[field.name] == field.default
+        expected = f'{field.default!r} without rl_task=NAME, which says what is asked'
+        check(used, field.name, c[field.name], expected)
 
 
 def reinforcement(c, m, checkpoint, stopped, say):

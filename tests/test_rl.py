@@ -320,6 +320,7 @@ def test_a_run_logs_rewards_and_resumes_bit_for_bit(call, base, tmp_path, keys):
     'flags, expected',
     {
         ('--rl_task=gsm8',): 'gsm8k',
+        ('--rl_task=', '--rl_samples=4'): 'rl_samples=4, expected 16 without rl_task=NAME',
         ('--rl_task=mano:0',): 'mano:0',
         ('--rl_task=mano:2',): 'mano:2, or with a larger number',
         ('--rl_samples=1',): 'at least 2',
