@@ -487,14 +487,19 @@ def test_without_local_files_the_mixture_is_that_of_looped_nanochat(monkeypatch,
     monkeypatch.setattr('nanoloop.tasks.spelling.download_words', lambda: tmp_path / 'words.txt')
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
     args = SimpleNamespace(chat=None, gsm8k=None, mmlu=None, words=None, take=[], val_share=None)
-    parts = [{part.name: len(part) for part in parts if len(part)} for parts in module['choose_parts'](args)]
+    chosen = module['choose_parts'](args, {})
+    parts = [{part.name: len(part) for part in parts if len(part)} for parts in chosen]
     assert parts[0] == dict(
         smoltalk=7, mmlu=5, gsm8k=10, simplespelling=200_000, spellingbee=80_000, identity=64
     )
     assert parts[1] == dict(smoltalk=7, mmlu=5, gsm8k=5)
-    args.val_share = 0.1
-    with pytest.raises(UserError, match='val_share=0.1, expected none'):
-        module['choose_parts'](args)
+
+
+@pytest.mark.parametrize('flag', ['--tokenizer=gpt3', '--take=x=3', '--take=gsm8k', '--val_share=0.1'])
+def test_mistakes_are_told_before_the_mixture_is_downloaded(call, monkeypatch, tmp_path, flag):
+    monkeypatch.setitem(PREPARE.__wrapped__.__globals__, 'hub_sources', lambda split: pytest.fail('reads'))
+    status, _, err = call(PREPARE, f'--name={tmp_path / "sft"}', '--tokenizer=byte', flag)
+    assert status == 2 and flag[2:6] in err and err.count('\n') == 1, err
 
 
 @pytest.mark.parametrize(
@@ -504,7 +509,9 @@ def test_without_local_files_the_mixture_is_that_of_looped_nanochat(monkeypatch,
         (['--take', 'chat'], "take='chat', expected PART=N, with a number above 0"),
         (['--take', 'chat=0'], "take='chat=0', expected PART=N, with a number above 0"),
         (['--val_share=1'], 'val_share=1.0, expected a number above 0 and below 1'),
-        (['--block_size=0'], 'block_size=0, expected at least 1'),
+        (['--take', 'chat=999999999999'], 'a number above 0 and at most 100,000,000'),
+        (['--block_size=0'], 'block_size=0, expected from 1 to 1,048,576'),
+        (['--block_size=9999999999'], 'expected from 1 to 1,048,576'),
         (['--block_size=9'], '28 longer than a row.; a larger --block_size takes longer ones'),
         (['--name=text'], 'that set is made by'),
         (['--tokenizer=none.json'], "'none.json' cannot be read"),

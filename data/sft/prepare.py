@@ -22,6 +22,7 @@ its rest is filled up with tokens that do not count. A token attends to the earl
 too, as in the original.
 """
 
+import functools
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -58,6 +59,7 @@ MIXTURE = {  # chat_sft of github.com/LoopedLMs/looped_nanochat
     'spellingbee': Share(80_000, 1, 0, 'words'),
 }
 SMOLTALK = 'HuggingFaceTB/smol-smoltalk'
+MOST_TAKEN, MOST_INPUTS = 10**8, 2**20  # of --take and --block_size: what fits into memory
 IDENTITY = 'https://karpathy-public.s3.us-west-2.amazonaws.com/identity_conversations.jsonl'
 
 FILE = dict(type=expanded, metavar='FILE')
@@ -117,31 +119,41 @@ def hub_sources(split):
     return sources
 
 
-def choose_counts(texts, sources):
-    """Returns {name: conversations for training} of sources, as --take says. texts: its values."""
-    counts = {}
-    for name, source in sources.items():
-        most, times, *_ = MIXTURE.get(name, (len(source), 1))
-        counts[name] = times * min(most, len(source))
-    for text in texts:
+def has_files(args):
+    """Returns whether the flags name local files, of which alone the set is made then."""
+    return any((args.chat, args.gsm8k, args.mmlu, args.words))
+
+
+def part_names(args):
+    """Returns the names of the parts that the flags choose: of local files, or of the whole mixture."""
+    tasks = [name for name, share in MIXTURE.items() if share.flag != 'chat' and getattr(args, share.flag)]
+    return ['chat'] * bool(args.chat) + tasks or list(MIXTURE)
+
+
+def check_flags(args):
+    """Returns --take as {part: N}. Raises UserError for flags that cannot work. It reads no data."""
+    names, taken, share = part_names(args), {}, args.val_share
+    check(1 <= args.block_size <= MOST_INPUTS, 'block_size', args.block_size, f'from 1 to {MOST_INPUTS:,}')
+    for text in args.take:
         name, _, number = text.partition('=')
-        check(name in counts, 'take', text, f'PART=N, with a part of {", ".join(counts)}')
-        check(number.isdecimal() and int(number) > 0, 'take', text, 'PART=N, with a number above 0')
-        counts[name] = int(number)
-    return counts
+        check(name in names, 'take', text, f'PART=N, with a part of {", ".join(names)}')
+        fits = number.isdecimal() and 0 < int(number) <= MOST_TAKEN
+        check(fits, 'take', text, f'PART=N, with a number above 0 and at most {MOST_TAKEN:,}')
+        taken[name] = int(number)
+    free = share is None or has_files(args)
+    check(free, 'val_share', share, 'none: the mixture has a validation split')
+    check(share is None or 0 < share < 1, 'val_share', share, 'a number above 0 and below 1')
+    return taken
 
 
-def choose_parts(args):
-    """Returns what is in the set: parts for training and for validation."""
-    local = any((args.chat, args.gsm8k, args.mmlu, args.words))
-    sources = local_sources(args) if local else hub_sources('train')
-    counts = choose_counts(args.take, sources)
-    train = [take(name, source, counts[name]) for name, source in sources.items()]
+def choose_parts(args, taken):
+    """Returns what is in the set: parts for training and for validation. taken: see check_flags."""
+    train, local = [], has_files(args)
+    for name, source in (local_sources(args) if local else hub_sources('train')).items():
+        most, times, *_ = MIXTURE.get(name, (len(source), 1))
+        train.append(take(name, source, taken.get(name, times * min(most, len(source)))))
     if local:
-        share = 0.1 if args.val_share is None else args.val_share
-        check(0 < share < 1, 'val_share', share, 'a number above 0 and below 1')
-        return hold_out(train, share)
-    check(args.val_share is None, 'val_share', args.val_share, 'none: the mixture has a validation split')
+        return hold_out(train, 0.1 if args.val_share is None else args.val_share)
     sources = hub_sources('test')
     return train, [
         take(name, source, min(MIXTURE[name].val, len(source))) for name, source in sources.items()
@@ -158,11 +170,12 @@ def texts_of(parts):
 @command
 def main(argv):
     args = parse(argv, __doc__, FLAGS)
-    check(args.block_size >= 1, 'block_size', args.block_size, 'at least 1')
-    folder, row_len = name_folder(__file__, args.name), args.block_size + 1
-    train, val = choose_parts(args)
+    taken, folder, row_len = check_flags(args), name_folder(__file__, args.name), args.block_size + 1
+    parts = functools.cache(lambda: choose_parts(args, taken))
+    # a tokenizer that is not there is told before anything is downloaded: only char reads the parts
+    tokenizer = chat_tokenizer(choose_tokenizer(args.tokenizer, lambda: texts_of(sum(parts(), []))))
+    train, val = parts()
     print_line(f'{folder.name}: train is {describe(train)}; val is {describe(val)} (conversations)')
-    tokenizer = chat_tokenizer(choose_tokenizer(args.tokenizer, lambda: texts_of(train + val)))
     keys = 'block_size', 'all_tokens', 'val_share'
     made_from = {key: getattr(args, key) for key in keys} | dict(
         files=[sha256(path) for path in args.chat or ()]
