@@ -118,7 +118,9 @@ def write_rows(writer, split, parts, row_len, all_tokens=False, say=None):
         n_rows, n_counting = n_rows + 1, n_counting + sum(mask)
     why = ', '.join(f'{n:,} {reason}' for reason, n in sorted(left_out.items()))
     if n_rows == 0:
-        hint = 'a larger --block_size takes longer ones' if left_out[TOO_LONG] else 'take more'
+        hint = 'it takes two different ones or more, one of them to validate'
+        hint = 'each needs a message of the assistant' if left_out[NO_ANSWER] else hint
+        hint = 'a larger --block_size takes longer ones' if left_out[TOO_LONG] else hint
         raise UserError(
             f'{name}: {split} has no conversation of {total:,} (left out: {why or "none"}); {hint}'
         )

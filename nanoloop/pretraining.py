@@ -29,6 +29,7 @@ from nanoloop.growth import plan_growth
 from nanoloop.objective import check_loops
 from nanoloop.parallel import max_over_ranks
 from nanoloop.run_folder import check_out_dir, earlier_runs
+from nanoloop.text_files import count
 
 
 class Task(NamedTuple):
@@ -82,8 +83,8 @@ def settle_epochs(c, say=None):
     n_rows = sum(file['tokens'] // meta['row_len'] for file in meta['splits']['train']['files'])
     c['max_iters'] = steps_of_epochs(n_rows, c)
     if say:
-        steps = steps_per_epoch(n_rows, c)
-        say(f'epochs = {c.epochs:g}: {n_rows:,} rows are {steps:,} steps, max_iters = {c.max_iters}')
+        rows, steps = count(n_rows, 'row'), count(steps_per_epoch(n_rows, c), 'step')
+        say(f'epochs = {c.epochs:g}: {rows} in {steps}, max_iters = {c.max_iters}')
 
 
 def check_micro_batches(c, m):

@@ -18,7 +18,7 @@ from model import GPT, GPTConfig
 from nanoloop.batches import steps_of_epochs, steps_per_epoch, take_rows
 from nanoloop.checkpoint import load_checkpoint
 from nanoloop.checks import UserError
-from nanoloop.conversation import render, render_prompt
+from nanoloop.conversation import read_conversations, render, render_prompt
 from nanoloop.datasets import open_split, read_meta
 from nanoloop.mixture import Part, describe, hold_out, take, write_rows
 from nanoloop.optimizer import lr_at
@@ -166,7 +166,7 @@ def test_a_split_without_a_conversation_that_fits_is_refused_with_what_helps(tmp
     part, silent = take('x', items('a' * 99), 1), Part('x', [dict(messages=[user('a')])], [0])
     for wrong, told in (
         (part, '1 longer than a row.*a larger --block_size'),
-        (silent, '1 without an answer'),
+        (silent, '1 without an answer.; each needs a message of the assistant'),
     ):
         with pytest.raises(UserError, match=f'sft: train has no conversation of 1 .left out: {told}'):
             prepare(tmp_path, [wrong], [part])
@@ -279,7 +279,7 @@ def equal(a, b):
 
 def test_a_run_of_epochs_resumes_to_the_bit_in_the_middle_and_at_the_end_of_an_epoch(run, tmp_path):
     status, out, err = run('whole', '--epochs=2')
-    assert status == 0 and 'epochs = 2: 31 rows are 3 steps, max_iters = 6' in out, err
+    assert status == 0 and 'epochs = 2: 31 rows in 3 steps, max_iters = 6' in out, err
     whole = weights(tmp_path / 'whole' / 'ckpt.pt')
     for name, epochs in (('middle', 0.5), ('end', 1)):
         assert run(name, f'--epochs={epochs}')[0] == 0
@@ -525,3 +525,19 @@ def test_mistakes_in_preparing_conversations_end_in_a_line(call, tmp_path, argv,
     given = ['--chat', str(chat), '--tokenizer=byte', f'--name={tmp_path / "sft"}']
     status, _, err = call(PREPARE, *given, *(text.format(chat=chat) for text in argv))
     assert status == 2 and re.search(told, err) and err.count('\n') == 1, err
+
+
+def test_conversations_about_the_model_are_a_function_of_the_seed(call, tmp_path):
+    identity = runpy.run_path(str(ROOT / 'data' / 'sft' / 'identity.py'))['main']
+    files = [tmp_path / f'{i}.jsonl' for i in range(3)]
+    for file, seed in zip(files, (1, 1, 2), strict=True):
+        argv = ['--name=Loopy', '--n=50', f'--seed={seed}', f'--output={file}']
+        assert call(identity, *argv)[::2] == (0, '')
+    texts = [file.read_text() for file in files]
+    assert texts[0] == texts[1] != texts[2] and 'I am Loopy.' in texts[0]
+    assert len(read_conversations(files[0])) == 50
+    wrong = {'--nme=x': 'did you mean --name?', '--n=x': 'invalid int', '--n=0': 'at least 1'}
+    for flag, told in wrong.items():
+        status, _, err = call(identity, flag, f'--output={tmp_path / "none.jsonl"}')
+        assert status == 2 and told in err and err.count('\n') == 1, err
+    assert not (tmp_path / 'none.jsonl').exists()

@@ -167,7 +167,7 @@ def test_the_files_of_a_folder_belong_to_the_split_in_their_names(tmp_path):
     (tmp_path / 'main/test.jsonl').unlink()
     assert [row[0] for row in make_task('gsm8k', dict(gsm8k=str(tmp_path))).rows] == ['latest']
     (tmp_path / 'main/latest.jsonl').unlink()
-    with pytest.raises(Unavailable, match='expected files with test in their names'):
+    with pytest.raises(Unavailable, match='expected files with test in their names; a single file'):
         make_task('gsm8k', dict(gsm8k=str(tmp_path)))
     # a file that is named is taken for both
     file = str(tmp_path / 'main/train.jsonl')

@@ -8,7 +8,6 @@ A conversation is one to three questions with their answers, each drawn from the
 the same for the same --seed. Change the tables, or write a file of your own: one conversation on each line.
 """
 
-import argparse
 import json
 import os
 import random
@@ -19,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository
 from configurator import command, print_line
 from nanoloop.checks import check
 from nanoloop.files import replace_file
+from nanoloop.prepare_script import expanded, parse
 
 GREETINGS = ('', '', '', '', 'Hello! ', 'Hi! ', 'Hey, ', 'Good morning. ', 'Hello, ')
 ENDS = ('?', '?', '?', '', '??')
@@ -106,25 +106,31 @@ def draw_conversation(dice, names):
     return messages
 
 
+FLAGS = {
+    'name': dict(default='nanoLOOP', help='what the model is called, default: nanoLOOP'),
+    'maker': dict(default='its user', help='who has trained it, default: its user'),
+    'output': dict(
+        type=expanded,
+        default=Path(__file__).with_name('identity.jsonl'),
+        metavar='FILE',
+        help='the file, default: data/sft/identity.jsonl',
+    ),
+    'n': dict(type=int, default=1000, metavar='N', help='conversations, default: 1000'),
+    'seed': dict(type=int, default=0, help='of the draws, default: 0'),
+}
+
+
 @command
 def main(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument('--name', default='nanoLOOP', help='what the model is called')
-    parser.add_argument('--maker', default='its user', help='who has trained it')
-    parser.add_argument('--output', default=Path(__file__).with_name('identity.jsonl'), type=Path)
-    parser.add_argument('--n', default=1000, type=int, metavar='N', help='conversations; default: 1000')
-    parser.add_argument('--seed', default=0, type=int)
-    flags = parser.parse_args(argv)
-    check(flags.n > 0, 'n', flags.n, 'at least 1')
-    check(flags.output.parent.is_dir(), 'output', str(flags.output), 'a file in a folder that exists')
-    dice = random.Random(flags.seed)
-    names = dict(name=flags.name, maker=flags.maker)
-    with replace_file(flags.output) as file:
-        for _ in range(flags.n):
+    args = parse(argv, __doc__, FLAGS)
+    check(args.n > 0, 'n', args.n, 'at least 1')
+    writable = args.output.parent.is_dir() and not args.output.is_dir()
+    check(writable, 'output', str(args.output), 'a file in a folder that exists')
+    dice, names = random.Random(args.seed), dict(name=args.name, maker=args.maker)
+    with replace_file(args.output) as file:
+        for _ in range(args.n):
             file.write(json.dumps(draw_conversation(dice, names), ensure_ascii=False) + '\n')
-    print_line(f'{flags.n:,} conversations in {os.path.relpath(flags.output)}')
+    print_line(f'{args.n:,} conversations in {os.path.relpath(args.output)}')
 
 
 if __name__ == '__main__':

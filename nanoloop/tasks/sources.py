@@ -69,7 +69,8 @@ def find_files(source, option, path, split):
         files = named or [file for file in files if not words(file.relative_to(path)) & other]
     if not files:
         what = ' '.join((*source.of_task[:1], split))
-        raise Unavailable(f'{option}={str(path)!r}, expected files with {what} in their names')
+        hint = '; a single file, given by its own name, is for any split' if path.is_dir() else ''
+        raise Unavailable(f'{option}={str(path)!r}, expected files with {what} in their names{hint}')
     return files
 
 
