@@ -3,6 +3,7 @@
 # source: chat_rl of github.com/LoopedLMs/looped_nanochat. differs: answers are drawn from all tokens (there
 # from the 50 most likely, --top_k=50, which is not what is trained); all sampled tokens of a step
 # weigh the same (there those of a pass of 8 answers); Adam's moments start at 0. Not trained yet.
+# The rates are for a model of that recipe; one with tie_weights needs --head_lr=None.
 #   torchrun --standalone --nproc_per_node=8 train.py config/rl_gsm8k.py --init_from=out-sft
 
 out_dir = 'out-rl-gsm8k'

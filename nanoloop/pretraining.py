@@ -74,7 +74,7 @@ def settle_epochs(c, say=None):
     """
     if c.epochs is None:
         return
-    expected = f'None with max_iters={c.max_iters}: give one of the two'
+    expected = f'None with max_iters={c.max_iters}: give one of the two, say --epochs=None'
     check('max_iters' not in c.given, 'epochs', c.epochs, expected)
     folder = find_data(c.dataset)
     meta = {} if isinstance(folder, Generated) else read_meta(folder)
