@@ -181,7 +181,8 @@ class Trainer:
         self.saved = self.step if state else None  # step of the last checkpoint
         same = -max_over_ranks(m, -self.step) == max_over_ranks(m, self.step)
         check(same, 'out_dir', c.out_dir, 'a folder that all machines share')
-        self.step_tokens = c.gradient_accumulation_steps * c.batch_size * c.block_size
+        self.row_tokens = task.row_tokens or c.block_size
+        self.step_tokens = c.gradient_accumulation_steps * c.batch_size * self.row_tokens
         # n_loop -> FLOPs of a step, over all ranks
         self.flops = functools.cache(lambda n: training_flops(self.model, c, n) * self.step_tokens)
         self.flops_done = state.get('flops', 0.0)
@@ -236,7 +237,8 @@ class Trainer:
 
     def describe(self):
         """Returns lines on the sizes of the model and of a step."""
-        return report.describe_run(self.c, self.model, self.m.world, self.flops(self.c.n_loop))
+        flops = self.flops(self.c.n_loop)
+        return report.describe_run(self.c, self.model, self.m.world, flops, self.row_tokens)
 
     def restore(self):
         """Loads the states of optimizers and scaler, and says what differs from the run that saved them."""

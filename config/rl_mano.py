@@ -1,6 +1,6 @@
 # Reinforcement learning in minutes on a CPU: Mano's tables, sums, differences and products modulo 23. The
 # answer is one token, and rewarded if it is right. First a model that knows a little, then this:
-#   python train.py config/mano_looped.py --dataset=mano:1 --block_size=6 --max_iters=350 --out_dir=out-mano-1
+#   python train.py config/mano_looped.py --dataset=mano:1 --block_size=6 --max_iters=450 --out_dir=out-mano-1
 #   python train.py config/rl_mano.py
 
 out_dir = 'out-rl-mano'

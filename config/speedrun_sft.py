@@ -1,4 +1,4 @@
-# An overlay: fine-tuning of the quick start's model on short conversations in bytes, see runs/speedrun_cpu.sh.
+# An overlay: fine-tunes the quick start's model on short conversations in bytes, see runs/speedrun_cpu.sh.
 #   python train.py config/sft.py config/speedrun_sft.py
 
 init_from = 'out-base'

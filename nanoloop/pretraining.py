@@ -40,6 +40,7 @@ class Task(NamedTuple):
     evaluate: Any  # () -> {split: {loss, ...}}, val at least, or None if a signal came first
     checkpoint_extra: dict  # further entries of the checkpoint: tokenizer and data, see datasets.identify
     origin: str = ''  # where the weights come from; '' = random
+    row_tokens: int | None = None  # tokens of a row of a batch; None = block_size
     dropout: bool = True  # the model trains in training mode; False: in eval mode, as it samples
 
 

@@ -4,8 +4,9 @@ Questions for reinforcement learning: prompts with a judge of their answers.
     questions.train(step, number, n)     n questions for a micro-batch, a function of (seed, step, number)
     questions.val(n)                     the first n questions that are held out; fewer if there are fewer
 
-Their other attributes: name; identity (JSON values, the same for the same questions); max_new_tokens; stop
-(ids that end an answer, () = it has max_new_tokens tokens); tool (see rollout.roll_out, None = none).
+Their other attributes: name; identity (JSON values, the same for the same questions); longest_prompt (in
+tokens); max_new_tokens; stop (ids that end an answer, () = it has max_new_tokens tokens); tool (see
+rollout.roll_out, None = none).
 """
 
 from collections.abc import Callable
@@ -53,6 +54,7 @@ class GeneratedQuestions:
         fits = data.row_len - 1 <= config.block_size
         check(fits, 'rl_task', c.rl_task, f'questions for a block_size of {config.block_size}')
         self.data, self.seed, self.name = data, c.seed, data.name
+        self.longest_prompt = data.row_len - 1
         self.identity = [data.fingerprint(split) for split in ('train', 'val')]
 
     def train(self, step, number, n):
@@ -104,12 +106,14 @@ class TaskQuestions:
         if len({task.data for task in self.tasks.values()}) == 1 and len(set(map(len, every.values()))) == 1:
             n = len(every['train'])
             every = dict(train=[i for i in range(n) if i % HELD_OUT], test=range(0, n, HELD_OUT))
-        fits = {s: [i for i in every[s] if len(self.prompt(self.tasks[s][i])) <= room] for s in every}
+        lengths = {s: {i: len(self.prompt(self.tasks[s][i])) for i in every[s]} for s in every}
+        fits = {split: [i for i, n in parts.items() if n <= room] for split, parts in lengths.items()}
         self.left_out = sum(len(every[split]) - len(fits[split]) for split in every)
         for split, found in fits.items():
             expected = f'questions for {split} of at most {room} tokens: a lower max_new_tokens leaves more'
             check(found, 'rl_task', c.rl_task, expected)
         self.indices = fits
+        self.longest_prompt = max(lengths[split][i] for split, found in fits.items() for i in found)
         self.identity = [self.name, *(task.data for task in self.tasks.values()), fits]
 
     def prompt(self, item):

@@ -97,10 +97,10 @@ class Meter:
         return result
 
 
-def describe_run(c, model, world, flops):
-    """Yields lines on the size of the run and its model. flops: of a training step."""
-    tokens = c.gradient_accumulation_steps * c.batch_size * c.block_size
-    micro_batches = f'{c.gradient_accumulation_steps} x {c.batch_size} x {c.block_size}'
+def describe_run(c, model, world, flops, row_tokens):
+    """Yields lines on the size of the run and its model. flops: of a training step; row_tokens: of a row."""
+    tokens = c.gradient_accumulation_steps * c.batch_size * row_tokens
+    micro_batches = f'{c.gradient_accumulation_steps} x {c.batch_size} x {row_tokens}'
     layers = f'{model.config.depth} ({c.n_prelude} + {c.n_block} x {c.n_loop} + {c.n_coda})'
     yield f'tokens per iteration will be: {tokens:,} ({micro_batches}, over {world} process(es))'
     yield f'number of parameters: {model.get_num_params() / 1e6:.2f}M'

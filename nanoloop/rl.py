@@ -80,7 +80,14 @@ def reinforcement(c, m, checkpoint, stopped, say):
     data = dict(source=questions.name, sha256=hash_json(questions.identity))
     kept = dict(tokenizer=tokenizer.spec, data=data)
     batches = functools.partial(one_by_one, make, c, m)
-    return Task(model, batches, validate, kept, origin(c, checkpoint), dropout=False)
+    return Task(
+        model, batches, validate, kept, origin(c, checkpoint), row_tokens(questions, c), dropout=False
+    )
+
+
+def row_tokens(questions, c):
+    """Returns T of the batches: that of the longest prompt with the longest answer, at most block_size."""
+    return min(c.block_size, questions.longest_prompt + questions.max_new_tokens - 1)
 
 
 def check_keys(c, checkpoint):
@@ -112,7 +119,7 @@ def one_by_one(make, c, m, step):
 
 def make_batch(model, questions, c, m, step, micro):
     """Returns the Batch of answers to a micro-batch's questions, with advantages as weights."""
-    began, number, T = time.monotonic(), micro_batch_number(m, micro), c.block_size
+    began, number, T = time.monotonic(), micro_batch_number(m, micro), row_tokens(questions, c)
     asked = questions.train(step, number, c.batch_size // c.rl_samples)
     seed = random_sequence(c.seed, step, number, stream='rollouts')
     rollouts, rewards = ask(model, questions, asked, loops_at(step, c), seed, c, m)  # rewards: (n, samples)

@@ -111,7 +111,7 @@ def test_rollouts_need_a_model_in_eval_mode():
 class Coin:
     """Questions with prompts [0] and [1]; an answer of n_tokens tokens is worth its number of ones."""
 
-    name, identity, stop, tool, max_new_tokens = 'coin', [], (), None, 2
+    name, identity, stop, tool, max_new_tokens, longest_prompt = 'coin', [], (), None, 2, 9
 
     def train(self, step, number, n):
         return [Question([(step + i) % 2], lambda answer: float(sum(answer))) for i in range(n)]
@@ -127,6 +127,7 @@ def test_a_step_is_the_policy_gradient_written_out():
     c = types.SimpleNamespace(**keys, **vars(RLConfig(rl_samples=4)), block_size=4, n_loop=3)
     set_trained_parts(model, rl.OBJECTIVE['end'], dropout=False)
     batches = [rl.make_batch(model, Coin(), c, M, 5, micro) for micro in range(2)]
+    assert batches[0].idx.shape == (12, 4)
     params = [p for p in model.parameters() if p.requires_grad]
     total = [torch.zeros_like(p) for p in params]
     for batch in batches:
@@ -244,7 +245,11 @@ def test_an_epoch_asks_every_question_once_in_an_order_of_its_own(tmp_path):
 def test_an_answer_is_judged_as_text_and_long_prompts_are_left_out(tmp_path):
     questions = gsm8k(tmp_path)
     assert 'left out' in questions.describe() and questions.left_out > 0
-    assert all(len(question.prompt) + 60 <= 73 for question in questions.train(0, 0, 50))
+    lengths = [len(question.prompt) for question in questions.train(0, 0, 50) + questions.val(9)]
+    assert questions.longest_prompt == max(lengths) <= 73 - 60
+    c = types.SimpleNamespace(block_size=72)
+    assert rl.row_tokens(questions, c) == max(lengths) + 59  # the last token is a target only
+    assert rl.row_tokens(questions, types.SimpleNamespace(block_size=8)) == 8
     for index in questions.indices['test'][:3]:
         question = questions.make('test', index)
         assert question.prompt[-1] == CHAT.special_ids['<|assistant_start|>']
