@@ -21,21 +21,20 @@ from helpers import TINY, load, read_log, same, script  # noqa: E402
 from nanoloop.prepare import write_text  # noqa: E402
 from nanoloop.tokenizer import Bytes  # noqa: E402
 
-STEPS = 240
-HARD = f'--max_iters={STEPS} --eval_interval=3 --dropout=0.1 --gradient_accumulation_steps=4'.split()
+HARD = '--eval_interval=3 --dropout=0.1 --gradient_accumulation_steps=4'.split()
 HARD += ['--init_from=auto', '--input_injection=inject_random', '--optimizer=muon', '--loop_warmup=60']
 HARD += ['--loop_sampling=poisson', '--loop_max=4']
 
 
-def survive(folder, kills, seed):
-    """Runs a training twice in folder, once killed `kills` times. Raises AssertionError if they differ."""
+def survive(folder, kills, seed, steps=240):
+    """Trains twice in folder, once killed `kills` times. Raises AssertionError if the ends differ."""
     dice = random.Random(seed)
     text = folder / 'input.txt'
     text.write_bytes(np.random.default_rng(0).integers(97, 105, 5000, dtype=np.uint8).tobytes())
     write_text(folder / 'data', [text], Bytes(), 'random')
-    argv = [f'--dataset={folder}/data', *TINY, *HARD]
+    argv = [f'--dataset={folder}/data', *TINY, *HARD, f'--max_iters={steps}']
     calm = script('train.py', *argv, f'--out_dir={folder}/calm')
-    moments = sorted(dice.sample(range(5, STEPS - 20), kills))
+    moments = sorted(dice.sample(range(5, steps - 20), kills))
     stormy, at = folder / 'stormy', []
     for moment in moments:
         run = script('train.py', *argv, f'--out_dir={stormy}')
@@ -61,7 +60,7 @@ def survive(folder, kills, seed):
     logs = [read_log(folder / name) for name in ('calm', 'stormy')]
     logs = [[{k: v for k, v in x.items() if 'ms' not in k and 'tok' not in k} for x in log] for log in logs]
     assert logs[0] == logs[1], 'the logs differ'
-    assert [line['iter'] for line in logs[0] if 'lr' in line] == list(range(STEPS))
+    assert [line['iter'] for line in logs[0] if 'lr' in line] == list(range(steps))
 
 
 def progress(out_dir):

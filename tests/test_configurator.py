@@ -21,10 +21,11 @@ from nanoloop import ROOT
 from nanoloop.checks import AtLeast, Derives, OneOf, check, settle_fields
 from nanoloop.datasets import read_meta_json
 from nanoloop.objective import check_loops
+from nanoloop.rl import RLConfig
 from sample import SampleConfig
 from train import TrainConfig
 
-KEYS = (TrainConfig, GPTConfig)
+KEYS = (TrainConfig, RLConfig, GPTConfig)
 COLORS = {'red': 0, 'blue': 1}
 
 
@@ -235,11 +236,12 @@ def test_no_two_dataclasses_share_a_key():
 
 @pytest.mark.parametrize('path', sorted((ROOT / 'config').glob('*.py')), ids=lambda path: path.stem)
 def test_every_config_file_is_valid_and_says_how_to_run_it(path):
-    command = next(line for line in path.read_text().splitlines() if 'train.py config/' in line)
-    files = re.findall(r'config/\w+\.py', command)
-    assert files[-1] == f'config/{path.name}'
-    c = read(*files)
+    commands = [line for line in path.read_text().splitlines() if 'train.py config/' in line]
+    files = [re.findall(r'config/\w+\.py', command) for command in commands]
+    own = next(names for names in files if names[-1] == f'config/{path.name}')
+    c = read(*own)
     c.build(TrainConfig)
+    c.build(RLConfig)
     check_loops(c, c.build(GPTConfig))
 
 

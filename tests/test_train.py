@@ -321,7 +321,7 @@ def test_a_run_on_other_data_is_told_and_its_best_loss_begins_anew(call, flags, 
 
 
 def test_killed_runs_go_on_as_if_they_had_not_been(tmp_path):
-    survive(tmp_path, kills=2, seed=1)
+    survive(tmp_path, kills=2, seed=1, steps=75)
 
 
 @pytest.mark.parametrize('share', [0.0, 0.2, 0.5, 0.9, 0.999])
