@@ -1,6 +1,6 @@
 # Mano, arithmetic in F_23 in prefix notation, with one layer that is looped 4 times. The answer is one token.
 # Compare with mano_same_params.py (one layer) and mano_same_flops.py (four layers); runs/mano.sh trains all.
-# expect: 99, 24 and 10 % for 1, 2 and 3 operations (majority answer: 6 %; runs/results.md), 12 minutes on a CPU core.
+# expect: 99, 24 and 10 % for 1, 2 and 3 operations (majority answer: 6 %), 12 minutes on a CPU core
 # The data needs no preparation: rows are drawn when they are needed, see nanoloop/generated.py.
 #   python train.py config/mano_looped.py
 
