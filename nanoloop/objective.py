@@ -130,7 +130,7 @@ def set_trained_parts(model, rule, dropout=True):
     """Prepares a model for a loss rule: the parameters that it trains require a gradient, the others do not.
 
     A rule that trains the gate alone gets the model in eval mode, since the noise of dropout would look like
-    a gain between loops. The other rules get it in training mode, without dropout in eval mode, too.
+    a gain between loops. The other rules get it in training mode, or in eval mode with dropout=False.
     """
     for name, p in model.named_parameters():  # DDP waits for all that require a gradient
         p.requires_grad_(rule.trains_gate if name.startswith('exit_gate.') else rule.trains_model)

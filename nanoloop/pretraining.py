@@ -41,7 +41,7 @@ class Task(NamedTuple):
     checkpoint_extra: dict  # further entries of the checkpoint: tokenizer and data, see datasets.identify
     origin: str = ''  # where the weights come from; '' = random
     row_tokens: int | None = None  # tokens of a row of a batch; None = block_size
-    dropout: bool = True  # the model trains in training mode; False: in eval mode, as it samples
+    dropout: bool = True  # False: the model trains in eval mode, without dropout, as it samples
 
 
 def pretraining(c, m, checkpoint, stopped, say):

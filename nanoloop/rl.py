@@ -24,7 +24,7 @@ import torch
 
 from nanoloop.batches import Batch, batch_seed, micro_batch_number
 from nanoloop.checkpoint import find_tokenizer
-from nanoloop.checks import Choice, Count, NotNegative, check, settle_fields
+from nanoloop.checks import Choice, Count, Positive, check, settle_fields
 from nanoloop.files import hash_json
 from nanoloop.objective import OBJECTIVE, loops_at
 from nanoloop.parallel import reduce_sum
@@ -42,7 +42,7 @@ class RLConfig:
     words: str = ''  # rl_task=spellingbee, simplespelling: file with a word on each line; '' = downloaded
     rl_samples: Count = 16  # answers to each question; batch_size is a multiple of it
     max_new_tokens: Count = 256  # most tokens of an answer
-    temperature: NotNegative = 1.0  # of the samples; only 1 without top_k draws from what is trained
+    temperature: Positive = 1.0  # of the samples; only 1 without top_k draws from what is trained
     top_k: Count | None = None  # sample from the k most likely tokens; None = from all
     reward_loops: Choice(('last', 'all')) = 'last'  # all: every loop's prediction is trained, objective=step
 
@@ -104,7 +104,6 @@ def check_keys(c, checkpoint):
     check(c.rl_samples > 1, 'rl_samples', c.rl_samples, 'at least 2: answers are compared with their group')
     expected = f'a multiple of rl_samples={c.rl_samples}'
     check(c.batch_size % c.rl_samples == 0, 'batch_size', c.batch_size, expected)
-    check(c.temperature > 0, 'temperature', c.temperature, 'above 0 with rl_task')
     check(not c.eval_loops, 'eval_loops', c.eval_loops, "'' with rl_task; eval.py measures other loops")
     check(c.eval_iters > 0, 'eval_iters', c.eval_iters, 'at least 1 with rl_task')
 

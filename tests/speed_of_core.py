@@ -7,7 +7,6 @@ Random weights, 2 + 2x4 + 2 layers, 128 wide, bytes. Both sides in turns on the 
 in CPU time of one thread. The answers are the same.
 """
 
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -22,8 +21,6 @@ from nanoloop.core import core
 from nanoloop.machine import setup
 from nanoloop.scoring import Policy, score
 from nanoloop.tokenizer import Bytes
-
-ROUNDS = 1
 
 
 def tell(name, seconds):
@@ -45,18 +42,15 @@ def main(folder, questions=11):
     for evaluation in core(c, Bytes(), config, print):
         if not len(evaluation.items):
             continue
-        times = {True: [], False: []}
-        for _ in range(ROUNDS):
-            losses = {}
-            for reuse in times:
-                start = time.process_time()
-                (result,) = score(model, evaluation, [Policy(4)], m, reuse=reuse)
-                times[reuse].append(time.process_time() - start)
-                losses[reuse] = [record.get('correct') for record in result.records]
-            assert losses[True] == losses[False]
-        medians = {reuse: statistics.median(values) for reuse, values in times.items()}
-        totals = {reuse: totals[reuse] + medians[reuse] for reuse in totals}
-        tell(f'{evaluation.name}: {len(evaluation.items)} questions', medians)
+        times, answers = {}, {}
+        for reuse in (True, False):
+            start = time.process_time()
+            (result,) = score(model, evaluation, [Policy(4)], m, reuse=reuse)
+            times[reuse] = time.process_time() - start
+            answers[reuse] = [record.get('correct') for record in result.records]
+        assert answers[True] == answers[False]
+        totals = {reuse: totals[reuse] + times[reuse] for reuse in times}
+        tell(f'{evaluation.name}: {len(evaluation.items)} questions', times)
     tell('all', totals)
 
 
