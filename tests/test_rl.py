@@ -109,12 +109,12 @@ def test_rollouts_need_a_model_in_eval_mode():
 
 
 class Coin:
-    """Questions with prompts [0] and [1]; an answer of n_tokens tokens is worth its number of ones."""
+    """Questions with prompts [1, 0] and [1, 1]; an answer of two tokens is worth its number of ones."""
 
     name, identity, stop, tool, max_new_tokens, longest_prompt = 'coin', [], (), None, 2, 9
 
     def train(self, step, number, n):
-        return [Question([(step + i) % 2], lambda answer: float(sum(answer))) for i in range(n)]
+        return [Question([1, (step + i) % 2], lambda answer: float(sum(answer))) for i in range(n)]
 
     val = None
 
@@ -131,13 +131,13 @@ def test_a_step_is_the_policy_gradient_written_out():
     params = [p for p in model.parameters() if p.requires_grad]
     total = [torch.zeros_like(p) for p in params]
     for batch in batches:
-        assert (batch.idx[:, 3:] == 0).all() and (batch.targets[:, [0, 1]] >= 0).all()
-        assert (batch.targets[:, 2:] == -1).all()
-        rewards = batch.targets[:, :2].sum(dim=1).double().view(3, 4)
+        assert (batch.idx[:, 3:] == 0).all() and (batch.targets[:, 1:3] >= 0).all()
+        assert (batch.targets[:, [0, 3]] == -1).all()  # the prompt and what is behind the answer
+        rewards = batch.targets[:, 1:3].sum(dim=1).double().view(3, 4)
         advantages = (rewards - rewards.mean(dim=1, keepdim=True)).flatten()
         (state,), inputs = model.loop_states(batch.idx, 3)
-        logits = model.logits(model.run_coda(state, inputs))[:, :2]  # (12, 2 tokens, 2)
-        onehot = torch.nn.functional.one_hot(batch.targets[:, :2], 2)
+        logits = model.logits(model.run_coda(state, inputs))[:, 1:3]  # (12, 2 tokens, 2)
+        onehot = torch.nn.functional.one_hot(batch.targets[:, 1:3], 2)
         by_hand = advantages[:, None, None] * (logits.softmax(dim=-1) - onehot) / (2 * 12 * 2)
         for sum_, grad in zip(total, torch.autograd.grad(logits, params, by_hand.detach()), strict=True):
             sum_ += grad
@@ -150,6 +150,18 @@ def test_a_step_is_the_policy_gradient_written_out():
         assert torch.allclose(old - p, grad, atol=1e-10)
     mean = sum(batch.values['reward'] for batch in batches) / 2
     assert result.extra['reward'] == pytest.approx(mean, abs=1e-12)
+
+
+def test_tokens_that_a_tool_forces_are_no_targets():
+    class Forced(Coin):
+        tool = staticmethod(lambda ids: [1] if len(ids) == 1 else [])
+
+    model = randomize(GPT(GPTConfig(**SIZES | dict(vocab_size=2)))).eval()
+    c = types.SimpleNamespace(**vars(TrainConfig(batch_size=8)), **vars(RLConfig(rl_samples=4)))
+    c.block_size, c.n_loop = 12, 3
+    batch = rl.make_batch(model, Forced(), c, M, 5, 0)
+    assert (batch.idx[:, 3] == 0).all() and (batch.targets[:, 1] >= 0).all()
+    assert (batch.targets[:, [0, 2, 3]] == -1).all() and batch.values['answer_tokens'] == 1
 
 
 def test_answers_are_made_with_the_newest_weights_and_a_seed_of_their_place():
