@@ -24,7 +24,14 @@ from configurator import command, configure, print_error, printable
 # isort: split
 import torch
 
-from nanoloop.checkpoint import BEST, check_tokenizer, find_from_flags, find_tokenizer, load_checkpoint
+from nanoloop.checkpoint import (
+    BEST,
+    check_tokenizer,
+    describe_checkpoint,
+    find_from_flags,
+    find_tokenizer,
+    load_checkpoint,
+)
 from nanoloop.checks import Above, AtMost, Choice, Count, Name, NotNegative, Size, check, settle_fields
 from nanoloop.decode import Stats, cast_linears_
 from nanoloop.early_exit import EXIT, make_early_exit
@@ -112,14 +119,6 @@ def print_samples(tokens, texts, start, live):
     return count
 
 
-def describe(checkpoint, config, n_loop):
-    """Returns a line on the checkpoint, the number of loops, and the numbers that it was trained with."""
-    step, trained = int(checkpoint['iter_num']), checkpoint.get('loops_trained', [config.n_loop])
-    at_step = f'step {step}, ' if step else ''
-    note = '' if n_loop in trained else f', trained with {", ".join(map(str, trained))}'
-    return f'{checkpoint["path"]}: {at_step}n_loop {n_loop}{note}'
-
-
 def read_prompt(start, tokenizer, vocab_size):
     """Returns the text of the key start and its token ids; an empty text becomes the end-of-text token."""
     if start.startswith('FILE:'):
@@ -170,7 +169,7 @@ def main(argv):
     model, _ = load_checkpoint(checkpoint, device)
     if early_exit:
         early_exit.check_model(model, c.n_loop or model.config.n_loop)
-    about = describe(checkpoint, model.config, c.n_loop or model.config.n_loop)
+    about = describe_checkpoint(checkpoint, model.config, c.n_loop or model.config.n_loop)
     print_error(about)
     if tokenizer.note:
         print_error(tokenizer.note)

@@ -167,6 +167,14 @@ def find_tokenizer(checkpoint):
     return make_tokenizer(plain)
 
 
+def describe_checkpoint(checkpoint, config, n_loop):
+    """Returns a line on the checkpoint, the number of loops, and the numbers that it was trained with."""
+    step, trained = int(checkpoint['iter_num']), checkpoint.get('loops_trained', [config.n_loop])
+    at_step = f'step {step}, ' if step else ''
+    note = '' if n_loop in trained else f', trained with {", ".join(map(str, trained))}'
+    return f'{checkpoint["path"]}: {at_step}n_loop {n_loop}{note}'
+
+
 def tokenizer_dict(checkpoint):
     """Returns the plain dict of a checkpoint's tokenizer, see make_tokenizer; None if nothing says which.
 

@@ -28,21 +28,25 @@ def render(messages, tokenizer):
     unknown role or part, and a tokenizer without the special tokens.
     """
     ids, mask = [special_id(tokenizer, 'bos')], [0]
-
-    def add(tokens, counts):
-        ids.extend(tokens)
-        mask.extend([counts] * len(tokens))
-
     for role, content in take_turns(messages):
-        start, end = (special_id(tokenizer, f'{role}_{edge}') for edge in ('start', 'end'))
-        add([start], 0)
-        for kind, text in parts_of(content):
-            name, counts = PARTS[kind]
-            edges = [[special_id(tokenizer, f'{name}_{edge}')] for edge in ('start', 'end')] if name else []
-            first, last = edges or ([], [])
-            add(first + tokenizer.encode(text) + last, counts * (role == 'assistant'))
-        add([end], int(role == 'assistant'))
+        turn_ids, turn_mask = render_turn(role, content, tokenizer)
+        ids += turn_ids
+        mask += turn_mask
     return ids, mask
+
+
+def render_turn(role, content, tokenizer):
+    """Returns the ids and the mask of the message of a user or an assistant, see render."""
+    start, end = (special_id(tokenizer, f'{role}_{edge}') for edge in ('start', 'end'))
+    ids, mask, writes = [start], [0], int(role == 'assistant')
+    for kind, text in parts_of(content):
+        name, counts = PARTS[kind]
+        edges = [[special_id(tokenizer, f'{name}_{edge}')] for edge in ('start', 'end')] if name else []
+        first, last = edges or ([], [])
+        tokens = first + tokenizer.encode(text) + last
+        ids += tokens
+        mask += [counts * writes] * len(tokens)
+    return [*ids, end], [*mask, writes]
 
 
 def render_prompt(messages, tokenizer):

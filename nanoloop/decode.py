@@ -209,7 +209,7 @@ class Decoder:
         """
         active = self.start_active(idx, index, s, counts)
         pos = index.pos.expand(idx.shape)  # (n, T)
-        cache_row = active.row if index.rows is None else index.rows[active.row]  # (n, T)
+        cache_row = index.cache_rows(active.row)  # (n, T)
         n_running = idx.numel() if counts is None else sum(counts)
         state, self.loops = torch.zeros_like(active.e), torch.zeros_like(pos)  # (n, T, C), (n, T)
         head_input = torch.zeros_like(active.e) if self.coda_in_loop else None  # (n, T, C)

@@ -42,7 +42,11 @@ class Sampler:
 
     def probabilities(self, x):
         """Returns the probabilities (n, V) to draw from. x: (n, C), the head's input."""
-        logits = upcast(self.model.logits(x))  # (n, V)
+        return self.distribution(self.model.logits(x))
+
+    def distribution(self, logits):
+        """Returns the probabilities (n, V) to draw from. logits: (n, V), the model's prediction."""
+        logits = upcast(logits)
         if self.temperature == 0:
             return torch.nn.functional.one_hot(logits.argmax(dim=-1), logits.size(-1)).to(logits.dtype)
         logits = (logits - logits.amax(dim=-1, keepdim=True)) / self.temperature  # nothing overflows
@@ -58,9 +62,11 @@ class Sampler:
 
     def sample(self, x):
         """Returns a token for each row, (n,). x: (n, C), the head's input."""
-        if self.temperature == 0:
-            return self.model.logits(x).argmax(dim=-1)
-        return self.draw(self.probabilities(x))
+        return self.choose(self.model.logits(x))
+
+    def choose(self, logits):
+        """Returns a token for each row, (n,). logits: (n, V), the model's prediction."""
+        return logits.argmax(dim=-1) if self.temperature == 0 else self.draw(self.distribution(logits))
 
     def draw(self, p):
         """Returns a token for each row of the probabilities p (n, V), (n,)."""

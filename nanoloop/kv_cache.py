@@ -31,7 +31,7 @@ class CacheIndex(NamedTuple):
     """Positions, cache rows and columns of T tokens of n rows, with their attention inputs."""
 
     pos: torch.Tensor  # (T,) or (n, T) positions
-    rows: torch.Tensor | None  # (n,) rows of the cache; None = all
+    rows: slice | torch.Tensor  # (n,) rows of the cache; a slice if they are neighbours: nothing is copied
     columns: slice | torch.Tensor  # a slice if they are the same in all rows, else (n, T)
     attn_inputs: AttnInputs
 
@@ -40,20 +40,23 @@ class CacheIndex(NamedTuple):
         """Returns S: the tokens see columns 0 to S - 1, where the mask allows it."""
         return self.columns.stop if isinstance(self.columns, slice) else self.attn_inputs.mask.size(-1)
 
+    def cache_rows(self, row):
+        """Returns the rows of the cache of rows 0 to n - 1 of the batch, given as a tensor."""
+        return row + self.rows.start if isinstance(self.rows, slice) else self.rows[row]
+
 
 def cache_update(layer, index, k, v):
     """Writes k, v (n, G, T, D) into a layer's cache. Returns keys and values in sight, (n, G, S, D) each."""
     keys, values = layer  # (n_rows, G, capacity + 1, D) each
     rows, columns, visible = index.rows, index.columns, index.visible
     if isinstance(columns, slice):
-        keys[:, :, columns], values[:, :, columns] = k, v
-        return keys[:, :, :visible], values[:, :, :visible]
-    at = torch.arange(len(columns), device=columns.device) if rows is None else rows  # (n,)
+        keys[rows, :, columns], values[rows, :, columns] = k, v
+        return keys[rows, :, :visible], values[rows, :, :visible]
+    at = index.cache_rows(torch.arange(len(columns), device=columns.device))  # (n,)
     # torch puts indexed dimensions first where a slice separates them: (n, T, G, D) is written
     keys[at[:, None], :, columns] = k.transpose(1, 2).to(keys.dtype)
     values[at[:, None], :, columns] = v.transpose(1, 2).to(values.dtype)
-    keys, values = keys[:, :, :visible], values[:, :, :visible]  # (n_rows, G, S, D) each
-    return (keys, values) if rows is None else (keys[rows], values[rows])
+    return keys[rows, :, :visible], values[rows, :, :visible]
 
 
 class KVCache:
@@ -108,7 +111,7 @@ class KVCache:
         None = all; compiled: the index is for a compiled step. Raises UserError if a row gets longer than
         max_tokens.
         """
-        listed = range(len(self.lengths)) if rows is None else rows
+        listed = list(range(len(self.lengths))) if rows is None else rows
         starts = [self.lengths[row] for row in listed]
         ends = [start + n for start, n in zip(starts, counts or [T] * len(starts), strict=True)]
         if max(ends) > self.max_tokens:
@@ -117,17 +120,19 @@ class KVCache:
             self.lengths[row] = end
         steps, end = torch.arange(T, device=self.device), max(starts) + T  # steps: (T,)
         assert end <= self.capacity or T <= self.chunk
-        aligned = rows is None and counts is None and len(set(starts)) == 1
+        rows = slice(listed[0], listed[-1] + 1)
+        if listed != list(range(rows.start, rows.stop)):
+            rows = torch.tensor(listed, device=self.device)  # (n,)
+        aligned = isinstance(rows, slice) and counts is None and len(set(starts)) == 1
         if aligned and end <= self.capacity and not compiled:
             pos = starts[0] + steps  # (T,)
             attn_inputs = self.attn_inputs(pos, end, all_visible=T in (1, end))
-            return CacheIndex(pos, None, slice(starts[0], end), attn_inputs)
+            return CacheIndex(pos, rows, slice(starts[0], end), attn_inputs)
         pos = torch.tensor(starts, device=self.device)[:, None] + steps  # (n, T)
         real = None
         if counts is not None:
             real = steps < torch.tensor(counts, device=self.device)[:, None]  # (n, T)
             pos = pos.masked_fill(~real, 0)  # padding may lie beyond the learned positions
-        rows = None if rows is None else torch.tensor(rows, device=self.device)  # (n,)
         if not compiled:
             return self.index(rows, pos, real, min(end, self.capacity))
         index = self.index(rows, pos, real, min(math.ceil(end / LENGTH_STEP) * LENGTH_STEP, self.capacity))
@@ -138,7 +143,7 @@ class KVCache:
     def index(self, rows, pos, real, visible):
         """Returns the CacheIndex of tokens of rows (n,) at pos (n, T) that see the first `visible` columns.
 
-        real: (n, T), False = padding; None = all are real.
+        rows: a slice or a tensor. real: (n, T), False = padding; None = all are real.
         """
         columns = pos % self.capacity
         if real is not None:

@@ -52,6 +52,26 @@ def exit_on_sigterm():
         signal.signal(signal.SIGTERM, before)
 
 
+@contextlib.contextmanager
+def note_interrupts():
+    """Notes Ctrl-C inside the block in a list, which it returns, instead of raising KeyboardInterrupt.
+
+    The second one raises it.
+    """
+    interrupts = []
+
+    def note(number, frame):
+        if interrupts:
+            raise KeyboardInterrupt
+        interrupts.append(signal_name(number))
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield interrupts
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 class Signals:
     """Notes NUMBERS while it is entered, so that a run can save before it ends: see stopped().
 

@@ -1,0 +1,346 @@
+"""
+The chat server: a page for people, and OpenAI's chat completions for programs.
+
+    GET  /                      the page, nanoloop/chat.html
+    GET  /health /stats /info   whether it lives; what it has done; what the model can do
+    GET  /v1/models             the one model
+    POST /v1/chat/completions   an answer, whole or as server-sent events
+    POST /lens                  what each loop predicted for the tokens of an answer
+
+Every error is JSON: {"error": {"message": ..., "type": ..., "code": the status}}. Nothing of a conversation
+is logged or kept, but in the KV cache. A closed connection ends its answer.
+"""
+
+import asyncio
+import base64
+import contextlib
+import hashlib
+import json
+import re
+import secrets
+import time
+from dataclasses import asdict
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.responses import HTMLResponse, JSONResponse, StreamingResponse
+from starlette.routing import Route
+
+from nanoloop.chat.engine import Call, Full
+from nanoloop.chat.requests import MAX_BYTES, MAX_LOOPS, MAX_TOKENS, chat_request, lens_request, read_json
+from nanoloop.checks import UserError
+from nanoloop.early_exit import EXIT
+
+PAGE = Path(__file__).parents[1] / 'chat.html'
+LOOPBACK = ('127.0.0.1', 'localhost', '[::1]')
+OPEN_PATHS = ('/', '/health')  # need no token
+RETRY_S = 5  # after which a client that was refused may come again
+KEEP_ALIVE_S = 10  # a stream without tokens sends a comment so often
+READ_S = 30  # a request has to arrive in
+
+
+def error_response(status, message, headers=None):
+    """Returns an error as a response, in OpenAI's form."""
+    kind = 'invalid_request_error' if status < 500 else 'server_error'
+    error = dict(message=str(message), type=kind, param=None, code=status)
+    return JSONResponse(dict(error=error), status, headers)
+
+
+class Guard:
+    """An ASGI application that refuses requests from elsewhere before `app` sees them.
+
+    hosts: values of the header Host that are served, a set; None = all. token: what Authorization has to
+    carry but for OPEN_PATHS; '' = nothing. A page of another site is refused by its header Origin, and one
+    whose name was pointed to this machine by Host.
+    """
+
+    def __init__(self, app, hosts, token):
+        self.app, self.hosts, self.token = app, hosts, token
+
+    async def __call__(self, scope, receive, send):
+        refusal = self.refusal(scope) if scope['type'] == 'http' else None
+        await (refusal or self.app)(scope, receive, send)
+
+    def refusal(self, scope):
+        """Returns the response that refuses a request, None if it may pass."""
+        headers = {name.decode('latin-1'): value.decode('latin-1') for name, value in scope['headers']}
+        host, origin = headers.get('host', ''), headers.get('origin')
+        if self.hosts is not None and host.lower() not in self.hosts:
+            return error_response(403, f'the header Host is {host[:100]!r}, expected {sorted(self.hosts)[0]}')
+        if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+            return error_response(403, f'the header Origin is {origin[:100]!r}: other sites are not served')
+        given = headers.get('authorization', '').removeprefix('Bearer ')
+        if self.token and scope['path'] not in OPEN_PATHS:
+            if not secrets.compare_digest(given.encode(), self.token.encode()):
+                return error_response(401, 'the header Authorization has to be: Bearer TOKEN')
+        return None
+
+
+def page_response():
+    """Returns the page, with a policy under which a browser runs its own script and loads nothing else."""
+    text = PAGE.read_text(encoding='utf-8')
+
+    def hashes(tag):
+        parts = re.findall(f'<{tag}>(.*?)</{tag}>', text, re.DOTALL)
+        return ' '.join(
+            f"'sha256-{base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()}'" for part in parts
+        )
+
+    policy = (
+        f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; "
+        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    headers = {
+        'Content-Security-Policy': policy, 'X-Content-Type-Options': 'nosniff',
+        'Referrer-Policy': 'no-referrer', 'Cache-Control': 'no-store',
+    }  # fmt: skip
+    return HTMLResponse(text, headers=headers)
+
+
+class ChatServer:
+    """Answers requests with an Engine that runs in another thread.
+
+    chat: a ChatModel. engine: its Engine. defaults: Settings of requests that do not say otherwise.
+    name: of the model. about: a line on it.
+    """
+
+    def __init__(self, chat, engine, defaults, name, about):
+        self.chat, self.engine, self.defaults, self.name, self.about = chat, engine, defaults, name, about
+        self.began, self.n_refused, self.response = time.time(), 0, page_response()
+
+    def app(self, hosts, token=''):
+        """Returns the ASGI application. hosts, token: see Guard."""
+        get = dict(self.GET)
+        routes = [Route(path, getattr(self, name)) for path, name in get.items()]
+        routes += [
+            Route('/v1/chat/completions', self.completions, methods=['POST']),
+            Route('/lens', self.lens, methods=['POST']),
+        ]
+        handlers = {
+            UserError: lambda request, error: error_response(400, error),
+            Full: self.refuse,
+            HTTPException: lambda request, error: error_response(
+                error.status_code, error.detail, error.headers
+            ),
+        }
+        return Guard(Starlette(routes=routes, exception_handlers=handlers), hosts, token)
+
+    GET = {'/': 'page', '/health': 'health', '/stats': 'stats', '/info': 'info', '/v1/models': 'models'}
+
+    async def page(self, request):
+        return self.response
+
+    async def health(self, request):
+        alive = not self.engine.closed
+        return JSONResponse(dict(status='ok' if alive else 'stopping'), 200 if alive else 503)
+
+    async def stats(self, request):
+        engine = self.engine
+        return JSONResponse(
+            dict(
+                uptime_s=round(time.time() - self.began, 1),
+                active=len(engine.active),
+                waiting=len(engine.waiting),
+                answers=engine.n_answers,
+                tokens=engine.n_tokens,
+                computed_tokens=sum(rows.n_computed for rows in list(engine.rows.values())),
+                refused=self.n_refused,
+                cache_bytes=sum(rows.decoder.cache.bytes() for rows in list(engine.rows.values())),
+            )  # fmt: skip
+        )
+
+    async def info(self, request):
+        model, config = self.chat.model, self.chat.config
+        exits = [
+            dict(name=name, advised=rule.advised, unit=rule.unit, above=rule.above)
+            for name, rule in EXIT.items()
+            if model.exit_gate is not None or not rule.needs_gate
+        ]
+        defaults = asdict(self.defaults) | dict(n_loop=self.defaults.n_loop or config.n_loop)
+        return JSONResponse(
+            dict(
+                name=self.name,
+                about=self.about,
+                n_loop=config.n_loop,
+                max_loops=MAX_LOOPS * config.n_loop,
+                block_size=config.block_size,
+                max_tokens=MAX_TOKENS,
+                format=self.chat.form.name,
+                exits=exits,
+                defaults=defaults,
+            )  # fmt: skip
+        )
+
+    async def models(self, request):
+        model = dict(id=self.name, object='model', created=int(self.began), owned_by='nanoloop')
+        return JSONResponse(dict(object='list', data=[model]))
+
+    async def refuse(self, request, error):
+        self.n_refused += 1
+        message = f'{len(self.engine.waiting)} answers wait already, come again later'
+        return error_response(503, message, {'Retry-After': str(RETRY_S)})
+
+    # -----------------------------------------------------------------------------
+    # answers
+
+    async def completions(self, request):
+        """Answers a conversation."""
+        asked = await asyncio.to_thread(
+            chat_request, await read_body(request), self.defaults, self.chat.config
+        )
+        changed, notify = make_event()
+        answer, n_dropped = await asyncio.to_thread(
+            self.chat.answer, asked.conversation, asked.settings, asked.stops, notify=notify
+        )
+        self.engine.submit(answer)
+        events = self.events(answer, changed, request)
+        head = dict(id=f'chatcmpl-{secrets.token_hex(12)}', created=int(time.time()), model=self.name)
+        if asked.stream:
+            texts = stream_texts(events, answer, head, asked.include_usage, n_dropped)
+            headers = {'Cache-Control': 'no-store', 'X-Accel-Buffering': 'no'}
+            return StreamingResponse(texts, media_type='text/event-stream', headers=headers)
+        pieces = [piece async for some in events for piece in some or ()]
+        if failure := failure_of(answer):
+            return error_response(*failure)
+        message = dict(role='assistant', content=content_of(pieces), refusal=None)
+        choice = dict(index=0, message=message, logprobs=None, finish_reason=answer.finish)
+        extra = dict(pieces=[piece._asdict() for piece in pieces], **report(answer, n_dropped))
+        return JSONResponse(
+            dict(head, object='chat.completion', choices=[choice], usage=usage_of(answer), nanoloop=extra)
+        )
+
+    async def events(self, answer, changed, request):
+        """Yields the Pieces of an answer, lists, as they come, and None where nothing came for a while.
+
+        The answer is cancelled when the connection closes. changed: an asyncio.Event that the answer's notify
+        sets.
+        """
+        watch = asyncio.create_task(cancel_when_closed(answer, changed, request))
+        try:
+            while True:
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(changed.wait(), KEEP_ALIVE_S)
+                changed.clear()
+                ended = answer.finish  # before the pieces: none comes after it
+                pieces = answer.take_pieces()
+                if not ended or pieces:
+                    yield pieces or None
+                if ended:
+                    return
+        finally:
+            answer.cancelled = True
+            watch.cancel()
+
+    async def lens(self, request):
+        """Tells what every loop predicted for the tokens of an answer: the three most likely ones."""
+        body = await read_body(request)
+        conversation, tokens, settings = lens_request(body, self.defaults, self.chat.config)
+        ids, _ = await asyncio.to_thread(self.chat.prompt, conversation, settings)
+        policy = settings.policy(self.chat.model)
+        changed, notify = make_event()
+        call = Call(lambda: self.chat.predictions([*ids, *tokens], len(ids), policy), notify)
+        self.engine.submit(call)
+        watch = asyncio.create_task(cancel_when_closed(call, changed, request))
+        try:
+            await changed.wait()
+        finally:
+            call.cancelled = True
+            watch.cancel()
+        failure = failure_of(call)
+        return error_response(*failure) if failure else JSONResponse(dict(tokens=call.result))
+
+
+def make_event():
+    """Returns an asyncio.Event and a function that sets it from any thread."""
+    event, loop = asyncio.Event(), asyncio.get_running_loop()
+
+    def notify():
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(event.set)
+
+    return event, notify
+
+
+async def read_body(request):
+    """Returns the JSON object of a request. Raises HTTPException for one that is too long or too slow."""
+    kind = request.headers.get('content-type', '').partition(';')[0].strip().lower()
+    if kind != 'application/json':
+        raise HTTPException(415, f'the header Content-Type is {kind!r}, expected application/json')
+
+    async def read():
+        body = bytearray()
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > MAX_BYTES:
+                raise HTTPException(413, f'the request is longer than {MAX_BYTES:,} bytes')
+        return bytes(body)
+
+    try:
+        return read_json(await asyncio.wait_for(read(), READ_S))
+    except asyncio.TimeoutError:
+        raise HTTPException(408, f'the request did not arrive within {READ_S} s') from None
+
+
+async def cancel_when_closed(job, changed, request):
+    """Cancels a job when the client closes the connection, and wakes whoever waits for `changed`."""
+    while (await request.receive())['type'] != 'http.disconnect':
+        pass
+    job.cancelled = True
+
+
+def failure_of(job):
+    """Returns (status, message) of a job that has failed, None for another."""
+    if job.finish == 'error':
+        return 500, f'the answer failed: {type(job.error).__name__}'
+    return (503, 'the server is stopping') if job.finish == 'cancelled' else None
+
+
+def content_of(pieces):
+    """Returns the text of an answer without calls of the calculator and their results."""
+    return ''.join(piece.text for piece in pieces if piece.kind == 'text')
+
+
+def usage_of(answer):
+    """Returns the numbers of tokens in OpenAI's form."""
+    n = len(answer.loops)
+    return dict(prompt_tokens=answer.n_prompt, completion_tokens=n, total_tokens=answer.n_prompt + n)
+
+
+def report(answer, n_dropped):
+    """Returns speed and depth of an answer, and how many turns did not fit in view."""
+    return dict(
+        mean_loops=round(answer.mean_loops(), 3),
+        tokens_per_second=round(answer.tokens_per_second(), 2),
+        first_token_ms=round(1000 * ((answer.first or answer.ended) - answer.began), 1),
+        turns_left_out=n_dropped,
+    )
+
+
+async def stream_texts(events, answer, head, include_usage, n_dropped):
+    """Yields an answer as server-sent events in OpenAI's form. events: see ChatServer.events."""
+
+    def event(**values):
+        return f'data: {json.dumps(dict(head, object="chat.completion.chunk", **values))}\n\n'
+
+    def choices(delta, finish=None):
+        return [dict(index=0, delta=delta, logprobs=None, finish_reason=finish)]
+
+    async with contextlib.aclosing(events):
+        yield event(choices=choices(dict(role='assistant', content='')))
+        async for pieces in events:
+            if pieces is None:
+                yield ': waiting\n\n'
+                continue
+            extra = dict(pieces=[piece._asdict() for piece in pieces])
+            yield event(choices=choices(dict(content=content_of(pieces))), nanoloop=extra)
+        if failure := failure_of(answer):
+            error = json.loads(error_response(*failure).body)
+            yield f'data: {json.dumps(error)}\n\n'
+            return
+        extra = report(answer, n_dropped) | dict(usage=usage_of(answer))
+        yield event(choices=choices({}, answer.finish), nanoloop=extra)
+        if include_usage:
+            yield event(choices=[], usage=usage_of(answer))
+        yield 'data: [DONE]\n\n'
