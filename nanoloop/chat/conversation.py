@@ -129,7 +129,8 @@ class Conversation:
                 if len(ids) <= limit:
                     return ids, n_dropped
             behind -= sum(map(len, rendered[n_dropped : n_dropped + 2]))
-        n = len(form.question(self.turns[-1].content, self.system))
+        question = form.question(self.turns[-1].content, self.system)
+        n = len(form.first) + len(question) + len(form.answer_start)
         system = ' with the system text' if self.system else ''
         raise UserError(
             f'the message{system} has {n:,} tokens, expected at most {limit:,}: the model sees '

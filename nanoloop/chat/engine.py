@@ -82,7 +82,7 @@ class Engine:
             self.changed.notify()
 
     def step(self):
-        """Computes a token of every answer that has a place. Returns False if there is nothing to do."""
+        """Computes a token of every answer that has a place. Returns whether there is more to do."""
         self.end_cancelled()
         self.admit()
         for policy in list(dict.fromkeys(answer.policy for answer, _ in self.active)):

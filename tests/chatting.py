@@ -1,0 +1,54 @@
+"""What test_chat.py, test_chat_terminal.py and test_chat_server.py share: a tiny chat model."""
+
+import torch
+from decoding import make
+
+from nanoloop.added_tokens import chat_tokenizer
+from nanoloop.chat.chat_model import ChatModel
+from nanoloop.chat.conversation import Conversation, Turn
+from nanoloop.chat.settings import Settings
+from nanoloop.generate import generate
+from nanoloop.tokenizer import Bytes
+
+TOKENIZER = chat_tokenizer(Bytes())
+GREEDY = Settings(max_new_tokens=12, temperature=0)
+
+
+def chat_model(text=False, **keys):
+    """Returns a ChatModel with random weights, in float32."""
+    keys = dict(vocab_size=len(TOKENIZER.token_bytes), block_size=64, pos='rope', norm_loop=True) | keys
+    return ChatModel(make(double=False, **keys), TOKENIZER, text)
+
+
+def question(text):
+    return Conversation(turns=[Turn('user', text)])
+
+
+def run(engine, *answers):
+    """Generates answers with an engine in this thread. Returns them."""
+    for answer in answers:
+        engine.submit(answer)
+    while not all(answer.finish for answer in answers):
+        engine.step()
+    return answers
+
+
+def from_the_beginning(chat, ids, settings=GREEDY):
+    """Returns the greedy answer to a prompt's ids as sample.py computes it: one text, from its beginning."""
+    policy = settings.policy(chat.model)
+    options = dict(n_loop=policy.n_loop, early_exit=policy.early_exit(chat.model), temperature=0)
+    tokens = generate(chat.model, torch.tensor([ids]), settings.max_new_tokens, **options)[
+        0, len(ids) :
+    ].tolist()
+    ends = [i for i, token in enumerate(tokens) if token in chat.form.stop]
+    return tokens[: ends[0] + 1] if ends else tokens
+
+
+class Script:
+    """A sampler that draws given tokens, one after the other, whatever the model predicts."""
+
+    def __init__(self, tokens):
+        self.tokens = iter(tokens)
+
+    def choose(self, logits):
+        return torch.tensor([next(self.tokens)])

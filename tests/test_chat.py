@@ -1,0 +1,349 @@
+"""Chat without a terminal or a server: the cache between turns, answers in one batch, what fits in view."""
+
+import random
+
+import pytest
+import torch
+from chatting import GREEDY, TOKENIZER, Script, chat_model, from_the_beginning, question, run
+from decoding import IDX, dividing_threshold, expected, gated
+
+from model import POS
+from nanoloop import kv_cache
+from nanoloop.chat.answer import Answer, Pieces, Policy
+from nanoloop.chat.conversation import Conversation, TextFormat, Turn
+from nanoloop.chat.engine import Call, Engine, Full
+from nanoloop.chat.rows import Rows
+from nanoloop.chat.settings import Settings
+from nanoloop.checks import UserError
+from nanoloop.conversation import render, render_prompt
+from nanoloop.early_exit import EXIT, EarlyExit
+from nanoloop.tokenizer import Bytes
+
+# -----------------------------------------------------------------------------
+# rows: what a text has in common with its row is not computed again
+
+
+@pytest.mark.parametrize('rule', [None, 'diff', 'kl'])
+@pytest.mark.parametrize('pos', POS)
+def test_texts_that_are_edited_get_the_predictions_of_a_text_read_from_its_beginning(pos, rule, monkeypatch):
+    """Rows of a cache that soon begins anew, or overwrites its first tokens, against the definition."""
+    monkeypatch.setattr(kv_cache, 'PREFILL_CHUNK', 5)
+    model, options = gated(pos=pos, n_loop=3), {}
+    if rule:
+        options = dict(rule=rule, threshold=dividing_threshold(model, rule, IDX[0, :12]))
+    early_exit = EarlyExit(rule, options['threshold']) if rule else None
+    rows, dice, texts = Rows(model, 2, early_exit=early_exit), random.Random(1), [[], []]
+    for row in rows.free:
+        rows.take(IDX[row].tolist())
+    saved = 0
+    for turn in range(6):
+        for row, text in enumerate(texts):
+            if turn:
+                text = text[: dice.choice([len(text), len(text) - 2, len(text) // 2])]
+            text = text + IDX[dice.randrange(3), : dice.choice([1, 3, 9])].tolist()
+            saved += rows.n_known(row, text)
+            x, loops = rows.read(row, text)
+            if row == turn % 2:
+                check(model, text, x, loops, options)
+            texts[row] = text
+        for _ in range(dice.choice([1, 4])):
+            new = [dice.randrange(23) for _ in texts]
+            x, loops = rows.append([1, 0], new[::-1])
+            texts = [[*text, token] for text, token in zip(texts, new, strict=True)]
+        for i, row in enumerate((1, 0)):
+            check(model, texts[row], x[i : i + 1], loops[i], options)
+    assert max(map(len, texts)) > 18 and saved > 10  # block_size is 12, the cache of rope has 16 columns
+
+
+def check(model, text, x, loops, options):
+    """Fails unless x (1, C) and loops are those of the last token of a text."""
+    right = expected(model, torch.tensor(text), **options)
+    with torch.inference_mode():
+        logits = model.logits(x)[0]
+    torch.testing.assert_close(logits, right.logits[-1], rtol=1e-9, atol=1e-9)
+    assert loops == (right.loops[-1] if right.loops else model.config.n_loop)
+
+
+def test_a_turn_computes_its_new_tokens_only():
+    model, text = gated(pos='rope'), IDX[0].tolist()
+    rows = Rows(model, 1)
+    for length in (4, 9, 10):
+        rows.read(0, text[:length])
+        assert rows.n_computed == length
+    rows.append([0], [text[10]])
+    rows.read(0, [*text[:11], 3])
+    assert rows.n_computed == 12
+    rows.read(0, [*text[:11], 3])  # the prediction of the last token is needed, too
+    assert rows.n_computed == 13
+
+
+def test_a_text_takes_the_row_that_knows_it_and_spares_the_others():
+    rows = Rows(gated(pos='rope', block_size=64), 3)
+    first, second = IDX[0].tolist(), IDX[0, :5].tolist() + IDX[1].tolist()
+    row = rows.take(first)
+    rows.read(row, first)
+    rows.release(row)
+    assert rows.take(second) != row  # it has five tokens of `first`, and would lose 35
+    assert rows.take([*first, 1, 2]) == row
+
+
+def test_a_row_that_failed_is_computed_anew(monkeypatch):
+    model, text = gated(pos='rope'), IDX[0, :9].tolist()
+    rows = Rows(model, 2)
+    right, _ = rows.read(0, text)
+    x, _ = rows.read(1, text[:8])
+    real = rows.decoder.run_coda
+    monkeypatch.setattr(rows.decoder, 'run_coda', lambda *args: 1 / 0)
+    for compute in (lambda: rows.append([1], [text[8]]), lambda: rows.read(1, text)):
+        with pytest.raises(ZeroDivisionError):
+            compute()
+    monkeypatch.setattr(rows.decoder, 'run_coda', real)
+    torch.testing.assert_close(rows.read(1, text)[0], right)
+
+
+# -----------------------------------------------------------------------------
+# turns
+
+
+@pytest.mark.parametrize('rule', [None, *EXIT])
+@pytest.mark.parametrize('pos', POS)
+def test_turns_with_a_kept_cache_get_the_answers_of_one_pass_over_the_conversation(pos, rule):
+    """Past the window, too: the answers run out of view, and the oldest turns leave it."""
+    chat = chat_model(pos=pos, exit_gate=True, n_loop=3)
+    settings = GREEDY
+    if rule:
+        ids = render_prompt([dict(role='user', content='How many loops?')], TOKENIZER)
+        threshold = dividing_threshold(chat.model, rule, torch.tensor(ids))
+        settings = Settings(max_new_tokens=12, temperature=0, exit=rule, exit_threshold=threshold)
+    conversation, engine, n_left, loops = Conversation('Be short.'), Engine(chat.model, max_batch=2), 0, set()
+    for text in ('How many loops?', 'And now?', 'Why?', 'Say it again, please.'):
+        conversation.turns.append(Turn('user', text))
+        answer, n_dropped = chat.answer(conversation, settings)
+        run(engine, answer)
+        assert answer.tokens == from_the_beginning(chat, answer.ids[: answer.n_prompt], settings)
+        conversation.turns.append(Turn('assistant', '', answer.tokens))
+        n_left, loops = max(n_left, n_dropped), loops | set(answer.loops)
+    assert n_left and len(loops) > bool(rule)
+
+
+def test_a_second_turn_computes_no_token_of_the_first_again():
+    chat = chat_model(block_size=256)
+    conversation, engine = Conversation(), Engine(chat.model)
+    for text in ('How many?', 'Why?', 'Really?'):
+        conversation.turns.append(Turn('user', text))
+        (answer,) = run(engine, chat.answer(conversation, GREEDY)[0])
+        conversation.turns.append(Turn('assistant', '', answer.tokens))
+    (rows,) = engine.rows.values()
+    assert rows.n_computed == len(answer.ids) - 1  # its last token was not needed
+
+
+def test_a_prompt_is_rendered_as_in_training_and_loses_its_oldest_turns():
+    chat = chat_model(block_size=80)
+    contents = ['How many loops?', 'Four.', 'Why?', 'It is deep.', 'And now?']
+    roles = ['user', 'assistant'] * 2 + ['user']
+    messages = [dict(role=role, content=text) for role, text in zip(roles, contents, strict=True)]
+    system = dict(role='system', content='Be short.')
+    conversation = Conversation.of_messages([system, *messages])
+    whole = render_prompt([system, *messages], TOKENIZER)
+    for room, n_dropped in ((80 - len(whole), 0), (81 - len(whole), 2), (50, 4)):
+        ids, dropped = conversation.prompt(chat.form, 80, room)
+        assert dropped == n_dropped and len(ids) <= 80 - room
+        assert ids == render_prompt([system, *messages[n_dropped:]], TOKENIZER)
+    with pytest.raises(
+        UserError, match='the message with the system text has 23 tokens, expected at most 20'
+    ):
+        conversation.prompt(chat.form, 80, 60)
+    assert conversation.messages() == [system, *messages]
+
+
+def test_an_answer_that_was_interrupted_ends_in_the_next_prompt():
+    chat = chat_model()
+    conversation = Conversation(turns=[Turn('user', 'a'), Turn('assistant', 'b', [98]), Turn('user', 'c')])
+    messages = [dict(role=turn.role, content=turn.content) for turn in conversation.turns]
+    assert conversation.prompt(chat.form, 64, 0)[0] == render_prompt(messages, TOKENIZER)
+    conversation.turns[1] = Turn('assistant', 'b', [98, *chat.form.answer_end])
+    assert conversation.prompt(chat.form, 64, 0)[0] == render_prompt(messages, TOKENIZER)
+
+
+def test_a_base_model_continues_the_text():
+    chat = chat_model(text=True)
+    assert chat.form.name == 'text' and chat_model().form.name == 'chat'
+    assert TextFormat(Bytes()).stop == frozenset()
+    conversation = Conversation('S', [Turn('user', 'ab'), Turn('assistant', 'cd'), Turn('user', 'ef')])
+    assert bytes(conversation.prompt(chat.form, 64, 0)[0]) == b'Sabcdef'
+    assert bytes(conversation.prompt(chat.form, 6, 0)[0]) == b'Sef'
+    (answer,) = run(Engine(chat.model), chat.answer(question('a'), GREEDY)[0])  # a prompt of one token
+    assert answer.tokens == from_the_beginning(chat, [97])
+
+
+# -----------------------------------------------------------------------------
+# an answer in pieces
+
+
+IDS = {name: TOKENIZER.special_ids[f'<|{name}|>'] for name in ('python_start', 'python_end', 'assistant_end')}
+
+
+def scripted(chat, tokens, **options):
+    """Returns the Answer to a question that consists of given tokens."""
+    options = dict(max_tokens=40) | options
+    return Answer([1, 2], chat.form, Script(tokens), Policy(2), **options)
+
+
+def test_the_calculator_answers_inside_an_answer():
+    chat = chat_model()
+    tokens = [*b'It is ', IDS['python_start'], *b'6*7', IDS['python_end'], *b'.', IDS['assistant_end']]
+    (answer,) = run(Engine(chat.model), scripted(chat, tokens))
+    content = [dict(type='text', text='It is '), dict(type='python', text='6*7')]
+    content += [dict(type='python_output', text='42'), dict(type='text', text='.')]
+    messages = [dict(role='user', content=''), dict(role='assistant', content=content)]
+    ids, mask = render(messages, TOKENIZER)
+    assert answer.tokens == ids[4:] and [n > 0 for n in answer.loops] == [m > 0 for m in mask[4:]]
+    pieces = answer.take_pieces()
+    for part in content:
+        assert part['text'] == ''.join(piece.text for piece in pieces if piece.kind == part['type']) or (
+            part['type'] == 'text'
+        )
+    assert sum((piece.tokens for piece in pieces), []) == answer.tokens and answer.finish == 'stop'
+    assert sum((piece.loops for piece in pieces), []) == answer.loops and answer.mean_loops() == 2
+    assert not answer.take_pieces()
+
+
+def test_forced_tokens_are_read_before_the_next_one_is_predicted():
+    chat = chat_model()
+    tokens = [IDS['python_start'], *b'6*7', IDS['python_end'], *b'.', IDS['assistant_end']]
+    engine = Engine(chat.model)
+    (answer,) = run(engine, scripted(chat, tokens))
+    (rows,) = engine.rows.values()
+    assert rows.ids[0] == answer.ids[:-1] and rows.n_computed == len(answer.ids) - 1
+
+
+def test_an_answer_ends_at_its_stops_and_at_its_most_tokens():
+    chat = chat_model()
+    for stops, finish, text in ((['cd'], 'stop', 'ab'), (['xx'], 'length', 'abcde'), ([], 'length', 'abcde')):
+        (answer,) = run(Engine(chat.model), scripted(chat, b'abcdefgh', max_tokens=5, stops=stops))
+        assert (answer.finish, ''.join(piece.text for piece in answer.take_pieces())) == (finish, text)
+    tokens = [IDS['python_start'], *b'10**2', IDS['python_end']]
+    (answer,) = run(
+        Engine(chat.model), scripted(chat, [*b'a', IDS['python_start'], *b'99*9', *tokens[-1:]], max_tokens=8)
+    )
+    assert answer.finish == 'length' and len(answer.tokens) == 8  # two of the result's four tokens
+
+
+def test_a_character_of_several_tokens_is_one_piece():
+    pieces = Pieces(chat_model().form, [])
+    assert pieces.add(0xC3, 2) == [] and pieces.add(0xA9, 3) == [('text', 'é', [0xC3, 0xA9], [2, 3])]
+    assert pieces.add(0xC3, 1) == [] and pieces.rest() == [('text', '\ufffd', [0xC3], [1])]
+
+
+# -----------------------------------------------------------------------------
+# the engine
+
+
+def mixed_answers(chat):
+    """Returns answers with unlike prompts, depths and samplers, the same ones in every call."""
+    several = [
+        GREEDY, Settings(max_new_tokens=9, temperature=0, n_loop=5), Settings(max_new_tokens=20, seed=3),
+        Settings(max_new_tokens=7, temperature=0, exit='diff', exit_threshold=0.5),
+    ]  # fmt: skip
+    texts = ['How many?', 'Why?', 'a', 'This is a question that is longer than the others.', 'How much?']
+    return [chat.answer(question(texts[i % 5]), several[i % 4])[0] for i in range(10)]
+
+
+@pytest.mark.parametrize('pos', POS)
+def test_an_answer_does_not_depend_on_the_others(pos):
+    chat = chat_model(pos=pos, block_size=72, n_loop=3)
+    alone = [run(Engine(chat.model), answer)[0].tokens for answer in mixed_answers(chat)]
+    for max_batch in (1, 3, 8):
+        answers = run(Engine(chat.model, max_batch), *mixed_answers(chat))
+        assert [answer.tokens for answer in answers] == alone
+    assert len({tuple(tokens) for tokens in alone}) > 5
+
+
+def test_answers_with_one_policy_share_a_batch():
+    chat, sizes = chat_model(), []
+    engine = Engine(chat.model, max_batch=4)
+    answers = [chat.answer(question('abcd'[i]), GREEDY)[0] for i in range(4)]
+    for answer in answers:
+        engine.submit(answer)
+        engine.step()
+    (rows,) = engine.rows.values()
+    real = rows.decoder.read
+    rows.decoder.read = lambda idx, *args, **keys: sizes.append(tuple(idx.shape)) or real(idx, *args, **keys)
+    engine.step()
+    assert sizes == [(4, 1)]
+
+
+def test_a_cancelled_answer_frees_its_place():
+    chat = chat_model()
+    engine = Engine(chat.model, max_batch=1, max_waiting=2)
+    first, second, third = (chat.answer(question(text), GREEDY)[0] for text in 'abc')
+    engine.submit(first)
+    engine.step()
+    engine.submit(second)
+    engine.submit(third)
+    with pytest.raises(Full):
+        engine.submit(chat.answer(question('d'), GREEDY)[0])
+    first.cancelled = second.cancelled = True
+    engine.step()
+    assert (first.finish, second.finish) == ('cancelled', 'cancelled') and not engine.waiting
+    assert [answer for answer, _ in engine.active] == [third]
+    run(engine, chat.answer(question('d'), GREEDY)[0])
+    assert third.tokens == from_the_beginning(chat, third.ids[: third.n_prompt])
+
+
+def test_an_error_ends_the_answers_of_its_batch_only():
+    chat, told = chat_model(), []
+    engine = Engine(chat.model, say=told.append)
+    good = chat.answer(question('a'), Settings(max_new_tokens=5, temperature=0, n_loop=4))[0]
+    bad, beside = (chat.answer(question(text), GREEDY)[0] for text in 'ab')
+    bad.sampler = Script([])  # raises StopIteration
+    run(engine, good, bad, beside, call := Call(lambda: 1 / 0), other := Call(lambda: 'done'))
+    assert [job.finish for job in (good, bad, call, other)] == ['length', 'error', 'error', 'stop']
+    assert isinstance(bad.error, StopIteration) and isinstance(call.error, ZeroDivisionError)
+    assert other.result == 'done' and len(told) == 2 and 'ZeroDivisionError' in told[0]
+    (again,) = run(engine, chat.answer(question('b'), GREEDY)[0])
+    assert again.tokens == from_the_beginning(chat, again.ids[: again.n_prompt])
+
+
+def test_few_caches_exist_at_once_and_more_policies_wait():
+    chat = chat_model(n_loop=2)
+    engine = Engine(chat.model, max_batch=8)
+    answers = [
+        chat.answer(question('a'), Settings(max_new_tokens=4, temperature=0, n_loop=n))[0]
+        for n in range(1, 8)
+    ]
+    n_caches = []
+    real = engine.admit
+    engine.admit = lambda: real() or n_caches.append(len(engine.rows))
+    run(engine, *answers)
+    assert max(n_caches) == 3 and [set(answer.loops) for answer in answers] == [{n} for n in range(1, 8)]
+
+
+def test_predictions_of_every_loop_end_with_what_was_said():
+    chat = chat_model(n_loop=3)
+    (answer,) = run(Engine(chat.model), chat.answer(question('How many?'), GREEDY)[0])
+    predictions = chat.predictions(answer.ids, answer.n_prompt, answer.policy)
+    assert len(predictions) == len(answer.tokens) and all(len(token['loops']) == 3 for token in predictions)
+    for token in predictions:
+        assert token['loops'][-1][0][0] == token['text']  # greedy
+        assert [best[0][0] for best in token['loops']][token['kept'] - 1 :] == [token['text']] * (
+            4 - token['kept']
+        )
+
+
+@pytest.mark.parametrize(
+    'keys, message',
+    [
+        (dict(exit='kl'), 'exit_threshold'), (dict(exit_threshold=0.1), 'exit_threshold'),
+        (dict(top_k=0), 'top_k'), (dict(temperature=-1), 'temperature'), (dict(seed=2**63), 'seed'),
+        (dict(n_loop='4'), 'n_loop'),
+    ],
+)  # fmt: skip
+def test_settings_that_mean_nothing_are_refused(keys, message):
+    with pytest.raises(UserError, match=message):
+        Settings(**keys)
+
+
+def test_an_exit_that_the_model_has_not_is_refused():
+    with pytest.raises(UserError, match='no exit gate'):
+        Settings(exit='gate', exit_threshold=0.5).policy(chat_model().model)
