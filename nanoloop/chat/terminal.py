@@ -110,13 +110,14 @@ class Terminal:
         n_loop = self.last.policy.n_loop
         for piece in pieces:
             text, predicted = self.clean(piece.text), [n for n in piece.loops if n]
-            if text and self.depth and self.colours and predicted:
+            if not text:
+                continue
+            if self.depth and self.colours and predicted:
                 text = shade(text, sum(predicted) / len(predicted), n_loop)
             if piece.kind != shown:
                 closes = ']' * (piece.kind == 'text')
                 text, shown = f'{closes}{MARKS[piece.kind]}{text}', piece.kind
-            if text:
-                self.write(text)
+            self.write(text)
         return shown
 
     def change(self, **values):
