@@ -1,11 +1,18 @@
 """What test_chat.py, test_chat_terminal.py and test_chat_server.py share: a tiny chat model."""
 
+import contextlib
+import threading
+import time
+
 import torch
 from decoding import make
 
 from nanoloop.added_tokens import chat_tokenizer
 from nanoloop.chat.chat_model import ChatModel
 from nanoloop.chat.conversation import Conversation, Turn
+from nanoloop.chat.engine import Engine
+from nanoloop.chat.listen import make_server, open_socket, running, served_hosts
+from nanoloop.chat.server import ChatServer
 from nanoloop.chat.settings import Settings
 from nanoloop.generate import generate
 from nanoloop.tokenizer import Bytes
@@ -52,3 +59,31 @@ class Script:
 
     def choose(self, logits):
         return torch.tensor([next(self.tokens)])
+
+
+@contextlib.contextmanager
+def serving(chat, settings=GREEDY, token='', hosts=True, slow_s=0.0, **options):
+    """Serves a ChatModel inside the block. Yields the port and the Engine.
+
+    hosts: check the header Host. slow_s: seconds that every step takes longer. options: of the Engine.
+    """
+    engine = Engine(chat.model, **options)
+    if slow_s:
+        step = engine.step
+        engine.step = lambda: time.sleep(slow_s) or step()
+    listener = open_socket('127.0.0.1', 0)
+    port = listener.getsockname()[1]
+    app = ChatServer(chat, engine, settings, 'tiny', 'a tiny model').app(
+        served_hosts('127.0.0.1', port) if hosts else None, token
+    )
+    server = make_server(app, engine)
+    thread = threading.Thread(target=server.run, kwargs=dict(sockets=[listener]), daemon=True)
+    with running(engine, engine.run):
+        thread.start()
+        try:
+            yield port, engine
+        finally:
+            engine.close()
+            server.should_exit = True
+            thread.join(10)
+    assert not thread.is_alive()

@@ -27,7 +27,10 @@ def open_socket(host, port):
     """Returns a socket that listens. Raises UserError if it cannot."""
     try:
         family = socket.AF_INET6 if ':' in host else socket.AF_INET
-        return socket.create_server((host, port), family=family, backlog=128)
+        listener = socket.create_server((host, port), family=family, backlog=128)
+        # the connections inherit it: else each small answer waits 40 ms for the client's acknowledgement
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        return listener
     except (OSError, OverflowError) as error:
         reason = getattr(error, 'strerror', None) or error
         raise UserError(f'host={host!r}, port={port}: {reason}, expected a free port (0 = any)') from None
@@ -56,27 +59,35 @@ def check_packages():
         raise missing_package('web=True', 'chat', error.name) from None
 
 
-def serve(listener, app, engine, run_engine):
-    """Serves an ASGI application on a socket until SIGINT or SIGTERM, which then goes on to the process.
+@contextlib.contextmanager
+def running(engine, run_engine):
+    """Runs an engine in a thread of its own inside the block. run_engine: calls engine.run()."""
+    thread = threading.Thread(target=run_engine, name='engine', daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        engine.close()
+        thread.join(PATIENCE_S)
 
-    run_engine: called in a thread of its own, it runs the engine.
-    """
+
+def make_server(app, engine):
+    """Returns the uvicorn.Server of an ASGI application. A signal that ends it ends the engine's answers."""
     import uvicorn
 
     class Server(uvicorn.Server):
         def handle_exit(self, number, frame):
-            engine.close()  # answers end, and the connections with them
+            engine.close()  # the answers end, and the connections with them
             super().handle_exit(number, frame)
 
     config = uvicorn.Config(
         app, log_level='warning', access_log=False, server_header=False, ws='none', lifespan='off',
         timeout_graceful_shutdown=PATIENCE_S, timeout_keep_alive=30,
     )  # fmt: skip
-    thread = threading.Thread(target=run_engine, name='engine', daemon=True)
-    thread.start()
-    try:
-        with exit_on_sigterm():
-            Server(config).run(sockets=[listener])
-    finally:
-        engine.close()
-        thread.join(PATIENCE_S)
+    return Server(config)
+
+
+def serve(listener, app, engine, run_engine):
+    """Serves an ASGI application on a socket until SIGINT or SIGTERM, which then ends the process."""
+    with exit_on_sigterm(), running(engine, run_engine):
+        make_server(app, engine).run(sockets=[listener])
