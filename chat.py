@@ -33,7 +33,7 @@ from nanoloop.checkpoint import (
     find_tokenizer,
     load_checkpoint,
 )
-from nanoloop.checks import AtMost, Count, Name, Size, check, settle_fields
+from nanoloop.checks import AtLeast, AtMost, Count, Name, Size, check, settle_fields
 from nanoloop.decode import cast_linears_
 from nanoloop.machine import autocast, choose_device, choose_dtype
 
@@ -46,6 +46,7 @@ class ChatConfig:
     text: bool = False  # continue the bare text, as a base model, even if the tokenizer knows conversations
     # conversation
     prompt: str = ''  # a question: prints the answer and ends; '' = a conversation
+    context: Annotated[int, AtLeast(16)] | None = None  # most tokens of it; None = it has no end
     system: str = ''  # text in front of the conversation, which stays when old turns leave the view
     # server
     web: bool = False  # serve a page and OpenAI's chat completions instead of the terminal
@@ -98,7 +99,7 @@ def serve(c, settings, chat, about, context):
     token = choose_token(c.host, c.token)
     listener = open_socket(c.host, c.port)
     port = listener.getsockname()[1]
-    engine = Engine(chat.model, c.max_batch, c.max_waiting, say=print_error)
+    engine = Engine(chat.model, c.max_batch, c.max_waiting, chat.context, say=print_error)
     name = Path(c.out_dir if c.init_from == 'resume' else c.init_from).name
 
     def run_engine():
@@ -131,7 +132,7 @@ def main(argv):
     if tokenizer.note:
         print_error(tokenizer.note)
     cast_linears_(model, dtype)
-    chat = ChatModel(model, tokenizer, c.text)
+    chat = ChatModel(model, tokenizer, c.text, c.context)
 
     def context():
         return autocast(device.type, dtype)

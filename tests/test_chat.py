@@ -10,6 +10,7 @@ from decoding import IDX, dividing_threshold, expected, gated
 from model import POS
 from nanoloop import kv_cache
 from nanoloop.chat.answer import Answer, Pieces, Policy
+from nanoloop.chat.chat_model import ChatModel
 from nanoloop.chat.conversation import Conversation, TextFormat, Turn
 from nanoloop.chat.engine import Call, Engine, Full
 from nanoloop.chat.rows import Rows
@@ -33,8 +34,6 @@ def test_texts_that_are_edited_get_the_predictions_of_a_text_read_from_its_begin
         options = dict(rule=rule, threshold=dividing_threshold(model, rule, IDX[0, :12]))
     early_exit = EarlyExit(rule, options['threshold']) if rule else None
     rows, dice, texts = Rows(model, 2, early_exit=early_exit), random.Random(1), [[], []]
-    for row in rows.free:
-        rows.take(IDX[row].tolist())
     saved = 0
     for turn in range(6):
         for row, text in enumerate(texts):
@@ -154,6 +153,18 @@ def test_a_prompt_is_rendered_as_in_training_and_loses_its_oldest_turns():
     ):
         conversation.prompt(chat.form, 80, 60)
     assert conversation.messages() == [system, *messages]
+
+
+def test_a_conversation_ends_at_its_context():
+    chat = chat_model(block_size=256)
+    chat = ChatModel(chat.model, TOKENIZER, context=40)
+    engine, settings = Engine(chat.model, max_tokens=40), Settings(max_new_tokens=200, temperature=0)
+    (answer,) = run(engine, chat.answer(question('How many loops?'), settings)[0])
+    assert len(answer.ids) == 40 and answer.finish == 'length'
+    (rows,) = engine.rows.values()
+    assert rows.decoder.cache.capacity == 40
+    with pytest.raises(UserError, match='expected at most 30: the model sees 40'):
+        chat.answer(question('a' * 30), settings)
 
 
 def test_an_answer_that_was_interrupted_ends_in_the_next_prompt():

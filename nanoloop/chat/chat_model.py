@@ -2,6 +2,8 @@
 A model that answers conversations: the model, its tokenizer and the form in which it reads them.
 """
 
+import math
+
 import torch
 
 from nanoloop.chat.answer import Answer
@@ -13,20 +15,21 @@ from nanoloop.lens_page import token_text
 class ChatModel:
     """Makes Answers for nanoloop/chat/engine.py.
 
-    model: in eval mode. text: True = a base model, which continues the bare text.
+    model: in eval mode. text: True = a base model, which continues the bare text. context: most tokens of a
+    conversation with its answer; None = any number, of which the model sees the last block_size.
     """
 
-    def __init__(self, model, tokenizer, text=False):
-        self.model, self.tokenizer, self.config = model, tokenizer, model.config
+    def __init__(self, model, tokenizer, text=False, context=None):
+        self.model, self.tokenizer, self.config, self.context = model, tokenizer, model.config, context
         self.form = choose_format(tokenizer, text)
+        self.view = min(context or math.inf, model.config.block_size)  # most tokens seen at once
 
     def prompt(self, conversation, settings):
         """Returns the ids of a prompt and the number of turns that it leaves out, see Conversation.prompt.
 
         A quarter of the view at most is kept free for the answer.
         """
-        block_size = self.config.block_size
-        return conversation.prompt(self.form, block_size, min(settings.max_new_tokens, block_size // 4))
+        return conversation.prompt(self.form, self.view, min(settings.max_new_tokens, self.view // 4))
 
     def answer(self, conversation, settings, stops=(), **options):
         """Returns the Answer to a conversation, not generated yet, and the number of turns left out.
@@ -35,7 +38,8 @@ class ChatModel:
         model, and for a question that is too long.
         """
         policy, (ids, n_dropped) = settings.policy(self.model), self.prompt(conversation, settings)
-        sampler, most = settings.sampler(self.model), settings.max_new_tokens
+        sampler, room = settings.sampler(self.model), (self.context or math.inf) - len(ids)
+        most = min(settings.max_new_tokens, room)
         return Answer(ids, self.form, sampler, policy, most, stops, **options), n_dropped
 
     def lens(self, ids, n_prompt, policy, k):

@@ -47,12 +47,14 @@ class Call:
 class Engine:
     """Generates Answers with a model in eval mode.
 
-    max_batch: most answers at once. max_waiting: most answers that wait for a place, see submit. say: called
-    with the text of an error of the program. n_answers, n_tokens: how many have been generated.
+    max_batch: most answers at once. max_waiting: most answers that wait for a place, see submit. max_tokens:
+    most tokens of a prompt with its answer; None = any number. say: called with the text of an error of the
+    program. n_answers, n_tokens: how many have been generated.
     """
 
-    def __init__(self, model, max_batch=8, max_waiting=32, say=lambda text: None):
-        self.model, self.max_batch, self.max_waiting, self.say = model, max_batch, max_waiting, say
+    def __init__(self, model, max_batch=8, max_waiting=32, max_tokens=None, say=lambda text: None):
+        self.model, self.max_batch, self.max_waiting = model, max_batch, max_waiting
+        self.max_tokens, self.say = max_tokens, say
         self.waiting, self.changed = collections.deque(), threading.Condition()
         self.active = []  # (answer, its row)
         self.rows = {}  # {policy: Rows}, the one that was used last comes last
@@ -149,7 +151,8 @@ class Engine:
             if not idle:
                 return None
             del self.rows[idle[0]]
-        self.rows[policy] = Rows(self.model, self.max_batch, policy.n_loop, policy.early_exit(self.model))
+        early_exit = policy.early_exit(self.model)
+        self.rows[policy] = Rows(self.model, self.max_batch, policy.n_loop, early_exit, self.max_tokens)
         return self.rows[policy]
 
     def end_cancelled(self):

@@ -28,14 +28,15 @@ def common_prefix(a, b):
 class Rows:
     """A Decoder whose rows are independent.
 
-    n_loop: None = the model's. early_exit: an EarlyExit; None = every token takes n_loop loops.
+    n_loop: None = the model's. early_exit: an EarlyExit; None = every token takes n_loop loops. max_tokens:
+    most tokens of a text, None = any number.
     Raises UserError for a model that the exit does not fit.
 
     ids: the tokens of each row that are in the cache, lists. n_computed: number of tokens computed so far.
     """
 
-    def __init__(self, model, n_rows, n_loop=None, early_exit=None):
-        self.decoder = Decoder(model, n_rows, n_loop=n_loop, early_exit=early_exit)
+    def __init__(self, model, n_rows, n_loop=None, early_exit=None, max_tokens=None):
+        self.decoder = Decoder(model, n_rows, max_tokens, n_loop, early_exit=early_exit)
         self.device = model.lm_head.weight.device
         self.block_size, self.learned = model.config.block_size, POS[model.config.pos].learned
         self.ids = [[] for _ in range(n_rows)]

@@ -42,7 +42,7 @@ class Terminal:
     def __init__(self, chat, settings, system='', write=print, say=print, clean=str, colours=False):
         self.chat, self.settings, self.write, self.say, self.clean = chat, settings, write, say, clean
         self.conversation = Conversation(system)
-        self.engine = Engine(chat.model, max_batch=1, say=say)
+        self.engine = Engine(chat.model, max_batch=1, max_tokens=chat.context, say=say)
         self.colours, self.depth = colours, False  # depth: colour the tokens by their loops
         self.last, self.last_pieces = None, []  # the newest Answer
 
