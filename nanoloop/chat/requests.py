@@ -26,6 +26,8 @@ REQUEST = {'messages', 'model', 'stop', 'stream', 'stream_options'}
 IGNORED = set(
     'user metadata store service_tier safety_identifier prompt_cache_key parallel_tool_calls'.split()
 )
+# max_tokens decides how many turns are left out
+LENS_KEYS = ('messages', 'tokens', 'n_loop', 'exit', 'exit_threshold', 'min_loops', 'max_tokens')
 NEUTRAL = dict(  # the values of others that mean: without it
     n=(1,), frequency_penalty=(0,), presence_penalty=(0,), logit_bias=({},), logprobs=(False,),
     top_logprobs=(0,), tools=([],), functions=([],), tool_choice=('none', 'auto'),
@@ -158,8 +160,8 @@ def read_message(number, message):
         check(fits, f'{key}: content', shorten(content), 'a text, or parts {"type": "text", "text": ...}')
         content = ''.join(part['text'] for part in content)
     plain = dict(role=role, content=content)
-    n = len_of(plain)
-    check(n <= MAX_MESSAGE_CHARACTERS, key, n, f'at most {MAX_MESSAGE_CHARACTERS:,} characters')
+    n, most = len_of(plain), MAX_CHARACTERS if role == 'assistant' else MAX_MESSAGE_CHARACTERS
+    check(n <= most, key, n, f'at most {most:,} characters')  # what the model wrote may be sent back
     return plain
 
 
@@ -183,7 +185,7 @@ def len_of(message):
 
 def lens_request(values, defaults, config):
     """Returns (conversation, ids of the answer, Settings) of a request for an answer's predictions."""
-    check_keys(values, (KEYS & {'n_loop', 'exit', 'exit_threshold', 'min_loops'}) | {'messages', 'tokens'})
+    check_keys(values, set(LENS_KEYS))
     tokens = values.get('tokens')
     fits = isinstance(tokens, list) and 0 < len(tokens) <= MAX_TOKENS
     fits = fits and all(type(token) is int and 0 <= token < config.vocab_size for token in tokens)
