@@ -54,7 +54,7 @@ class Served:
             return step()
 
         self.engine.step = slow_step
-        server = ChatServer(chat, self.engine, Settings(max_new_tokens=20, seed=1), 'tiny', 'a random model')
+        server = ChatServer(chat, self.engine, Settings(max_new_tokens=12, seed=1), 'tiny', 'a random model')
         listener = open_socket('127.0.0.1', 0)
         port = listener.getsockname()[1]
         self.url = f'http://127.0.0.1:{port}/'
@@ -175,10 +175,10 @@ def test_an_answer_grows_before_it_ends_and_says_what_it_took(served, page):
     assert len(lengths - {0}) > 3 and len(body.text_content()) >= max(lengths)
     assert texts(page, '.question .body') == ['What is this?']
     foot = page.locator('.answer .foot').text_content()
-    assert '20 tokens' in foot and 'mean loops 4.00 of 4' in foot and 'cut at 20 tokens' in foot
+    assert '12 tokens' in foot and 'mean loops 4.00 of 4' in foot and 'cut at 20 tokens' in foot
     assert 'tokens/s' in foot
     n_shown = page.evaluate('turns[0].answer.pieces.flatMap(piece => piece.tokens).length')
-    assert n_shown == 20
+    assert n_shown == 12
 
 
 def test_events_are_read_across_boundaries_of_the_network_and_of_characters(page):
@@ -402,7 +402,26 @@ def test_a_reload_keeps_conversation_settings_and_an_answer_that_was_streaming(s
     assert values == ['kl', '0.25', 'Be brief.']
     assert page.get_attribute('html', 'data-theme') == 'dark'
     served.delay_s = 0
-    assert '20 tokens' in ask(page, 'three').text_content()
+    assert '12 tokens' in ask(page, 'three').text_content()
+
+
+def test_what_a_tab_saves_when_it_goes_while_an_answer_streams_is_shown_as_cut_off(served, browser, page):
+    served.delay_s = 0.05
+    start(page)
+    page.wait_for_function('() => turns[0].answer.pieces.length > 3')
+    saved, n = page.evaluate(
+        """() => {
+          sessionStorage.clear();
+          dispatchEvent(new Event('pagehide'));
+          return [sessionStorage.getItem('nanoloop-chat'), turns[0].answer.pieces.length];
+        }"""
+    )
+    assert json.loads(saved)['turns'][0]['answer']['finish'] is None
+    with opened(browser, served.url) as other:
+        other.add_init_script(f"sessionStorage.setItem('nanoloop-chat', {json.dumps(saved)})")
+        other.reload()
+        assert other.evaluate('turns[0].answer.pieces.length') == n
+        assert 'reloaded' in other.locator(ENDED).text_content()
 
 
 def test_an_answer_without_a_token_is_left_out_of_the_next_request(served, page):
@@ -412,7 +431,7 @@ def test_an_answer_without_a_token_is_left_out_of_the_next_request(served, page)
     page.wait_for_selector(ENDED)
     served.delay_s = 0
     with page.expect_request('**/completions') as request:
-        assert '20 tokens' in ask(page, 'two').text_content()
+        assert '12 tokens' in ask(page, 'two').text_content()
     assert request.value.post_data_json['messages'] == [dict(role='user', content='two')]
 
 
@@ -420,7 +439,7 @@ def test_an_error_is_told_in_the_answer_and_does_not_stay_in_the_conversation(se
     with opened(browser, served.url, expected=['400']) as page:
         page.wait_for_selector('#send:enabled')
         assert 'expected at most' in ask(page, 'x' * 300).locator('.failed').text_content()
-        assert '20 tokens' in ask(page, 'y').text_content()
+        assert '12 tokens' in ask(page, 'y').text_content()
         fake(page, 'data: {"error": {"message": "the answer failed"}}\n\n', 'data: {"choices": []}\n\n')
         assert ask(page).locator('.failed').text_content() == 'the answer failed'
         assert 'ended before' in ask(page).locator('.failed').text_content()
@@ -434,7 +453,7 @@ def test_a_busy_server_is_asked_again_until_the_user_stops(served, browser):
         start(page)
         page.wait_for_selector('text=busy, trying again in 1 s')
         page.wait_for_selector(ENDED)
-        assert '20 tokens' in page.text_content('.answer .foot')
+        assert '12 tokens' in page.text_content('.answer .foot')
         page.route('**/completions', lambda route: route.fulfill(**busy.pop(0)), times=1)
         start(page)
         page.wait_for_selector('text=busy, trying again in 60 s')
@@ -450,7 +469,7 @@ def test_the_token_comes_from_the_address_which_is_cleaned(served, browser):
         page.goto(f'{served.url}#token=secret')
         page.wait_for_selector('#send:enabled')
         assert page.url == served.url and not page.is_visible('#notice')
-        assert '20 tokens' in ask(page).text_content()
+        assert '12 tokens' in ask(page).text_content()
         page.reload()
         page.wait_for_selector('#send:enabled')
     served.token = ''
