@@ -87,7 +87,7 @@ def served():
 def browser():
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGS)
-        browser.new_context()
+        browser.new_context(viewport=dict(width=700, height=500), reduced_motion='reduce')
         yield browser
         browser.close()
 
@@ -175,7 +175,7 @@ def test_an_answer_grows_before_it_ends_and_says_what_it_took(served, page):
     assert len(lengths - {0}) > 3 and len(body.text_content()) >= max(lengths)
     assert texts(page, '.question .body') == ['What is this?']
     foot = page.locator('.answer .foot').text_content()
-    assert '12 tokens' in foot and 'mean loops 4.00 of 4' in foot and 'cut at 20 tokens' in foot
+    assert '12 tokens' in foot and 'mean loops 4.00 of 4' in foot and 'cut at 12 tokens' in foot
     assert 'tokens/s' in foot
     n_shown = page.evaluate('turns[0].answer.pieces.flatMap(piece => piece.tokens).length')
     assert n_shown == 12
