@@ -87,36 +87,58 @@ def served():
 def browser():
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGS)
-        browser.new_context(viewport=dict(width=700, height=500), reduced_motion='reduce')
         yield browser
         browser.close()
 
 
-@contextlib.contextmanager
-def opened(browser, url, expected=(), **options):
-    """Opens the page in a new tab, and checks that its console has no errors but expected ones.
-
-    expected: a text of each. options: of the browser's context.
-    """
-    context, errors = browser.new_context(**options) if options else browser.contexts[0], []
-    page = context.new_page()
+def watched(page):
+    """Returns the list to which errors on the console of a page will be added."""
+    errors = []
     page.set_default_timeout(5000)
     page.on('console', lambda message: errors.append(message.text) if message.type == 'error' else None)
     page.on('pageerror', lambda error: errors.append(str(error)))
-    page.goto(url)
-    yield page
+    return errors
+
+
+def check_clean(page, errors, expected=()):
+    """Checks that no text has run as a script, and that there are no errors but those with expected texts."""
     assert page.evaluate('window.pwned') is None
     assert [text for text in errors if not any(part in text for part in expected)] == []
-    (context if options else page).close()
+
+
+@contextlib.contextmanager
+def opened(browser, url, expected=(), **options):
+    """Opens the page in a context of its own. expected: texts of errors on its console."""
+    context = browser.new_context(**options)
+    page = context.new_page()
+    errors = watched(page)
+    page.goto(url)
+    yield page
+    check_clean(page, errors, expected)
+    context.close()
+
+
+@pytest.fixture(scope='module')
+def tab(browser):
+    """A tab that tests share, and the errors on its console: a new one takes long."""
+    context = browser.new_context(viewport=dict(width=700, height=500), reduced_motion='reduce')
+    page = context.new_page()
+    return page, watched(page)
 
 
 @pytest.fixture
-def page(served, browser):
+def page(served, tab):
+    """The page, with nothing stored."""
+    page, errors = tab
     served.delay_s, served.token = 0, ''
-    with opened(browser, served.url) as page:
-        page.wait_for_selector('#send:enabled')
-        yield page
+    errors.clear()
+    page.goto(served.url)
+    page.wait_for_selector('#send:enabled')
+    yield page
     served.delay_s = 0
+    page.unroute_all()
+    page.evaluate("() => { removeEventListener('pagehide', save); save = () => {}; sessionStorage.clear(); }")
+    check_clean(page, errors)
 
 
 def start(page, question='Hi'):
