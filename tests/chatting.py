@@ -61,29 +61,44 @@ class Script:
         return torch.tensor([next(self.tokens)])
 
 
-@contextlib.contextmanager
-def serving(chat, settings=GREEDY, token='', hosts=True, slow_s=0.0, **options):
-    """Serves a ChatModel inside the block. Yields the port and the Engine.
+class Served:
+    """A chat server in threads of this process.
 
-    hosts: check the header Host. slow_s: seconds that every step takes longer. options: of the Engine.
+    hosts: check the header Host. options: of the Engine. delay_s: seconds that every token takes longer;
+    token: what requests have to carry; both can be changed while it serves.
     """
-    engine = Engine(chat.model, **options)
-    if slow_s:
-        step = engine.step
-        engine.step = lambda: time.sleep(slow_s) or step()
-    listener = open_socket('127.0.0.1', 0)
-    port = listener.getsockname()[1]
-    app = ChatServer(chat, engine, settings, 'tiny', 'a tiny model').app(
-        served_hosts('127.0.0.1', port) if hosts else None, token
-    )
-    server = make_server(app, engine)
-    thread = threading.Thread(target=server.run, kwargs=dict(sockets=[listener]), daemon=True)
-    with running(engine, engine.run):
-        thread.start()
-        try:
-            yield port, engine
-        finally:
-            engine.close()
-            server.should_exit = True
-            thread.join(10)
-    assert not thread.is_alive()
+
+    def __init__(self, chat, settings=GREEDY, token='', hosts=True, delay_s=0.0, **options):
+        self.engine, self.token, self.delay_s = Engine(chat.model, **options), token, delay_s
+        step = self.engine.step
+        self.engine.step = lambda: time.sleep(self.delay_s) or step()
+        self.listener = open_socket('127.0.0.1', 0)
+        self.port = self.listener.getsockname()[1]
+        self.url = f'http://127.0.0.1:{self.port}/'
+        self.served_hosts = served_hosts('127.0.0.1', self.port) if hosts else None
+        self.chat_server = ChatServer(chat, self.engine, settings, 'tiny', 'a tiny model')
+
+    async def app(self, scope, receive, send):
+        await self.chat_server.app(self.served_hosts, self.token)(scope, receive, send)
+
+    @contextlib.contextmanager
+    def running(self):
+        """Serves inside the block."""
+        server = make_server(self.app, self.engine)
+        thread = threading.Thread(target=server.run, args=([self.listener],), daemon=True)
+        with running(self.engine, self.engine.run):
+            thread.start()
+            try:
+                yield self
+            finally:
+                self.engine.close()
+                server.should_exit = True
+                thread.join(10)
+        assert not thread.is_alive()
+
+
+@contextlib.contextmanager
+def serving(chat, **options):
+    """Serves a ChatModel inside the block. Yields the port and the Engine. options: of Served."""
+    with Served(chat, **options).running() as served:
+        yield served.port, served.engine

@@ -3,24 +3,19 @@
 import contextlib
 import json
 import shutil
-import threading
 import time
 import urllib.request
 
 import pytest
 import torch
+from chatting import TOKENIZER, Served
 from helpers import randomize
 
 from model import GPT, GPTConfig
-from nanoloop.added_tokens import chat_tokenizer
 from nanoloop.chat.chat_model import ChatModel
-from nanoloop.chat.engine import Engine
 from nanoloop.chat.settings import Settings
-from nanoloop.tokenizer import Bytes
 
 sync_api = pytest.importorskip('playwright.sync_api', reason='needs playwright')
-uvicorn = pytest.importorskip('uvicorn', reason='needs uvicorn')
-pytest.importorskip('starlette', reason='needs starlette')
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason='needs chromium or google-chrome')
 ARGS = (
@@ -34,53 +29,19 @@ BAD = '<img src=x onerror=window.pwned=1><script>window.pwned=1</script>'
 ENDED = '.answer[aria-busy=false]'
 
 
-class Served:
-    """A chat server in threads of this process. delay_s: sleep before every token. token: what it wants."""
-
-    def __init__(self):
-        from nanoloop.chat.listen import open_socket, served_hosts
-        from nanoloop.chat.server import ChatServer
-
-        self.delay_s, self.token = 0, ''
-        model = randomize(GPT(GPTConfig(**SIZES))).eval()
-        with torch.no_grad():
-            model.lm_head.weight[256:] = 0  # never among the most likely: answers end by their length
-        chat = ChatModel(model, chat_tokenizer(Bytes()))
-        self.engine = Engine(model, max_batch=2)
-        step = self.engine.step
-
-        def slow_step():
-            time.sleep(self.delay_s)
-            return step()
-
-        self.engine.step = slow_step
-        server = ChatServer(chat, self.engine, Settings(max_new_tokens=12, seed=1), 'tiny', 'a random model')
-        listener = open_socket('127.0.0.1', 0)
-        port = listener.getsockname()[1]
-        self.url = f'http://127.0.0.1:{port}/'
-
-        async def app(scope, receive, send):
-            await server.app(served_hosts('127.0.0.1', port), self.token)(scope, receive, send)
-
-        config = uvicorn.Config(app, log_level='warning', ws='none', lifespan='off')
-        self.server = uvicorn.Server(config)
-        for target, argument in ((self.engine.run, ()), (self.server.run, ([listener],))):
-            threading.Thread(target=target, args=argument, daemon=True).start()
-
-    def stats(self):
-        with urllib.request.urlopen(self.url + 'stats') as response:
-            return json.load(response)
-
-    def close(self):
-        self.engine.close()
-        self.server.should_exit = True
-
-
 @pytest.fixture(scope='module')
 def served():
-    served = Served()
-    yield served
-    served.close()
+    model = randomize(GPT(GPTConfig(**SIZES))).eval()
+    with torch.no_grad():
+        model.lm_head.weight[256:] = 0  # never among the most likely: answers end by their length
+    served = Served(ChatModel(model, TOKENIZER), Settings(max_new_tokens=12, seed=1), max_batch=2)
+    with served.running():
+        yield served
+
+
+def stats(served):
+    with urllib.request.urlopen(f'{served.url}stats') as response:
+        return json.load(response)
 
 
 @pytest.fixture(scope='module')
@@ -238,10 +199,10 @@ def test_stop_by_escape_ends_the_answer_here_and_on_the_server(served, page):
     page.wait_for_selector(ENDED)
     assert 'stopped' in page.text_content('.answer .foot') and page.is_visible('#send')
     for _ in range(60):
-        if served.stats()['active'] == 0:
+        if stats(served)['active'] == 0:
             break
         time.sleep(0.05)
-    assert served.stats()['active'] == 0 and served.stats()['waiting'] == 0
+    assert stats(served)['active'] == 0 and stats(served)['waiting'] == 0
 
 
 def test_regenerate_replaces_the_last_answer(page):

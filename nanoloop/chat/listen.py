@@ -81,8 +81,8 @@ def make_server(app, engine):
             super().handle_exit(number, frame)
 
     config = uvicorn.Config(
-        app, log_level='warning', access_log=False, server_header=False, ws='none', lifespan='off',
-        timeout_graceful_shutdown=PATIENCE_S, timeout_keep_alive=30,
+        app, interface='asgi3', ws='none', lifespan='off', log_level='warning', access_log=False,
+        server_header=False, proxy_headers=False, timeout_graceful_shutdown=PATIENCE_S, timeout_keep_alive=30,
     )  # fmt: skip
     return Server(config)
 
