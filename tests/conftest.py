@@ -1,8 +1,11 @@
+import os
+
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # of every process: at these sizes threads wait for each other
 import helpers
 import pytest
 import torch
 
-torch.set_num_threads(1)  # at these sizes threads wait for each other
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope='session')
