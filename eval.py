@@ -14,6 +14,7 @@ KV caches, are policies with rows of their own.
 import contextlib
 import functools
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -116,19 +117,30 @@ def make_policies(c, config):
 
 
 class Progress:
-    """A bar on stderr of the items that this rank has done, on rank 0 only."""
+    """Tells on stderr how many items of a task this rank has done, on rank 0 only.
+
+    In a terminal it is a bar of tqdm, if that is installed, elsewhere a line every LINE_S seconds.
+    """
+
+    LINE_S = 15.0
 
     def __init__(self, name):
-        self.name, self.bar = name, None
+        self.name, self.bar, self.began = name, None, time.monotonic()
+        self.told = self.began
 
     def __call__(self, done, n):
-        if self.bar is None and RANK == 0:
+        if RANK:
+            return
+        if self.bar is None and sys.stderr.isatty():
             with contextlib.suppress(ImportError):
                 from tqdm import tqdm
 
-                self.bar = tqdm(total=n, desc=self.name, leave=False, disable=None)
+                self.bar = tqdm(total=n, desc=self.name, leave=False)
         if self.bar is not None:
             self.bar.update(done - self.bar.n)
+        elif (now := time.monotonic()) - self.told >= self.LINE_S:
+            print_error(f'... {self.name}: {done:,} of {n:,} items ({now - self.began:.0f} s so far)')
+            self.told = now
 
     def close(self):
         if self.bar is not None:
@@ -163,7 +175,13 @@ def main(argv):
     say(f'{checkpoint["path"]}: step {step}, rows in {results.path}')
     base = dict(dtype=str(m.dtype)[6:], step=step, run=results.run, checkpoint=checkpoint['path'])
     evaluator = Evaluator(model, m, policies, results, base, c.batch_tokens, items_file, Progress)
-    rows = [row for name in tasks for row in evaluator.run(name, tasks[name], loaded[name])]
+    try:
+        rows = [row for name in tasks for row in evaluator.run(name, tasks[name], loaded[name])]
+    except KeyboardInterrupt:
+        say(f'stopped: {len(results.rows)} rows are in {results.path}; the same command measures the others')
+        raise
+    if items_file and evaluator.n_found:
+        say(f'{items_file}: without the items of {evaluator.n_found} rows that had been measured before')
     rows = list({id(row): row for row in rows}.values())  # chatcore's tasks may be named beside it
     leave(m)
     if RANK == 0:

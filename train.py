@@ -30,7 +30,7 @@ from torch import nn
 from model import GPTConfig
 from nanoloop import RANK, ROOT, report
 from nanoloop.baselines import BASELINE, apply_baseline
-from nanoloop.checkpoint import checkpoint_paths
+from nanoloop.checkpoint import checkpoint_paths, configure_checkpoint
 from nanoloop.checks import (
     AtLeast,
     AtMost,
@@ -214,11 +214,11 @@ class Trainer:
     def start(self):
         """Opens out_dir, makes loss and optimizers, restores their state, and prints what will be trained."""
         c, m = self.c, self.m
-        on_rank0(m, self.open_folder)
         parameters(self.model)  # every parameter is counted, or this ends the run
         set_trained_parts(self.model, self.rule, self.task.dropout)
         self.plain_loss = TrainingLoss(self.model, c)
         self.optimizers, lines = make_optimizers(self.model, c)
+        on_rank0(m, self.open_folder)
         self.scaler = m.scaler()
         self.bad_steps = BadSteps(c, self.scaler, self.say)
         if self.state:
@@ -405,12 +405,13 @@ def main(argv):
     check(fresh or not c.baseline, 'baseline', c.baseline, f'none with the weights of {c.init_from}')
     apply_baseline(c, print_line if RANK == 0 else None)
     settle_epochs(c, print_line if RANK == 0 else None)
-    layers = c.n_prelude + c.n_block * c.n_loop + c.n_coda
-    work = c.max_iters * c.gradient_accumulation_steps * c.batch_size * c.block_size * layers * c.n_embd
+    shape = c if checkpoint is None or resuming else configure_checkpoint(checkpoint)[0]
+    layers = shape.n_prelude + shape.n_block * shape.n_loop + shape.n_coda
+    tokens = c.max_iters * c.gradient_accumulation_steps * c.batch_size * shape.block_size
     with contextlib.ExitStack() as stack:
         say = stack.enter_context(report.Teller(print_line if RANK == 0 else None))
         say.now('setting up the device and the processes')
-        m = setup(settings, work)
+        m = setup(settings, tokens * layers * shape.n_embd)
         signals = stack.enter_context(Signals(m, print_error if RANK == 0 else None, say.hurry))
         say.now('preparing data and model')
         task = (reinforcement if c.rl_task else pretraining)(c, m, checkpoint, signals.stopped, say)

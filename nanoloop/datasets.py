@@ -80,8 +80,10 @@ def read_meta(folder):
     else:
         script = folder / 'prepare.py'
         script = os.path.relpath(script) if script.exists() else 'data/text/prepare.py --input TEXT'
-        state = 'only half prepared: wait for it, or' if (folder / 'unfinished').exists() else 'not prepared,'
-        raise UserError(f'the data set {folder.name} is {state} run: python {script}')
+        state = 'not prepared, run'
+        if (folder / 'unfinished').exists():
+            state = 'only half prepared: wait for its prepare.py, or run that again, perhaps'
+        raise UserError(f'the data set {folder.name} is {state}: python {script}')
     if 'token_bytes' not in meta:
         meta['token_bytes'] = [0] * meta['vocab_size']  # without its tokenizer there are no bits per byte
         with contextlib.suppress(OSError, UserError):

@@ -21,6 +21,7 @@ class Evaluator:
     def __init__(self, model, m, policies, results, base, batch_tokens, items, progress):
         self.model, self.m, self.policies, self.results, self.base = model, m, policies, results, base
         self.batch_tokens, self.items, self.progress = batch_tokens, items, progress
+        self.n_found = 0  # rows that were there already
 
     def run(self, name, task, evaluations):
         """Measures the Evaluations of a task. Returns its rows, also those that were there already."""
@@ -39,6 +40,7 @@ class Evaluator:
         ]
         found = [self.results.find(row) for row in rows]
         missing = [i for i, row in enumerate(found) if row is None]
+        self.n_found += len(found) - len(missing)
         if not missing:
             return found
         start, progress = time.monotonic(), self.progress(evaluation.name)

@@ -96,7 +96,8 @@ def name_folder(script, name):
     place = (data / name).resolve()
     free = place == own or not (place / 'prepare.py').exists()
     check(free, 'name', name, f'another: that set is made by {os.path.relpath(place / "prepare.py")}')
-    check(place not in (data, *data.parents), 'name', name, 'a name, for the folder data/NAME')
+    inside = '..' not in Path(name).parts and place not in (data, *data.parents)
+    check(inside, 'name', name, 'a name, for the folder data/NAME')
     return data / name
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from model import GPT, GPTConfig
 from nanoloop import LOCAL_RANK, PLACE
-from nanoloop.added_tokens import extends
+from nanoloop.added_tokens import extends, split_spec
 from nanoloop.batches import row_batches, steps_of_epochs, steps_per_epoch, window_batches
 from nanoloop.checkpoint import (
     checkpoint_paths,
@@ -158,6 +158,9 @@ def check_tokenizers(c, meta, checkpoint, config):
         return
     expected = f'one in the tokens of the checkpoint: {config.vocab_size} of kind {weights["kind"]}'
     expected += f', not {meta["vocab_size"]} of kind {data["kind"]}'
+    kind, _ = split_spec(weights)
+    if kind != split_spec(data)[0] and (name := kind.get('name', kind['kind'])) not in ('char', 'tokenizers'):
+        expected += f'; prepare it with --tokenizer {name}'
     if data['kind'] == weights['kind'] == 'char':
         sets = [('data', set(data['chars'])), ('checkpoint', set(weights['chars']))]
         for (name, own), (_, others) in (sets, sets[::-1]):

@@ -135,13 +135,13 @@ def as_text(value):
 def format_table(rows):
     """Returns the lines of a table of results, aligned: what was measured, with standard errors."""
     titles = [title for title, (column, *_) in SHOWN.items() if any(row[column] for row in rows)]
-    note_before = ''
+    before = None
     lines = [['task', 'n_loop', 'policy', *titles, 'items', 'GFLOP/token', 'note']]
     for row in rows:
         gflops = f'{float(row["flops_per_token"]) / 1e9:.4g}' if row['flops_per_token'] else ''
         values = [format_value(row, *SHOWN[title]) for title in titles]
-        note = '' if row['note'] == note_before else row['note']  # shown where it changes
-        note_before = row['note']
+        same = row['task'].partition('/')[0], row['note']  # a note is shown where it changes
+        note, before = '' if same == before else row['note'], same
         lines.append([row['task'], row['loops'], row['policy'], *values, row['items'], gflops, note])
     return align(lines)
 

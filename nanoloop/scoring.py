@@ -3,6 +3,7 @@ Scores items, such as the questions of a test: what a model makes of their texts
 and exit policies.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -96,9 +97,12 @@ def score(model, evaluation, policies, m, batch_tokens=8192, tell=lambda done, n
     loops, tokens = np.zeros(len(policies)), np.zeros(len(policies))  # sums over tokens: of loops, of 1
     for start in range(0, len(own), ITEMS_AT_ONCE):
         items = [evaluation.items[i] for i in own[start : start + ITEMS_AT_ONCE]]
-        for together in passes:
+        n = len(items) / len(passes)
+        for n_passes, together in enumerate(passes):
+            tell_share = functools.partial(tell_part, tell, start + n_passes * n, n, len(own))
+            tell_share(0)
             chosen = [policies[i] for i in together]
-            scored, taken = score_texts(model, items, chosen, m, batch_tokens, reuse)
+            scored, taken = score_texts(model, items, chosen, m, batch_tokens, reuse, tell_share)
             for place, i in enumerate(together):
                 records[i] += judge_items(evaluation.judge, items, scored, place)
                 loops[i] += sum(n * count for n, count in taken[place].items())
@@ -111,18 +115,25 @@ def score(model, evaluation, policies, m, batch_tokens=8192, tell=lambda done, n
     ]
 
 
-def score_texts(model, items, policies, m, batch_tokens, reuse):
+def tell_part(tell, first, n, total, share):
+    """Calls tell, see score, when a share of n items after the `first` is done."""
+    tell(int(first + n * share), total)
+
+
+def score_texts(model, items, policies, m, batch_tokens, reuse, tell):
     """Returns [(ces, predicted)] of all texts of items, each (P, k), for policies that are computed together.
 
-    Also returns per policy {number of loops: tokens that took so many}.
+    Also returns per policy {number of loops: tokens that took so many}. tell: called with the share done.
     """
     texts = [text for item in items for text in item.texts]
     if not policies[0].plain:
-        scored, taken = losses_by_policy(model, texts, policies[0], m, batch_tokens)
+        tell_texts = lambda done: tell(done / len(texts))  # noqa: E731
+        scored, taken = losses_by_policy(model, texts, policies[0], m, batch_tokens, tell_texts)
         return scored, [taken]
     groups = [item.texts for item in items] if reuse else [[text] for text in texts]
     loops = [policy.n_loop for policy in policies]
-    scored, n_tokens = losses_by_loops(model, groups, loops, m, batch_tokens)
+    tell_groups = lambda done: tell(done / len(groups))  # noqa: E731
+    scored, n_tokens = losses_by_loops(model, groups, loops, m, batch_tokens, tell_groups)
     return scored, [{n: n_tokens} for n in loops]
 
 

@@ -143,7 +143,7 @@ def test_an_interrupted_preparation_goes_on_as_if_it_had_not_been(tmp_path, save
     broken.save(saved)
     mixed_documents(broken, saved, saved + lost, masks)
     del broken
-    with pytest.raises(ValueError, match='only half prepared: wait for it, or run'):
+    with pytest.raises(ValueError, match='only half prepared: wait for its prepare.py, or run that again'):
         read_meta(tmp_path / 'broken')
     again = Writer(tmp_path / 'broken', tokenizer, 'x', shard_tokens=10)
     assert again.done == saved

@@ -231,6 +231,8 @@ def test_the_table_shows_what_was_measured():
     ]
     parts = [row | dict(task=f'mano/l={i}', note='the same') for i in (1, 2)]
     assert [line.count('the same') for line in format_table(parts)] == [0, 1, 0]  # where it changes
+    others = [row | dict(task=task, note='the same') for task in ('gsm8k', 'spellingbee')]
+    assert [line.count('the same') for line in format_table(others)] == [0, 1, 1]
     rows += [part | dict(loops=n) for part in parts for n in '14']  # no line for the parts of a task
     line = 'mano: accuracy 0.5000 with 1 loop, 0.7500 with 4: +0.2500'
     assert against_one_loop(rows, 4) == against_one_loop(rows, 2) == [line]  # 2 was not measured

@@ -389,7 +389,11 @@ def test_a_base_model_is_fine_tuned_and_says_who_it_is(call, tmp_path):
     status, out, err = call(PREPARE, *argv)
     lines = out.splitlines()
     assert (status, err) == (0, ''), err
-    assert lines[0].startswith('sft: train is 2') and lines[0].endswith('of chat (conversations)')
+    sizes = re.fullmatch(
+        r'sft: train is (\d+) of chat; val is (\d+) of chat \(conversations, without (\d+) repeats .*',
+        lines[0],
+    )
+    assert sum(map(int, sizes.groups())) == 320
     assert 'rows of 80 tokens' in lines[1] and out.count(' longer than a row') == 1
     base = [
         f'--dataset={folder}',
@@ -487,7 +491,8 @@ def test_without_local_files_the_mixture_is_that_of_looped_nanochat(monkeypatch,
     monkeypatch.setattr('nanoloop.tasks.spelling.download_words', lambda: tmp_path / 'words.txt')
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
     args = SimpleNamespace(chat=None, gsm8k=None, mmlu=None, words=None, take=[], val_share=None)
-    chosen = module['choose_parts'](args, {})
+    *chosen, n_repeats = module['choose_parts'](args, {})
+    assert n_repeats == 0
     parts = [{part.name: len(part) for part in parts if len(part)} for parts in chosen]
     assert parts[0] == dict(
         smoltalk=7, mmlu=5, gsm8k=10, simplespelling=200_000, spellingbee=80_000, identity=64

@@ -127,10 +127,11 @@ def main(argv):
     writable = args.output.parent.is_dir() and not args.output.is_dir()
     check(writable, 'output', str(args.output), 'a file in a folder that exists')
     dice, names = random.Random(args.seed), dict(name=args.name, maker=args.maker)
+    lines = [json.dumps(draw_conversation(dice, names), ensure_ascii=False) for _ in range(args.n)]
     with replace_file(args.output) as file:
-        for _ in range(args.n):
-            file.write(json.dumps(draw_conversation(dice, names), ensure_ascii=False) + '\n')
-    print_line(f'{args.n:,} conversations in {os.path.relpath(args.output)}')
+        file.writelines(f'{line}\n' for line in lines)
+    path = os.path.relpath(args.output)
+    print_line(f'{args.n:,} conversations, {len(set(lines)):,} different ones, in {path}')
 
 
 if __name__ == '__main__':

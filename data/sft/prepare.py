@@ -147,17 +147,20 @@ def check_flags(args):
 
 
 def choose_parts(args, taken):
-    """Returns what is in the set: parts for training and for validation. taken: see check_flags."""
+    """Returns what is in the set: parts for training and for validation, and how many repeats are in neither.
+
+    taken: see check_flags.
+    """
     train, local = [], has_files(args)
     for name, source in (local_sources(args) if local else hub_sources('train')).items():
         most, times, *_ = MIXTURE.get(name, (len(source), 1))
         train.append(take(name, source, taken.get(name, times * min(most, len(source)))))
     if local:
-        return hold_out(train, 0.1 if args.val_share is None else args.val_share)
+        held_out = hold_out(train, 0.1 if args.val_share is None else args.val_share)
+        return *held_out, sum(map(len, train)) - sum(map(len, sum(held_out, [])))
     sources = hub_sources('test')
-    return train, [
-        take(name, source, min(MIXTURE[name].val, len(source))) for name, source in sources.items()
-    ]
+    val = [take(name, source, min(MIXTURE[name].val, len(source))) for name, source in sources.items()]
+    return train, val, 0
 
 
 def texts_of(parts):
@@ -173,9 +176,10 @@ def main(argv):
     taken, folder, row_len = check_flags(args), name_folder(__file__, args.name), args.block_size + 1
     parts = functools.cache(lambda: choose_parts(args, taken))
     # a tokenizer that is not there is told before anything is downloaded: only char reads the parts
-    tokenizer = chat_tokenizer(choose_tokenizer(args.tokenizer, lambda: texts_of(sum(parts(), []))))
-    train, val = parts()
-    print_line(f'{folder.name}: train is {describe(train)}; val is {describe(val)} (conversations)')
+    tokenizer = chat_tokenizer(choose_tokenizer(args.tokenizer, lambda: texts_of(sum(parts()[:2], []))))
+    train, val, n_repeats = parts()
+    repeats = f', without {n_repeats:,} repeats of those in val' if n_repeats else ''
+    print_line(f'{folder.name}: train is {describe(train)}; val is {describe(val)} (conversations{repeats})')
     keys = 'block_size', 'all_tokens', 'val_share'
     made_from = {key: getattr(args, key) for key in keys} | dict(
         files=[sha256(path) for path in args.chat or ()]
