@@ -998,6 +998,11 @@ def test_scripts_tell_their_flags_and_what_is_wrong_with_them(scripts):
         ('text', [], 'required: --input'),
         ('text', ['--inputt', 'x'], 'unrecognised option --inputt, did you mean --input? (see --help)'),
         ('text', ['--input=a.txt', '--name=shakespeare_char'], 'that set is made by '),
+        (
+            'text',
+            ['--input=a.txt', '--name=../bad'],
+            "name='../bad', expected a name, for the folder data/NAME",
+        ),
         ('text', ['--input=nowhere.txt'], 'there is no such file'),
         ('wikitext103', ['--processes=few'], 'invalid int value'),
         ('wikitext103', ['--max_documents=0'], 'max_documents=0, expected at least 1'),

@@ -89,6 +89,37 @@ def test_every_items_decision_is_written(call, run, tmp_path):
     assert all(r['task'] == 'loss' and r['nll'] > 0 and r['tokens'] for r in records)
 
 
+def test_items_of_rows_that_are_there_already_are_missed_aloud(call, run, tmp_path):
+    flags, _ = run
+    assert call(main, *flags, '--loops=1,2', '--windows=5')[0] == 0
+    err = call(main, *flags, '--loops=1,2,3', '--windows=5', f'--items={tmp_path}/items.jsonl')[2]
+    assert 'items.jsonl: without the items of 2 rows that had been measured before' in err
+    assert {json.loads(line)['loops'] for line in (tmp_path / 'items.jsonl').open()} == {3}
+
+
+@pytest.mark.parametrize('exits', [[], ['--exit=diff', '--exit_threshold=0.5,0.1']])
+def test_a_long_evaluation_says_how_far_it_is(call, run, monkeypatch, exits):
+    flags, _ = run
+    monkeypatch.setattr(eval_script.Progress, 'LINE_S', 0.0)
+    err = call(main, *flags, *exits, '--loops=1,2', '--windows=40', '--batch_tokens=64')[2]
+    lines = [line for line in err.splitlines() if line.startswith('... loss: ')]
+    told = [int(line.split()[2]) for line in lines]
+    assert len(told) > 4 and told == sorted(told) and told[0] == 0
+    assert f'... loss: {told[-1]} of {told[-1]} items (' in lines[-1]
+
+
+def test_ctrl_c_says_what_is_kept(call, run, monkeypatch):
+    flags, out_dir = run
+
+    def score(model, evaluation, policies, *args):
+        raise KeyboardInterrupt
+
+    assert call(main, *flags, '--loops=1', '--windows=5')[0] == 0
+    monkeypatch.setattr(evaluator, 'score', score)
+    status, _, err = call(main, *flags, '--loops=1,2', '--windows=5')
+    assert status == 130 and err.splitlines()[-1].startswith('stopped: 1 rows are in ')
+
+
 def test_only_rank_0_writes_items(tmp_path):
     row = dict.fromkeys((*KEY, 'run'), 'x')
     for rank in (1, 0):

@@ -277,6 +277,7 @@ def test_the_tokens_must_be_gpt2s(gpt2, call, tiny_data, tmp_path, monkeypatch):
         train.main, f'--init_from={gpt2[1]}', f'--dataset={tiny_data}', f'--out_dir={tmp_path}/a'
     )
     assert status == 2 and 'expected one in the tokens of the checkpoint: 40 of kind tiktoken' in err
+    assert 'prepare it with --tokenizer gpt2' in err
 
 
 @pytest.mark.parametrize(
