@@ -24,7 +24,7 @@ from nanoloop.tokenizer import Bytes
 # rows: what a text has in common with its row is not computed again
 
 
-@pytest.mark.parametrize('rule', [None, 'diff', 'kl'])
+@pytest.mark.parametrize('rule', [None, 'diff'])
 @pytest.mark.parametrize('pos', POS)
 def test_texts_that_are_edited_get_the_predictions_of_a_text_read_from_its_beginning(pos, rule, monkeypatch):
     """Rows of a cache that soon begins anew, or overwrites its first tokens, against the definition."""
@@ -260,7 +260,7 @@ def mixed_answers(chat):
     return [chat.answer(question(texts[i % 5]), several[i % 4])[0] for i in range(10)]
 
 
-@pytest.mark.parametrize('pos', POS)
+@pytest.mark.parametrize('pos', ['learned', 'rope'])
 def test_an_answer_does_not_depend_on_the_others(pos):
     chat = chat_model(pos=pos, block_size=72, n_loop=3)
     alone = [run(Engine(chat.model), answer)[0].tokens for answer in mixed_answers(chat)]

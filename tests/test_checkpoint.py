@@ -48,6 +48,7 @@ def falling(monkeypatch):
 
 def test_a_crash_between_any_two_operations_of_a_save_loses_nothing(call, flags, tmp_path, monkeypatch):
     falling(monkeypatch)
+    flags = [*flags, '--max_iters=8', '--lr_decay_iters=8']  # two saves
     assert call(main, *flags)[0] == 0
     whole, n = load(tmp_path / 'out' / 'ckpt.pt'), 0
     while True:

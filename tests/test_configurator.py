@@ -435,7 +435,7 @@ def test_a_path_may_begin_with_the_home_folder(tmp_path, monkeypatch):
     assert read('--to=~/e', keys=(ExportConfig,)).to == f'{home}/e'
 
 
-NO_SCRIPTS = 'model.py configurator.py nanoloop/generate.py nanoloop/machine.py nanoloop/nanoloop.py'.split()
+NO_SCRIPTS = 'model.py configurator.py nanoloop/generate.py nanoloop/nanoloop.py'.split()
 
 
 @pytest.mark.parametrize('name', NO_SCRIPTS)

@@ -224,7 +224,7 @@ def draws(n, **keys):
 
 @pytest.mark.parametrize('mean, median, off', [(4, 4, 0.05), (32, 29, 0.3)])
 def test_poisson_draws_huginns_numbers(mean, median, off):
-    n = draws(100_000, n_loop=mean, loop_sampling='poisson')
+    n = draws(50_000, n_loop=mean, loop_sampling='poisson')
     assert n.mean() == pytest.approx(mean + 1, abs=off) and np.median(n) == median and n.min() == 1
     if mean == 4:
         assert np.minimum(n, 16).mean() == pytest.approx(4.99, abs=off)
