@@ -11,6 +11,7 @@ other model continues the text. Models have the names that sample.py takes.
 """
 
 import contextlib
+import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,6 +85,8 @@ def read_line():
         try:
             return input('> ' if asks and sys.stdout.isatty() else '')
         except EOFError:
+            if asks:
+                print_error('')
             return None
         except KeyboardInterrupt:
             if not asks:
@@ -91,8 +94,12 @@ def read_line():
             print_error('\n(Ctrl-D or /quit ends)')
 
 
-def serve(c, settings, chat, about, context):
-    """Serves the page until a signal ends it. context: under which the model runs, a function."""
+def serve(c, settings, chat, about, trained, context):
+    """Serves the page until a signal ends it.
+
+    about: a line on the model. trained: its numbers of loops in training. context: a function, under whose
+    context the model runs.
+    """
     from nanoloop.chat.listen import choose_token, open_socket, serve, served_hosts
     from nanoloop.chat.server import ChatServer
 
@@ -106,9 +113,10 @@ def serve(c, settings, chat, about, context):
         with context():
             engine.run()
 
-    server = ChatServer(chat, engine, settings, name, about)
-    shown = f'[{c.host}]' if ':' in c.host else c.host
-    print_error(f'http://{shown}:{port}/{f"#token={token}" if token else ""}  (Ctrl-C ends)')
+    server = ChatServer(chat, engine, settings, name, about, c.system, trained)
+    host = socket.gethostname() if c.host in ('0.0.0.0', '::') else c.host  # what others may call it
+    host = f'[{host}]' if ':' in host else host
+    print_error(f'http://{host}:{port}/{f"#token={token}" if token else ""}  (Ctrl-C ends)')
     serve(listener, server.app(served_hosts(c.host, port), token), engine, run_engine)
 
 
@@ -138,12 +146,16 @@ def main(argv):
         return autocast(device.type, dtype)
 
     if c.web:
-        return serve(c, settings, chat, about, context)
+        trained = sorted(checkpoint.get('loops_trained', [model.config.n_loop]))
+        return serve(c, settings, chat, about, trained, context)
     colours = sys.stdout.isatty()
     terminal = Terminal(chat, settings, c.system, write, print_error, clean=printable, colours=colours)
     with context():
         if not c.prompt:
-            print_error('/help lists the commands, Ctrl-C ends an answer, Ctrl-D the program')
+            if chat.form.name == 'text':
+                print_error('a base model: it continues the text; an empty line lets it go on')
+            if sys.stdin.isatty():
+                print_error('/help lists the commands, Ctrl-C ends an answer, Ctrl-D the program')
             terminal.talk(read_line)
         elif terminal.answer(c.prompt).finish == 'cancelled':
             raise KeyboardInterrupt

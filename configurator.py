@@ -37,6 +37,7 @@ if MAIN.parent in (ROOT, ROOT / 'runs') or MAIN.parents[1:2] == (ROOT / 'data',)
 TOOLS = types.ModuleType | types.FunctionType | types.BuiltinFunctionType | type  # a config file's own things
 # keys in which ~ is the home folder
 PATHS = ('out_dir', 'dataset', 'init_from', 'image', 'to', 'lens_html', 'csv', 'items')
+SECRETS = ('token',)  # keys whose values are not printed
 CONTROL = {chr(i): chr(0x2400 + i) for i in range(32)} | {'\x7f': '\u2421'}  # their pictures in Unicode
 # keys of nanoGPT and of earlier versions that have another name here
 RENAMED = {'n_layer': ('n_prelude', 'n_block', 'n_coda'), 'png': ('image',)}
@@ -88,12 +89,18 @@ def configure(classes, argv, say=print):
             changes, start = read_file(arg, config, hints), '    '
         for key in changes.keys() & set(PATHS):
             changes[key] = expand_home(changes[key])
-        lines += [f'{start}{key} = {value!r}' for key, value in changes.items()]
+        lines += [f'{start}{key} = {shown(key, value)}' for key, value in changes.items()]
         config.update(changes)
         config.given |= frozenset(changes)
     if lines and RANK == 0 and say:
         say('\n'.join(lines))
     return config
+
+
+def shown(key, value):
+    """Returns a value as it is told: a long one is cut, a secret is not told."""
+    text = '(given)' if key in SECRETS else repr(value)
+    return text if len(text) <= 200 else f'{text[:200]}...'
 
 
 def expand_home(paths):

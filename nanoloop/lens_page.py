@@ -106,7 +106,7 @@ class LensView:
         digits = len(str(len(self.prompt) - 1))
         if first:
             yield f'the last {PRINTED} of {len(self.prompt):,} positions; a page (lens_html) has all'
-        legend = "= the last loop's prediction, kept from here on; * the prompt's next token"
+        legend = "= the last loop's prediction, kept from here on; * the text's next token"
         exit_title = ''
         if self.exits:
             legend += f'; exit: a token leaves by {self.policy} after this loop'

@@ -64,11 +64,11 @@ class Script:
 class Served:
     """A chat server in threads of this process.
 
-    hosts: check the header Host. options: of the Engine. delay_s: seconds that every token takes longer;
-    token: what requests have to carry; both can be changed while it serves.
+    hosts: check the header Host. system: of ChatServer. options: of the Engine. delay_s: seconds that every
+    token takes longer; token: what requests have to carry; both can be changed while it serves.
     """
 
-    def __init__(self, chat, settings=GREEDY, token='', hosts=True, delay_s=0.0, **options):
+    def __init__(self, chat, settings=GREEDY, token='', hosts=True, delay_s=0.0, system='', **options):
         self.engine, self.token, self.delay_s = Engine(chat.model, **options), token, delay_s
         step = self.engine.step
         self.engine.step = lambda: time.sleep(self.delay_s) or step()
@@ -76,7 +76,7 @@ class Served:
         self.port = self.listener.getsockname()[1]
         self.url = f'http://127.0.0.1:{self.port}/'
         self.served_hosts = served_hosts('127.0.0.1', self.port) if hosts else None
-        self.chat_server = ChatServer(chat, self.engine, settings, 'tiny', 'a tiny model')
+        self.chat_server = ChatServer(chat, self.engine, settings, 'tiny', 'a tiny model', system)
 
     async def app(self, scope, receive, send):
         await self.chat_server.app(self.served_hosts, self.token)(scope, receive, send)

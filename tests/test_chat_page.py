@@ -326,6 +326,7 @@ def test_the_calculators_tokens_are_shown_as_forced_and_sent_back_as_parts(page)
     ask(page, 'next')
     parts = [('text', 'so '), ('python', '1+1'), ('python_output', '2'), ('text', '.')]
     assert requests[1]['messages'] == [
+        dict(role='system', content=''),
         dict(role='user', content='Hi'),
         dict(role='assistant', content=[dict(type=kind, text=text) for kind, text in parts]),
         dict(role='user', content='next'),
@@ -415,7 +416,7 @@ def test_an_answer_without_a_token_is_left_out_of_the_next_request(served, page)
     served.delay_s = 0
     with page.expect_request('**/completions') as request:
         assert '12 tokens' in ask(page, 'two').text_content()
-    assert request.value.post_data_json['messages'] == [dict(role='user', content='two')]
+    assert request.value.post_data_json['messages'][1:] == [dict(role='user', content='two')]
 
 
 def test_an_error_is_told_in_the_answer_and_does_not_stay_in_the_conversation(served, browser):

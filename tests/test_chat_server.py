@@ -12,13 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from chatting import GREEDY, TOKENIZER, chat_model, from_the_beginning, serving
+from chatting import GREEDY, TOKENIZER, Served, chat_model, from_the_beginning, serving
 from helpers import script
 
 from nanoloop.chat import requests
+from nanoloop.chat.guard import page_response
 from nanoloop.chat.listen import choose_token, is_loopback, served_hosts
 from nanoloop.chat.requests import IGNORED, NEUTRAL, chat_request, read_json
-from nanoloop.chat.server import page_response
 from nanoloop.checks import UserError
 from nanoloop.conversation import render_prompt
 
@@ -123,6 +123,25 @@ def test_openais_client_talks_to_the_server(server, chat):
         client.chat.completions.create(model='any', messages=QUESTION, extra_body=dict(n_loop=9))
 
 
+def test_the_servers_system_text_is_put_where_a_conversation_has_none(chat):
+    def n_prompt(port, *system):
+        messages = [*(dict(role='system', content=text) for text in system), *QUESTION]
+        return complete(port, messages, max_tokens=1)[2]['usage']['prompt_tokens']
+
+    with Served(chat, system='Be brief.').running() as served:
+        plain = len(render_prompt(QUESTION, TOKENIZER))
+        assert n_prompt(served.port) == plain + len('Be brief.\n\n')
+        assert (
+            n_prompt(served.port, 'Sing.') == plain + len('Sing.\n\n') and n_prompt(served.port, '') == plain
+        )
+        assert ask(served.port, 'GET', '/info')[2]['defaults']['system'] == 'Be brief.'
+
+
+def test_the_one_model_has_an_address(server):
+    assert ask(server[0], 'GET', '/v1/models/tiny')[2]['id'] == 'tiny'
+    assert ask(server[0], 'GET', '/v1/models/gpt-4')[0] == 404
+
+
 def test_the_lens_tells_what_every_loop_predicted(server, chat):
     tokens = right_tokens(chat)
     status, _, answer = ask(server[0], 'POST', '/lens', dict(messages=QUESTION, tokens=tokens, n_loop=3))
@@ -195,7 +214,7 @@ def with_keys(**keys):
         (with_keys(messages=[dict(role='system', content='a')]), 400, 'a message of a user'),
         (with_keys(messages=[dict(role='user', content=[dict(type='image')])]), 400, 'message 1: content'),
         (with_keys(messages=[user] * 501), 400, 'messages=501, expected at most 500 messages'),
-        (with_keys(messages=[dict(role='user', content=LONG)]), 400, 'message 1=9000, expected at'),
+        (with_keys(messages=[dict(role='user', content=LONG)]), 400, 'message 1: characters=9000, expected at'),
         (with_keys(messages=[dict(role='user', content=LONG[:99])]), 400, 'at most 52: the model sees 64'),
         (with_keys(messages=[user, dict(role='assistant', content=LONG)] * 5), 400, 'at most 32,000'),
         (with_keys(n_lop=2), 400, "unknown key 'n_lop', did you mean 'n_loop'?"),
@@ -204,7 +223,7 @@ def with_keys(**keys):
         (with_keys(temperature='hot'), 400, "temperature='hot', expected float"),
         (with_keys(temperature=True), 400, 'temperature=True'),
         (with_keys(temperature=3), 400, 'temperature=3.0, expected at most 2.0'),
-        (with_keys(max_tokens=0), 400, 'max_new_tokens=0, expected at least 1'),
+        (with_keys(max_tokens=0), 400, 'max_tokens=0, expected at least 1'),
         (with_keys(max_tokens=5000), 400, 'max_tokens=5000, expected at most 4096'),
         (with_keys(max_tokens=5, max_completion_tokens=5), 400, 'only one of'),
         (with_keys(n_loop=1.5), 400, 'n_loop=1.5'),
@@ -276,7 +295,12 @@ def test_every_neutral_key_of_openai_is_taken(chat):
 
 def test_a_token_is_needed_where_others_can_come(chat):
     with serving(chat, token='secret', hosts=False) as (port, _):
-        for headers in ({}, {'Authorization': 'Bearer wrong'}, {'Authorization': 'Bearer secre\xe9'}):
+        for headers in (
+            {},
+            {'Authorization': 'Bearer wrong'},
+            {'Authorization': 'secret'},
+            {'Authorization': 'Bearer secre\xe9'},
+        ):
             assert ask(port, 'GET', '/info', None, headers)[0] == 401
         assert ask(port, 'GET', '/health')[0] == 200
         headers = {'Authorization': 'Bearer secret', 'Host': 'gpu.example'}

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from chatting import TOKENIZER, Script, chat_model
+from chatting import TOKENIZER, Script, chat_model, from_the_beginning
 from helpers import script
 
 import chat
@@ -64,7 +64,10 @@ def test_loops_and_exits_are_turned_while_talking():
     'line, message',
     [
         ('/foo', "command='/foo', expected one of /loops, "),
-        ('/loops', "command='/loops', expected /loops N"),
+        ('/', "command='/', expected one of /loops, "),
+        ('/ 3', "command='/3', expected one of /loops, "),
+        ('/loops 1 2', "command='/loops 1 2', expected /loops N"),
+        ('/lens 0', "expected an answer first"),
         ('/loops 0', 'n_loop=0, expected at least 1'),
         ('/loops two', "n_loop='two', expected int or None"),
         ('/exit gate 0.5', 'the model has no exit gate'),
@@ -99,14 +102,33 @@ def test_the_colour_of_a_token_tells_its_loops():
         if piece.text and len(piece.loops) == 1:
             assert shade(piece.text, piece.loops[0], 6) in shown
     assert len({shade('x', n, 6) for n in range(1, 7)}) == 6
-    assert '\x1b' not in talk('/depth', 'Why?')[0]
+    assert '\x1b' not in talk('/depth off', 'Why?')[0] and '\x1b' in talk('/depth on', 'Why?')[0]
+    assert talk('/loops 500', '/depth on')[1].count('\x1b[0m') == 8
 
 
 def test_the_lens_shows_every_loop_of_the_newest_answer():
     talk = Talk()
-    lines = talk('Why?', '/loops 3', 'Why?', '/lens')[1].splitlines()
-    numbers = [line for line in lines if '%' in line]
-    assert len(numbers) == 3 * 12
+    talk('Why?', '/loops 3', 'Why?')
+    for command, n in (('/lens', 10), ('/lens 4', 4), ('/lens 100', 12)):
+        lines = talk(command)[1].splitlines()
+        assert len([line for line in lines if '%' in line]) == 3 * n and max(map(len, lines)) <= 140
+    assert "lens='0', expected a number of tokens from 1 to 100" in talk('/lens 0')[1]
+
+
+def test_a_base_models_text_goes_on_after_an_empty_line():
+    talk = Talk(chat_model(text=True))
+    assert talk('')[0] == ''  # nothing to go on from
+    first, more = talk('abc')[0], talk('')[0]
+    whole = from_the_beginning(talk.terminal.chat, [*b'abc'], Settings(max_new_tokens=24, temperature=0))
+    assert TOKENIZER.decode(talk.terminal.last.ids) == TOKENIZER.decode([*b'abc', *whole])
+    assert first and more and len(Talk()('')[0]) == 0
+
+
+def test_a_value_is_told_without_a_new_one():
+    talk = Talk()
+    assert talk('/loops', '/temperature', '/tokens')[1].splitlines() == [
+        'n_loop = None', 'temperature = 0.0', 'max_new_tokens = 12'
+    ]  # fmt: skip
 
 
 def test_a_saved_conversation_is_data_for_training(tmp_path):
@@ -133,8 +155,9 @@ def test_a_saved_conversation_is_data_for_training(tmp_path):
     messages = [dict(role='system', content='Be short.'), dict(role='user', content='6 * 7?')]
     assert read_conversations(path) == [[*messages, dict(role='assistant', content=content)]]
     saved = path.read_bytes()
-    assert 'expected the name of a new file .jsonl' in talk(f'/save {path}')[1] and path.read_bytes() == saved
-    assert '/nowhere/' in talk('/save /nowhere/a.jsonl')[1] and 'a.txt' in talk('/save a.txt')[1]
+    assert 'a new name: this file exists' in talk(f'/save {path}')[1] and path.read_bytes() == saved
+    assert 'expected a file in a folder that exists' in talk('/save /nowhere/a.jsonl')[1]
+    assert 'expected a name that ends in .jsonl' in talk('/save a.txt')[1]
 
 
 def test_ctrl_c_ends_the_answer_and_not_the_program():

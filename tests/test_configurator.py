@@ -127,6 +127,7 @@ def test_changes_are_printed_and_only_by_rank_0(tmp_path, capsys, monkeypatch):
     argv = f'{tmp_path}/a.py', '--n_head=2'
     configure(KEYS, argv)
     expected = f'Overriding config with {argv[0]}:\n    n_loop = 3\nOverriding: n_head = 2\n'
+    assert configurator.shown('token', 'abc') == '(given)' and len(configurator.shown('x', 'a' * 999)) == 203
     assert capsys.readouterr().out == expected
     monkeypatch.setattr(configurator, 'RANK', 1)
     configure(KEYS, argv)

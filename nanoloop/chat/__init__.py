@@ -7,4 +7,9 @@ Chat: answers to conversations, for the terminal and for a server.
     engine.py        many answers in one batch
     requests.py      requests of the OpenAI-compatible server, checked
     server.py        the server; its page is nanoloop/chat.html
+    guard.py         who may ask it
+    listen.py        the port, and how it ends
+    terminal.py      the conversation and the commands in a terminal
+    settings.py      how an answer is generated
+    chat_model.py    a model, its tokenizer and the form of its conversations
 """

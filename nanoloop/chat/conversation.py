@@ -66,7 +66,7 @@ class TextFormat:
 
     def question(self, text, system):
         """Returns the ids of the user's text, with the system's text in front of it."""
-        return self.tokenizer.encode(system + text) or [self.tokenizer.eot_token]
+        return self.tokenizer.encode(system + text)
 
     def answer(self, turn):
         """Returns the ids of an earlier answer, without the token that ended it."""
@@ -93,7 +93,7 @@ def text_of(content):
 class Conversation:
     """A system's text and turns, of which the last one is a question when it is to be answered."""
 
-    system: str = ''
+    system: str | None = ''  # None: it has none, and another may be put in its place
     turns: list = field(default_factory=list)  # of Turns, user and assistant in turns
 
     @classmethod
@@ -102,7 +102,7 @@ class Conversation:
         take_turns(messages)
         leads = messages[0]['role'] == 'system'
         turns = [Turn(message['role'], message['content']) for message in messages[leads:]]
-        return cls(messages[0]['content'] if leads else '', turns)
+        return cls(messages[0]['content'] if leads else None, turns)
 
     def messages(self):
         """Returns the conversation as messages."""
@@ -123,13 +123,13 @@ class Conversation:
         behind = len(form.first) + len(form.answer_start) + sum(map(len, rendered))
         for n_dropped in range(0, len(self.turns), 2):
             if behind <= limit:
-                start = form.question(self.turns[n_dropped].content, self.system)
+                start = form.question(self.turns[n_dropped].content, self.system or '')
                 rest = [token for ids in rendered[n_dropped + 1 :] for token in ids]
-                ids = [*form.first, *start, *rest, *form.answer_start]
+                ids = [*form.first, *start, *rest, *form.answer_start] or [form.tokenizer.eot_token]
                 if len(ids) <= limit:
                     return ids, n_dropped
             behind -= sum(map(len, rendered[n_dropped : n_dropped + 2]))
-        question = form.question(self.turns[-1].content, self.system)
+        question = form.question(self.turns[-1].content, self.system or '')
         n = len(form.first) + len(question) + len(form.answer_start)
         system = ' with the system text' if self.system else ''
         raise UserError(

@@ -33,7 +33,7 @@ def open_socket(host, port):
         return listener
     except (OSError, OverflowError) as error:
         reason = getattr(error, 'strerror', None) or error
-        raise UserError(f'host={host!r}, port={port}: {reason}, expected a free port (0 = any)') from None
+        raise UserError(f'host={host!r}, port={port}: {reason}; --port=0 takes any free port') from None
 
 
 def choose_token(host, token):

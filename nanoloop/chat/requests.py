@@ -55,7 +55,8 @@ def read_json(body):
         values = json.loads(body, parse_constant=refuse)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         raise UserError(f'the request is not JSON: {str(error)[:200]}') from None
-    check(isinstance(values, dict), 'request', type(values).__name__, 'a JSON object')
+    if not isinstance(values, dict):
+        raise UserError(f'the request is a {type(values).__name__}, expected a JSON object')
     return values
 
 
@@ -106,6 +107,8 @@ def read_settings(values, defaults, config):
         given = dict(exit_threshold=None, min_loops=1) | given
     try:
         settings = replace(defaults, **given)
+    except UserError as error:
+        raise UserError(str(error).replace('max_new_tokens', 'max_tokens')) from None
     except OverflowError:
         raise UserError('a number of the request is too large') from None
     most_loops = max(MAX_LOOPS * config.n_loop, defaults.n_loop or 1)
@@ -161,7 +164,7 @@ def read_message(number, message):
         content = ''.join(part['text'] for part in content)
     plain = dict(role=role, content=content)
     n, most = len_of(plain), MAX_CHARACTERS if role == 'assistant' else MAX_MESSAGE_CHARACTERS
-    check(n <= most, key, n, f'at most {most:,} characters')  # what the model wrote may be sent back
+    check(n <= most, f'{key}: characters', n, f'at most {most:,}')  # what the model wrote may be sent back
     return plain
 
 

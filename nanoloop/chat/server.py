@@ -12,102 +12,39 @@ is logged or kept, but in the KV cache. A closed connection ends its answer.
 """
 
 import asyncio
-import base64
 import contextlib
-import hashlib
 import json
-import re
 import secrets
 import time
 from dataclasses import asdict
-from pathlib import Path
-from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.responses import HTMLResponse, JSONResponse, StreamingResponse
+from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
 
 from nanoloop.chat.engine import Call, Full
+from nanoloop.chat.guard import Guard, error_response, page_response
 from nanoloop.chat.requests import MAX_BYTES, MAX_LOOPS, MAX_TOKENS, chat_request, lens_request, read_json
 from nanoloop.checks import UserError
 from nanoloop.early_exit import EXIT
 
-PAGE = Path(__file__).parents[1] / 'chat.html'
-LOOPBACK = ('127.0.0.1', 'localhost', '[::1]')
-OPEN_PATHS = ('/', '/health')  # need no token
 RETRY_S = 5  # after which a client that was refused may come again
 KEEP_ALIVE_S = 10  # a stream without tokens sends a comment so often
 READ_S = 30  # a request has to arrive in
-
-
-def error_response(status, message, headers=None):
-    """Returns an error as a response, in OpenAI's form."""
-    kind = 'invalid_request_error' if status < 500 else 'server_error'
-    error = dict(message=str(message), type=kind, param=None, code=status)
-    return JSONResponse(dict(error=error), status, headers)
-
-
-class Guard:
-    """An ASGI application that refuses requests from elsewhere before `app` sees them.
-
-    hosts: values of the header Host that are served, a set; None = all. token: what Authorization has to
-    carry but for OPEN_PATHS; '' = nothing. A page of another site is refused by its header Origin, and one
-    whose name was pointed to this machine by Host.
-    """
-
-    def __init__(self, app, hosts, token):
-        self.app, self.hosts, self.token = app, hosts, token
-
-    async def __call__(self, scope, receive, send):
-        refusal = self.refusal(scope) if scope['type'] == 'http' else None
-        await (refusal or self.app)(scope, receive, send)
-
-    def refusal(self, scope):
-        """Returns the response that refuses a request, None if it may pass."""
-        headers = {name.decode('latin-1'): value.decode('latin-1') for name, value in scope['headers']}
-        host, origin = headers.get('host', ''), headers.get('origin')
-        if self.hosts is not None and host.lower() not in self.hosts:
-            return error_response(403, f'the header Host is {host[:100]!r}, expected {sorted(self.hosts)[0]}')
-        if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
-            return error_response(403, f'the header Origin is {origin[:100]!r}: other sites are not served')
-        given = headers.get('authorization', '').removeprefix('Bearer ')
-        if self.token and scope['path'] not in OPEN_PATHS:
-            if not secrets.compare_digest(given.encode(), self.token.encode()):
-                return error_response(401, 'the header Authorization has to be: Bearer TOKEN')
-        return None
-
-
-def page_response():
-    """Returns the page, with a policy under which a browser runs its own script and loads nothing else."""
-    text = PAGE.read_text(encoding='utf-8')
-
-    def hashes(tag):
-        parts = re.findall(f'<{tag}>(.*?)</{tag}>', text, re.DOTALL)
-        return ' '.join(
-            f"'sha256-{base64.b64encode(hashlib.sha256(part.encode()).digest()).decode()}'" for part in parts
-        )
-
-    policy = (
-        f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; "
-        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
-    headers = {
-        'Content-Security-Policy': policy, 'X-Content-Type-Options': 'nosniff',
-        'Referrer-Policy': 'no-referrer', 'Cache-Control': 'no-store',
-    }  # fmt: skip
-    return HTMLResponse(text, headers=headers)
 
 
 class ChatServer:
     """Answers requests with an Engine that runs in another thread.
 
     chat: a ChatModel. engine: its Engine. defaults: Settings of requests that do not say otherwise.
-    name: of the model. about: a line on it.
+    system: text in front of conversations that have none. name: of the model. about: a line on it.
+    trained: the numbers of loops that it was trained with.
     """
 
-    def __init__(self, chat, engine, defaults, name, about):
-        self.chat, self.engine, self.defaults, self.name, self.about = chat, engine, defaults, name, about
+    def __init__(self, chat, engine, defaults, name, about, system='', trained=None):
+        self.chat, self.engine, self.defaults, self.system = chat, engine, defaults, system
+        self.name, self.about, self.trained = name, about, trained or [chat.config.n_loop]
         self.began, self.n_refused, self.response = time.time(), 0, page_response()
 
     def app(self, hosts, token=''):
@@ -127,7 +64,14 @@ class ChatServer:
         }
         return Guard(Starlette(routes=routes, exception_handlers=handlers), hosts, token)
 
-    GET = {'/': 'page', '/health': 'health', '/stats': 'stats', '/info': 'info', '/v1/models': 'models'}
+    GET = {
+        '/': 'page',
+        '/health': 'health',
+        '/stats': 'stats',
+        '/info': 'info',
+        '/v1/models': 'models',
+        '/v1/models/{name}': 'models',
+    }
 
     async def page(self, request):
         return self.response
@@ -158,28 +102,34 @@ class ChatServer:
             for name, rule in EXIT.items()
             if model.exit_gate is not None or not rule.needs_gate
         ]
-        defaults = asdict(self.defaults) | dict(n_loop=self.defaults.n_loop or config.n_loop)
+        n_loop = self.defaults.n_loop or config.n_loop
+        defaults = asdict(self.defaults) | dict(n_loop=n_loop, system=self.system)
         return JSONResponse(
             dict(
                 name=self.name,
                 about=self.about,
                 n_loop=config.n_loop,
+                trained=self.trained,
                 max_loops=MAX_LOOPS * config.n_loop,
                 block_size=config.block_size,
                 max_tokens=MAX_TOKENS,
                 format=self.chat.form.name,
                 exits=exits,
                 defaults=defaults,
-            )  # fmt: skip
+            )
         )
 
     async def models(self, request):
         model = dict(id=self.name, object='model', created=int(self.began), owned_by='nanoloop')
-        return JSONResponse(dict(object='list', data=[model]))
+        if 'name' not in request.path_params:
+            return JSONResponse(dict(object='list', data=[model]))
+        if request.path_params['name'] != self.name:
+            return error_response(404, f'the only model is {self.name}')
+        return JSONResponse(model)
 
     async def refuse(self, request, error):
         self.n_refused += 1
-        message = f'{len(self.engine.waiting)} answers wait already, come again later'
+        message = f'{len(self.engine.waiting)} other answers wait already, come again later'
         return error_response(503, message, {'Retry-After': str(RETRY_S)})
 
     # -----------------------------------------------------------------------------
@@ -190,6 +140,7 @@ class ChatServer:
         asked = await asyncio.to_thread(
             chat_request, await read_body(request), self.defaults, self.chat.config
         )
+        self.add_system(asked.conversation)
         changed, notify = make_event()
         answer, n_dropped = await asyncio.to_thread(
             self.chat.answer, asked.conversation, asked.settings, asked.stops, notify=notify
@@ -210,6 +161,11 @@ class ChatServer:
         return JSONResponse(
             dict(head, object='chat.completion', choices=[choice], usage=usage_of(answer), nanoloop=extra)
         )
+
+    def add_system(self, conversation):
+        """Puts the server's system text in front of a conversation that has none, not even an empty one."""
+        if conversation.system is None:
+            conversation.system = self.system
 
     async def events(self, answer, changed, request):
         """Yields the Pieces of an answer, lists, as they come, and None where nothing came for a while.
@@ -237,6 +193,7 @@ class ChatServer:
         """Tells what every loop predicted for the tokens of an answer: the three most likely ones."""
         body = await read_body(request)
         conversation, tokens, settings = lens_request(body, self.defaults, self.chat.config)
+        self.add_system(conversation)
         ids, _ = await asyncio.to_thread(self.chat.prompt, conversation, settings)
         policy = settings.policy(self.chat.model)
         changed, notify = make_event()

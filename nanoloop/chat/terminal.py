@@ -8,6 +8,7 @@ import ast
 import contextlib
 import itertools
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,10 +19,10 @@ from nanoloop.chat.engine import Engine
 from nanoloop.checks import UserError, check
 from nanoloop.early_exit import EXIT
 from nanoloop.files import replace_file
-from nanoloop.lens_page import LensView
+from nanoloop.lens_page import PRINTED, LensView
 from nanoloop.signals import note_interrupts
 
-LENS_PREDICTIONS = 3  # per token and loop, of the command /lens
+LEGEND = 8  # most numbers of loops in the legend of /depth
 MARKS = dict(text='', python='[calculator: ', python_output=' = ')  # in front of a part of an answer
 COLOURS = (27, 33, 39, 43, 41, 76, 112, 148, 184, 214, 208, 202, 196)  # of 256: few loops blue, many red
 
@@ -52,7 +53,7 @@ class Terminal:
             try:
                 if line.startswith('/'):
                     self.command(line)
-                elif line:
+                elif line or self.can_go_on():
                     self.answer(line)
             except UserError as error:
                 self.say(str(error))
@@ -61,11 +62,10 @@ class Terminal:
 
     def command(self, line):
         """Runs a command. Raises UserError for one that does not exist or whose values are wrong."""
-        name, *values = line[1:].split()
+        name, *values = line[1:].split() or ['']
         known = ', '.join(f'/{other}' for other in COMMANDS)
-        check(
-            name in COMMANDS, 'command', f'/{name}', f'one of {known}; a line with a blank in front is text'
-        )
+        expected = f'one of {known}; a line with a blank in front is text'
+        check(name in COMMANDS, 'command', f'/{name}', expected)
         entry = COMMANDS[name]
         least, most = entry.n_values
         check(least <= len(values) <= most, 'command', line, f'/{name} {entry.values}'.rstrip())
@@ -73,6 +73,10 @@ class Terminal:
 
     # -----------------------------------------------------------------------------
     # answers
+
+    def can_go_on(self):
+        """Returns whether an empty line continues a base model's text."""
+        return self.chat.form.name == 'text' and bool(self.conversation.turns)
 
     def answer(self, text):
         """Answers a question, and keeps both in the conversation. Ctrl-C ends the answer."""
@@ -169,29 +173,35 @@ def set_exit(terminal, name, threshold=None):
     terminal.change(exit=name, exit_threshold=literal(threshold or str(EXIT[name].advised)))
 
 
-def set_depth(terminal):
-    """Switches the colours of the tokens on or off, and shows the newest answer again."""
+def set_depth(terminal, value=''):
+    """Switches the colours of the tokens, and shows the newest answer again."""
     check(terminal.colours, 'command', '/depth', 'a terminal, which can show colours')
-    terminal.depth = not terminal.depth
+    check(value in ('', 'on', 'off'), 'depth', value, 'on or off')
+    terminal.depth = value == 'on' if value else not terminal.depth
     if not terminal.depth:
-        return terminal.say('depth = False')
+        return terminal.say('depth = off')
     n_loop = terminal.settings.policy(terminal.chat.model).n_loop
-    legend = ' '.join(shade(f' {i} ', i, n_loop) for i in range(1, n_loop + 1))
-    terminal.say(f'loops of a token: {legend}')
+    n = min(n_loop, LEGEND)
+    shown = [1 + i * (n_loop - 1) // max(1, n - 1) for i in range(n)]
+    terminal.say(f'loops of a token: {" ".join(shade(f" {i} ", i, n_loop) for i in shown)}')
     if terminal.last:
         pieces, terminal.last_pieces = terminal.last_pieces, []
         terminal.show(pieces, 'text')
         terminal.write('\n')
 
 
-def show_lens(terminal):
-    """Shows what every loop predicted for the tokens of the newest answer."""
+def show_lens(terminal, n_tokens='10'):
+    """Shows what every loop predicted for the last tokens of the newest answer."""
     answer = terminal.last
     check(answer is not None and answer.loops, 'command', '/lens', 'an answer first')
-    first, policy = answer.n_prompt - 1, answer.policy
-    lens = terminal.chat.lens(answer.ids, answer.n_prompt, policy, LENS_PREDICTIONS)
+    n = literal(n_tokens)
+    check(type(n) is int and 1 <= n <= PRINTED, 'lens', n_tokens, f'a number of tokens from 1 to {PRINTED}')
+    first, policy = max(answer.n_prompt, len(answer.ids) - n), answer.policy
+    columns = shutil.get_terminal_size((120, 24)).columns
+    k = max(1, min(3, (columns - 46) // 28))  # as many predictions as a line has room for
+    lens = terminal.chat.lens(answer.ids, first, policy, k)
     early_exit = policy.early_exit(terminal.chat.model)
-    for line in LensView(lens, answer.ids[first:-1], terminal.chat.tokenizer, early_exit).lines():
+    for line in LensView(lens, answer.ids[first - 1 : -1], terminal.chat.tokenizer, early_exit).lines():
         terminal.say(line)
 
 
@@ -211,8 +221,9 @@ def save(terminal, name):
     """Writes the conversation as a line of JSON, which data/sft/prepare.py --chat reads."""
     path = Path(name).expanduser()
     check(terminal.conversation.turns, 'command', '/save', 'a conversation first')
-    fits = path.suffix == '.jsonl' and path.parent.is_dir() and not path.exists()
-    check(fits, 'file', name, 'the name of a new file .jsonl in a folder that exists')
+    check(path.suffix == '.jsonl', 'file', name, 'a name that ends in .jsonl')
+    check(path.parent.is_dir(), 'file', name, 'a file in a folder that exists')
+    check(not path.exists(), 'file', name, 'a new name: this file exists')
     with replace_file(path, 'wb') as file:
         line = json.dumps(dict(messages=terminal.conversation.messages()), ensure_ascii=False)
         file.write(f'{line}\n'.encode('utf-8', 'replace'))
@@ -234,19 +245,25 @@ def leave(terminal):
 
 def setter(key):
     """Returns the function of a command that sets a key."""
-    return lambda terminal, value: terminal.change(**{key: literal(value)})
+
+    def set_key(terminal, value=None):
+        if value is None:  # only tells it
+            value = str(getattr(terminal.settings, key))
+        terminal.change(**{key: literal(value)})
+
+    return set_key
 
 
 COMMANDS = {
-    'loops': Command(setter('n_loop'), 'N', 'number of loops; none = as trained', (1, 1)),
+    'loops': Command(setter('n_loop'), 'N', "number of loops, or the word none: the checkpoint's", (0, 1)),
     'exit': Command(
-        set_exit, 'RULE [X]', f'early exit: {", ".join(EXIT)} below or above X; off = none', (1, 2)
+        set_exit, 'RULE [X]', f'early exit: {", ".join(EXIT)} below or above X, or the word off', (1, 2)
     ),
-    'depth': Command(set_depth, '', 'colour each token by the loops that it took, on or off'),
-    'lens': Command(show_lens, '', 'what every loop predicted for the newest answer'),
-    'temperature': Command(setter('temperature'), 'X', '0 = always the most likely token', (1, 1)),
-    'top_k': Command(setter('top_k'), 'K', 'draw from the k most likely tokens; none = from all', (1, 1)),
-    'tokens': Command(setter('max_new_tokens'), 'N', 'most tokens of an answer', (1, 1)),
+    'depth': Command(set_depth, '[on, off]', 'colour each token by the loops that it took', (0, 1)),
+    'lens': Command(show_lens, '[N]', 'what every loop predicted for the last N tokens', (0, 1)),
+    'temperature': Command(setter('temperature'), 'X', '0 = always the most likely token', (0, 1)),
+    'top_k': Command(setter('top_k'), 'K', 'draw from the K most likely tokens, or the word none', (0, 1)),
+    'tokens': Command(setter('max_new_tokens'), 'N', 'most tokens of an answer', (0, 1)),
     'system': Command(set_system, '[TEXT]', 'text in front of a new conversation', (0, 10_000)),
     'reset': Command(reset, '', 'begin a new conversation'),
     'save': Command(save, 'FILE', 'write the conversation to a new file .jsonl', (1, 1)),
