@@ -214,7 +214,7 @@ def with_keys(**keys):
         (with_keys(messages=[dict(role='system', content='a')]), 400, 'a message of a user'),
         (with_keys(messages=[dict(role='user', content=[dict(type='image')])]), 400, 'message 1: content'),
         (with_keys(messages=[user] * 501), 400, 'messages=501, expected at most 500 messages'),
-        (with_keys(messages=[dict(role='user', content=LONG)]), 400, 'message 1: characters=9000, expected at'),
+        (with_keys(messages=[dict(role='user', content=LONG)]), 400, 'characters=9000, expected at'),
         (with_keys(messages=[dict(role='user', content=LONG[:99])]), 400, 'at most 52: the model sees 64'),
         (with_keys(messages=[user, dict(role='assistant', content=LONG)] * 5), 400, 'at most 32,000'),
         (with_keys(n_lop=2), 400, "unknown key 'n_lop', did you mean 'n_loop'?"),
