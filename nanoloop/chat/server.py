@@ -31,6 +31,7 @@ from nanoloop.early_exit import EXIT
 
 RETRY_S = 5  # after which a client that was refused may come again
 KEEP_ALIVE_S = 10  # a stream without tokens sends a comment so often
+GATHER_MS = 20  # tokens of so many milliseconds go together
 READ_S = 30  # a request has to arrive in
 
 
@@ -141,9 +142,9 @@ class ChatServer:
             chat_request, await read_body(request), self.defaults, self.chat.config
         )
         self.add_system(asked.conversation)
-        changed, notify = make_event()
+        changed = Changed()
         answer, n_dropped = await asyncio.to_thread(
-            self.chat.answer, asked.conversation, asked.settings, asked.stops, notify=notify
+            self.chat.answer, asked.conversation, asked.settings, asked.stops, notify=changed.notify
         )
         self.engine.submit(answer)
         events = self.events(answer, changed, request)
@@ -170,21 +171,21 @@ class ChatServer:
     async def events(self, answer, changed, request):
         """Yields the Pieces of an answer, lists, as they come, and None where nothing came for a while.
 
-        The answer is cancelled when the connection closes. changed: an asyncio.Event that the answer's notify
-        sets.
+        The answer is cancelled when the connection closes. changed: a Changed, whose notify the answer has.
         """
         watch = asyncio.create_task(cancel_when_closed(answer, changed, request))
         try:
             while True:
-                with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(changed.wait(), KEEP_ALIVE_S)
-                changed.clear()
+                await changed.wait(KEEP_ALIVE_S)
                 ended = answer.finish  # before the pieces: none comes after it
                 pieces = answer.take_pieces()
                 if not ended or pieces:
                     yield pieces or None
                 if ended:
                     return
+                for _ in range(GATHER_MS):  # what comes soon goes into one event: each costs the browser time
+                    if pieces and not answer.finish:
+                        await asyncio.sleep(0.001)
         finally:
             answer.cancelled = True
             watch.cancel()
@@ -196,8 +197,8 @@ class ChatServer:
         self.add_system(conversation)
         ids, _ = await asyncio.to_thread(self.chat.prompt, conversation, settings)
         policy = settings.policy(self.chat.model)
-        changed, notify = make_event()
-        call = Call(lambda: self.chat.predictions([*ids, *tokens], len(ids), policy), notify)
+        changed = Changed()
+        call = Call(lambda: self.chat.predictions([*ids, *tokens], len(ids), policy), changed.notify)
         self.engine.submit(call)
         watch = asyncio.create_task(cancel_when_closed(call, changed, request))
         try:
@@ -209,15 +210,24 @@ class ChatServer:
         return error_response(*failure) if failure else JSONResponse(dict(tokens=call.result))
 
 
-def make_event():
-    """Returns an asyncio.Event and a function that sets it from any thread."""
-    event, loop = asyncio.Event(), asyncio.get_running_loop()
+class Changed:
+    """An event of the running loop that another thread sets by notify(), and wakes the loop for once only."""
 
-    def notify():
-        with contextlib.suppress(RuntimeError):  # the loop has ended
-            loop.call_soon_threadsafe(event.set)
+    def __init__(self):
+        self.event, self.loop, self.noted = asyncio.Event(), asyncio.get_running_loop(), False
 
-    return event, notify
+    def notify(self):
+        if not self.noted:
+            self.noted = True
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                self.loop.call_soon_threadsafe(self.event.set)
+
+    async def wait(self, seconds=None):
+        """Waits for a notify() since the last wait, or for some seconds."""
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self.event.wait(), seconds)
+        self.event.clear()
+        self.noted = False  # before the caller looks at what has changed: a later change notifies again
 
 
 async def read_body(request):
