@@ -16,6 +16,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import quote
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # ours come first, also with python -P
 from configurator import command, configure, print_error, printable
@@ -116,7 +117,7 @@ def serve(c, settings, chat, about, trained, context):
     server = ChatServer(chat, engine, settings, name, about, c.system, trained)
     host = socket.gethostname() if c.host in ('0.0.0.0', '::') else c.host  # what others may call it
     host = f'[{host}]' if ':' in host else host
-    print_error(f'http://{host}:{port}/{f"#token={token}" if token else ""}  (Ctrl-C ends)')
+    print_error(f'http://{host}:{port}/{f"#token={quote(token)}" if token else ""}  (Ctrl-C ends)')
     serve(listener, server.app(served_hosts(c.host, port), token), engine, run_engine)
 
 

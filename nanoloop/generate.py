@@ -57,6 +57,7 @@ class Sampler:
             p, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)  # (n, V) each
             before = p.cumsum(dim=-1) - p  # the share of the more likely tokens; 0 for the first, which stays
             beyond = before >= self.top_p
+            beyond[:, 0] = False  # also for a top_p that float32 rounds to 0
             logits = logits.masked_fill(beyond.scatter(-1, order, beyond), -math.inf)
         return logits.softmax(dim=-1)
 

@@ -52,6 +52,14 @@ def exit_on_sigterm():
         signal.signal(signal.SIGTERM, before)
 
 
+def end_now(number):
+    """Ends the process as the signal would, without waiting for its threads."""
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(exit_status(number))
+
+
 @contextlib.contextmanager
 def note_interrupts():
     """Notes Ctrl-C inside the block in a list, which it returns, instead of raising KeyboardInterrupt.

@@ -23,8 +23,11 @@ GREEDY = Settings(max_new_tokens=12, temperature=0)
 
 def chat_model(text=False, **keys):
     """Returns a ChatModel with random weights, in float32."""
-    keys = dict(vocab_size=len(TOKENIZER.token_bytes), block_size=64, pos='rope', norm_loop=True) | keys
-    return ChatModel(make(double=False, **keys), TOKENIZER, text)
+    sizes = dict(vocab_size=len(TOKENIZER.token_bytes), block_size=64, pos='rope', tie_weights=False)
+    model = make(double=False, **sizes | keys)
+    with torch.no_grad():
+        model.lm_head.weight[256:] = 0  # special tokens are never likely: answers end by their length
+    return ChatModel(model, TOKENIZER, text)
 
 
 def question(text):

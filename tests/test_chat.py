@@ -34,11 +34,12 @@ def test_texts_that_are_edited_get_the_predictions_of_a_text_read_from_its_begin
         options = dict(rule=rule, threshold=dividing_threshold(model, rule, IDX[0, :12]))
     early_exit = EarlyExit(rule, options['threshold']) if rule else None
     rows, dice, texts = Rows(model, 2, early_exit=early_exit), random.Random(1), [[], []]
+    rows.grow(2)
     saved = 0
     for turn in range(6):
         for row, text in enumerate(texts):
             if turn:
-                text = text[: dice.choice([len(text), len(text) - 2, len(text) // 2])]
+                text = text[: dice.choice([len(text), len(text) - 2, len(text) - 4, len(text) // 2])]
             text = text + IDX[dice.randrange(3), : dice.choice([1, 3, 9])].tolist()
             saved += rows.n_known(row, text)
             x, loops = rows.read(row, text)
@@ -86,9 +87,36 @@ def test_a_text_takes_the_row_that_knows_it_and_spares_the_others():
     assert rows.take([*first, 1, 2]) == row
 
 
+def test_rows_that_grow_keep_their_tokens():
+    model, text = gated(pos='rope'), IDX[0, :9].tolist()
+    rows, again = Rows(model, 5), Rows(model, 5)
+    rows.read(rows.take(text), text)
+    for n_rows in (2, 4, 5):
+        row = rows.take([n_rows])
+        assert row and len(rows.ids) == n_rows
+        rows.read(row, [n_rows])
+        rows.take([n_rows, 1]) if n_rows == 4 else None
+    torch.testing.assert_close(rows.append([0], [3])[0], again.read(0, [*text, 3])[0])
+    assert len(rows.ids) == len(rows.decoder.cache.lengths) == 5 and len(again.ids) == 1
+
+
+@pytest.mark.parametrize('n_answer', [3, 40])
+def test_a_question_that_is_asked_again_is_not_computed_again(n_answer):
+    """Also after an answer that is longer than the question."""
+    chat = chat_model(block_size=256)
+    engine, settings, before = Engine(chat.model), Settings(max_new_tokens=n_answer, temperature=0), 0
+    for new_tokens in (len(chat.prompt(question('How many?'), settings)[0]), 1, 1):
+        run(engine, chat.answer(question('How many?'), settings)[0])
+        (rows,) = engine.rows.values()
+        assert rows.n_computed - before == new_tokens + n_answer - 1
+        before = rows.n_computed
+    assert len(rows.ids) == 1
+
+
 def test_a_row_that_failed_is_computed_anew(monkeypatch):
     model, text = gated(pos='rope'), IDX[0, :9].tolist()
     rows = Rows(model, 2)
+    rows.grow(2)
     right, _ = rows.read(0, text)
     x, _ = rows.read(1, text[:8])
     real = rows.decoder.run_coda
@@ -172,7 +200,11 @@ def test_an_answer_that_was_interrupted_ends_in_the_next_prompt():
     conversation = Conversation(turns=[Turn('user', 'a'), Turn('assistant', 'b', [98]), Turn('user', 'c')])
     messages = [dict(role=turn.role, content=turn.content) for turn in conversation.turns]
     assert conversation.prompt(chat.form, 64, 0)[0] == render_prompt(messages, TOKENIZER)
-    conversation.turns[1] = Turn('assistant', 'b', [98, *chat.form.answer_end])
+    for end in (chat.form.answer_end, [TOKENIZER.special_ids['<|user_start|>']]):
+        conversation.turns[1] = Turn('assistant', 'b', [98, *end])
+        assert conversation.prompt(chat.form, 64, 0)[0] == render_prompt(messages, TOKENIZER)
+    messages[1]['content'] = [dict(type='python', text='1+')]
+    conversation.turns[1] = Turn('assistant', '', [IDS['python_start'], *b'1+'])  # stopped in a call
     assert conversation.prompt(chat.form, 64, 0)[0] == render_prompt(messages, TOKENIZER)
 
 
@@ -237,7 +269,16 @@ def test_an_answer_ends_at_its_stops_and_at_its_most_tokens():
     (answer,) = run(
         Engine(chat.model), scripted(chat, [*b'a', IDS['python_start'], *b'99*9', *tokens[-1:]], max_tokens=8)
     )
-    assert answer.finish == 'length' and len(answer.tokens) == 8  # two of the result's four tokens
+    assert answer.finish == 'length' and len(answer.tokens) == 7  # without half of the result
+
+
+def test_stops_are_looked_for_in_the_models_text_only():
+    chat = chat_model()
+    tokens = [IDS['python_start'], *b'7/2', IDS['python_end'], *b'a.b']
+    (answer,) = run(Engine(chat.model), scripted(chat, tokens, stops=['.']))
+    texts = [(piece.kind, piece.text) for piece in answer.take_pieces() if piece.text]
+    assert ''.join(text for kind, text in texts if kind == 'python_output') == '3.5'
+    assert texts[-1] == ('text', 'a') and answer.finish == 'stop'
 
 
 def test_a_character_of_several_tokens_is_one_piece():
@@ -312,8 +353,83 @@ def test_an_error_ends_the_answers_of_its_batch_only():
     assert [job.finish for job in (good, bad, call, other)] == ['length', 'error', 'error', 'stop']
     assert isinstance(bad.error, StopIteration) and isinstance(call.error, ZeroDivisionError)
     assert other.result == 'done' and len(told) == 2 and 'ZeroDivisionError' in told[0]
+    assert beside.tokens == from_the_beginning(chat, beside.ids[: beside.n_prompt])
     (again,) = run(engine, chat.answer(question('b'), GREEDY)[0])
     assert again.tokens == from_the_beginning(chat, again.ids[: again.n_prompt])
+
+
+def test_a_prediction_that_is_not_finite_ends_its_answer_only(monkeypatch):
+    chat, told = chat_model(), []
+    engine, real = Engine(chat.model, say=told.append), chat.model.logits
+    good, bad = (chat.answer(question(text), GREEDY)[0] for text in 'ab')
+
+    def logits(x):
+        values = real(x).clone()
+        if len(values) == 2:
+            values[0] = torch.nan  # a new text's comes first
+        return values
+
+    monkeypatch.setattr(chat.model, 'logits', logits)
+    run(engine, good, bad)
+    assert (good.finish, bad.finish) == ('length', 'error') and isinstance(bad.error, FloatingPointError)
+
+
+def test_a_top_p_below_all_numbers_takes_the_most_likely_token():
+    chat = chat_model()
+    tiny = Settings(max_new_tokens=12, temperature=1, top_p=1e-300, top_k=None)
+    (answer,) = run(Engine(chat.model), chat.answer(question('a'), tiny)[0])
+    assert answer.tokens == from_the_beginning(chat, answer.ids[: answer.n_prompt])
+
+
+def test_calls_and_new_prompts_leave_the_running_answers_their_steps():
+    chat, made = chat_model(), []
+    engine = Engine(chat.model, max_batch=4)
+    answer, *others = (chat.answer(question(text), GREEDY)[0] for text in 'abc')
+    engine.submit(answer)
+    engine.step()
+    calls = [Call(lambda i=i: made.append(i)) for i in range(4)]
+    for job in (*calls, *others):
+        engine.submit(job)
+    calls[1].cancelled = True
+    for n in (1, 2, 3):
+        engine.step()
+        assert len(made) == n and len(answer.tokens) == n + 1
+        assert sum(len(other.tokens) > 0 for other in others) == min(n, 2)
+    assert made == [0, 2, 3]
+
+
+def test_an_answer_that_waits_for_a_cache_is_overtaken_but_not_for_ever(monkeypatch):
+    monkeypatch.setattr('nanoloop.chat.engine.MAX_OVERTAKEN', 5)
+    chat = chat_model()
+    engine, begun = Engine(chat.model, max_batch=8), []
+    deep = [Settings(max_new_tokens=40, temperature=0, n_loop=n) for n in (1, 2, 3)]
+    short = Settings(max_new_tokens=2, temperature=0, n_loop=3)
+    for settings in deep:
+        engine.submit(chat.answer(question('a'), settings)[0])
+    fourth = chat.answer(question('a'), Settings(max_new_tokens=2, temperature=0, n_loop=4))[0]
+    engine.submit(fourth)
+    while not fourth.finish:
+        other = chat.answer(question('b'), short)[0]
+        engine.submit(other)
+        engine.step()
+        begun.append(other)
+    n_before = sum(bool(other.tokens) for other in begun)
+    assert 4 <= n_before < len(begun) - 10  # then it waited alone for the long ones
+
+
+def test_nobody_waits_for_an_engine_that_has_ended(monkeypatch):
+    chat, told = chat_model(), []
+    engine = Engine(chat.model)
+    answer = chat.answer(question('a'), GREEDY, notify=lambda: told.append(1))[0]
+    waiting = chat.answer(question('b'), GREEDY)[0]
+    engine.submit(answer)
+    engine.submit(waiting)
+    monkeypatch.setattr(engine, 'leave', lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        engine.run()
+    assert engine.closed and answer.finish == waiting.finish == 'cancelled' and told
+    with pytest.raises(Full):
+        engine.submit(waiting)
 
 
 def test_few_caches_exist_at_once_and_more_policies_wait():

@@ -328,7 +328,11 @@ def test_the_calculators_tokens_are_shown_as_forced_and_sent_back_as_parts(page)
     assert requests[1]['messages'] == [
         dict(role='system', content=''),
         dict(role='user', content='Hi'),
-        dict(role='assistant', content=[dict(type=kind, text=text) for kind, text in parts]),
+        dict(
+            role='assistant',
+            content=[dict(type=kind, text=text) for kind, text in parts],
+            tokens=[1, 261, 2, 3, 4, 5, 6],
+        ),
         dict(role='user', content='next'),
     ]
 

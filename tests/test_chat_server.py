@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from chatting import GREEDY, TOKENIZER, Served, chat_model, from_the_beginning, serving
-from helpers import script
+from helpers import ROOT, script
 
 from nanoloop.chat import requests
 from nanoloop.chat.guard import page_response
@@ -151,6 +151,28 @@ def test_the_lens_tells_what_every_loop_predicted(server, chat):
     )  # fmt: skip
 
 
+def test_a_second_turn_computes_its_new_tokens_only(chat):
+    with serving(chat_model(n_loop=2, block_size=256)) as (port, _):
+        first = complete(port)[2]
+        tokens = [token for piece in first['nanoloop']['pieces'] for token in piece['tokens']]
+        answer = dict(role='assistant', content=first['choices'][0]['message']['content'], tokens=tokens)
+        second = complete(port, [*QUESTION, answer, dict(role='user', content='Why?')])[2]['usage']
+        computed = ask(port, 'GET', '/stats')[2]['computed_tokens']
+        assert computed == second['total_tokens'] - 1
+        answer['tokens'] = [*tokens, 999]
+        status, _, wrong = complete(port, [*QUESTION, answer, dict(role='user', content='Why?')])
+        assert status == 400 and 'message 2: tokens=' in wrong['error']['message']
+
+
+def test_a_request_that_does_not_arrive_is_given_up(chat, monkeypatch):
+    monkeypatch.setattr('nanoloop.chat.server.READ_S', 0.2)
+    with serving(chat) as (port, _), socket.create_connection(('127.0.0.1', port)) as connection:
+        connection.settimeout(10)
+        head = f'POST /lens HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n'
+        connection.sendall(f'{head}Content-Length: 9\r\n\r\n{{'.encode())
+        assert b' 408 ' in connection.recv(100)
+
+
 def test_a_connection_that_is_kept_waits_for_no_acknowledgement(server):
     """Without TCP_NODELAY every answer after the first takes 40 ms more."""
     connection, seconds = http.client.HTTPConnection('127.0.0.1', server[0], timeout=20), []
@@ -199,7 +221,7 @@ def with_keys(**keys):
         (b'[]', 400, 'expected a JSON object'),
         (HEAD + b'"temperature": NaN}', 400, 'NaN is no number in JSON'),
         (HEAD + b'"temperature": 1e999}', 400, 'temperature=inf'),
-        (HEAD + b'"temperature": 1' + b'0' * 400 + b'}', 400, 'a number of the request is too large'),
+        (HEAD + b'"temperature": 1' + b'0' * 400 + b'}', 400, 'a number is too large'),
         (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', 400, 'half of a surrogate pair'),
         ({}, 400, 'messages=None, expected a list of messages'),
         (with_keys(messages=[]), 400, 'messages=[]'),
@@ -220,6 +242,8 @@ def with_keys(**keys):
         (with_keys(n_lop=2), 400, "unknown key 'n_lop', did you mean 'n_loop'?"),
         (with_keys(n=2), 400, 'n=2, expected 1'),
         (with_keys(tools=[dict(type='function')]), 400, 'expected [], it is not supported here'),
+        (with_keys(tools='a' * 900_000), 400, "tools='aaaa"),
+        (with_keys(stream_options=dict(include_usage='yes')), 400, 'stream_options='),
         (with_keys(temperature='hot'), 400, "temperature='hot', expected float"),
         (with_keys(temperature=True), 400, 'temperature=True'),
         (with_keys(temperature=3), 400, 'temperature=3.0, expected at most 2.0'),
@@ -242,7 +266,7 @@ def test_a_wrong_request_gets_an_error_in_json(server, body, status, message):
     got, headers, answer = ask(server[0], 'POST', '/v1/chat/completions', body)
     assert got == status and headers['content-type'] == 'application/json'
     error = answer['error']
-    assert message in error['message'] and error['code'] == status and len(error['message']) < 400
+    assert message in error['message'] and error['code'] == status and len(error['message']) < 510
 
 
 @pytest.mark.parametrize(
@@ -261,6 +285,7 @@ def test_a_flood_of_token_ids_is_refused(server, tokens):
         ('GET', '/info', {'Host': ''}, 403),
         ('GET', '/info', {'Origin': 'http://evil.example'}, 403),
         ('GET', '/info', {'Origin': 'null'}, 403),
+        ('GET', '/info', {'Origin': 'http://[evil'}, 403),
         ('POST', '/v1/chat/completions', {'Content-Type': 'text/plain'}, 415),
         ('GET', '/v1/chat/completions', {}, 405),
         ('OPTIONS', '/v1/chat/completions', {}, 405),
@@ -395,12 +420,32 @@ def test_memory_is_stable_over_500_requests(server):
     assert stats['answers'] >= 500 and stats['waiting'] == 0 and stats['cache_bytes'] > 0
 
 
+LONG_STEP = """
+import sys, time
+sys.path.insert(0, {root!r})
+from nanoloop.chat.engine import Engine
+from nanoloop.chat.listen import open_socket, serve
+engine, listener = Engine(None), open_socket('127.0.0.1', 0)
+engine.step = lambda: print('in a step', flush=True) or time.sleep(60)
+serve(listener, None, engine, engine.run)
+"""
+
+
+def test_a_signal_in_a_long_step_ends_the_server_without_an_abort(tmp_path):
+    (tmp_path / 'long.py').write_text(LONG_STEP.format(root=str(ROOT)))
+    process = script(tmp_path / 'long.py')
+    assert process.stdout.readline() == 'in a step\n'
+    time.sleep(0.5)  # uvicorn begins
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=10)[0] == '' and process.returncode == 143
+
+
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_server_within_five_seconds(tmp_path, number):
     model = chat_model(block_size=2048).model
     state = dict(model=model.state_dict(), model_args=vars(model.config), iter_num=3, config={})
     torch.save(state | dict(tokenizer=TOKENIZER.spec), tmp_path / 'ckpt.pt')
-    flags = ['--web=True', '--port=0', '--device=cpu', '--dtype=float32']
+    flags = ['--web=True', '--port=0', '--device=cpu', '--dtype=float32', '--temperature=0']
     process = script('chat.py', f'--init_from={tmp_path}/ckpt.pt', *flags)
     port = next(
         int(line.split(':')[2].split('/')[0]) for line in process.stdout if line.startswith('http://')

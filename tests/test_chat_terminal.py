@@ -6,12 +6,13 @@ import sys
 import pytest
 import torch
 from chatting import TOKENIZER, Script, chat_model, from_the_beginning
+from decoding import dividing_threshold
 from helpers import script
 
 import chat
 from nanoloop.chat.settings import Settings
 from nanoloop.chat.terminal import COMMANDS, Terminal, shade
-from nanoloop.conversation import read_conversations
+from nanoloop.conversation import read_conversations, render_prompt
 
 GREEDY = Settings(max_new_tokens=12, temperature=0)
 
@@ -66,6 +67,8 @@ def test_loops_and_exits_are_turned_while_talking():
         ('/foo', "command='/foo', expected one of /loops, "),
         ('/', "command='/', expected one of /loops, "),
         ('/ 3', "command='/3', expected one of /loops, "),
+        ('/loops {[]:1}', "n_loop='{[]:1}', expected int or None"),
+        ('/temperature 1' + '0' * 400, 'a number is too large'),
         ('/loops 1 2', "command='/loops 1 2', expected /loops N"),
         ('/lens 0', "expected an answer first"),
         ('/loops 0', 'n_loop=0, expected at least 1'),
@@ -89,10 +92,10 @@ def test_what_is_wrong_is_told_in_a_line_and_changes_nothing(line, message):
 
 
 def test_the_colour_of_a_token_tells_its_loops():
-    talk = Talk(
-        settings=Settings(max_new_tokens=12, temperature=0, n_loop=6, exit='diff', exit_threshold=0.8),
-        colours=True,
-    )
+    model, ids = chat_model(), render_prompt([dict(role='user', content='Why?')], TOKENIZER)
+    threshold = dividing_threshold(model.model, 'diff', torch.tensor(ids), n_loop=6)
+    exits = dict(n_loop=6, exit='diff', exit_threshold=threshold)
+    talk = Talk(model, Settings(max_new_tokens=24, temperature=0, **exits), colours=True)
     plain, _ = talk('Why?')
     assert '\x1b' not in plain
     shown, legend = talk('/depth')
@@ -103,7 +106,7 @@ def test_the_colour_of_a_token_tells_its_loops():
             assert shade(piece.text, piece.loops[0], 6) in shown
     assert len({shade('x', n, 6) for n in range(1, 7)}) == 6
     assert '\x1b' not in talk('/depth off', 'Why?')[0] and '\x1b' in talk('/depth on', 'Why?')[0]
-    assert talk('/loops 500', '/depth on')[1].count('\x1b[0m') == 8
+    assert talk('/reset', '/loops 500', '/depth on')[1].count('\x1b[0m') == 8
 
 
 def test_the_lens_shows_every_loop_of_the_newest_answer():
@@ -158,6 +161,31 @@ def test_a_saved_conversation_is_data_for_training(tmp_path):
     assert 'a new name: this file exists' in talk(f'/save {path}')[1] and path.read_bytes() == saved
     assert 'expected a file in a folder that exists' in talk('/save /nowhere/a.jsonl')[1]
     assert 'expected a name that ends in .jsonl' in talk('/save a.txt')[1]
+    assert 'expected a file in a folder that exists' in talk('/save ~nouser/a.jsonl')[1]
+    assert 'cannot be written' in talk(f'/save {tmp_path}/{"a" * 250}.jsonl')[1]
+
+
+def test_control_characters_of_a_model_do_not_reach_the_terminal():
+    model = chat_model()
+    real = model.answer
+
+    def answer(*args):
+        made, n_dropped = real(*args)
+        made.sampler = Script([27, 91, 97, TOKENIZER.special_ids['<|assistant_end|>']])
+        return made, n_dropped
+
+    model.answer = answer
+    assert Talk(model, clean=lambda text: text.replace('\x1b', '?'))('Why?')[0] == '?[a\n'
+
+
+def test_an_answer_that_fails_leaves_the_conversation():
+    talk = Talk()
+    first, _ = talk('Why?')
+    run_loops = talk.terminal.engine.advance
+    talk.terminal.engine.advance = lambda *args: (_ for _ in ()).throw(RuntimeError('out of memory'))
+    assert 'the answer failed: out of memory' in talk('And now?')[1]
+    talk.terminal.engine.advance = run_loops
+    assert len(talk.terminal.conversation.turns) == 2 and talk('And now?')[0]
 
 
 def test_ctrl_c_ends_the_answer_and_not_the_program():

@@ -32,9 +32,7 @@ class Piece(NamedTuple):
     kind: str  # text, python (an expression for the calculator) or python_output (its result)
     text: str
     tokens: list  # ids; several if a character takes several, or if a special token comes before it
-    loops: (
-        list  # the number of loops after which each token was predicted; 0 = it was not predicted but forced
-    )
+    loops: list  # after which loop each token was predicted; 0 = it was not predicted but forced
 
 
 class Pieces:
@@ -45,8 +43,13 @@ class Pieces:
 
     def __init__(self, form, stops):
         self.form, self.stops, self.done = form, stops, False
-        self.kind, self.stream = 'text', TextStream(form.tokenizer, *stops)
+        self.begin('text')
         self.tokens, self.loops = [], []  # of the next Piece
+
+    def begin(self, kind):
+        """Begins a text of another kind. The stops are looked for in the model's text only."""
+        self.kind = kind
+        self.stream = TextStream(self.form.tokenizer, *(self.stops if kind == 'text' else ()))
 
     def add(self, token, loops):
         """Takes a token and its number of loops. Returns the Pieces that are complete now, 0 to 2."""
@@ -55,8 +58,7 @@ class Pieces:
         self.tokens.append(token)
         self.loops.append(loops)
         if special:
-            self.kind = self.form.kinds.get(token, 'text')
-            self.stream = TextStream(self.form.tokenizer, *self.stops)
+            self.begin(self.form.kinds.get(token, 'text'))
             return pieces
         text = self.stream.add(token)
         self.done = self.stream.done
@@ -74,7 +76,7 @@ class Pieces:
 
 
 class Answer:
-    """What the model is to say behind a prompt, a list of ids, and what it has said.
+    """An answer: the ids of its prompt, the tokens generated so far, and why it has ended.
 
     form: of the conversation, see conversation.py. sampler: a Sampler. policy: a Policy. max_tokens: most
     tokens of the answer, forced ones included. stops: texts that end it. notify: called without arguments
@@ -91,6 +93,7 @@ class Answer:
         self.max_tokens, self.pieces = max_tokens, Pieces(form, stops)
         self.loops, self.new_pieces = [], collections.deque()
         self.cancelled, self.finish, self.error = False, None, None
+        self.overtaken = 0  # answers that have begun before it, see engine.py
         self.began, self.first, self.ended = time.perf_counter(), None, None  # seconds; of its first token
 
     @property
@@ -105,11 +108,11 @@ class Answer:
         if token in self.form.stop or self.pieces.done:
             return self.end('stop')
         forced = [] if self.form.tool is None else self.form.tool(self.tokens)
-        for result in forced[: self.max_tokens - len(self.loops)]:
+        if len(self.loops) + len(forced) >= self.max_tokens:  # no result is cut
+            return self.end('length')
+        for result in forced:
             self.put(result, 0)
         self.appends = not forced
-        if len(self.loops) >= self.max_tokens:
-            return self.end('length')
         self.notify()
 
     def put(self, token, loops):
@@ -121,7 +124,8 @@ class Answer:
         """Ends the answer for a reason, see the class."""
         if not self.finish:
             self.new_pieces.extend(self.pieces.rest())
-            self.finish, self.error, self.ended = finish, error, time.perf_counter()
+            self.error, self.ended = error, time.perf_counter()
+            self.finish = finish  # last: another thread waits for it
             self.notify()
 
     def take_pieces(self):

@@ -3,7 +3,7 @@ From the turns of a chat to the ids of a prompt that fits in view.
 
 A chat model gets the special tokens of nanoloop/conversation.py around every turn. A base model gets the bare
 texts, one after the other, and continues the last. In both the ids of an earlier answer are those that the
-model wrote: text that is encoded anew can give others, and the KV cache would not fit.
+model wrote, where they are given: text that is encoded anew can give others, which the KV cache has not.
 
 A prompt that leaves no room in view for an answer loses its oldest turns, a question with its answer at a
 time. The system's text stays. It stands in front of the oldest question that is left.
@@ -40,6 +40,10 @@ class ChatFormat:
         # token: the kind of the text behind it
         self.kinds = {special_id(tokenizer, name): kind for name, kind in KINDS.items()}
         self.stop = frozenset(tokenizer.special_ids.values()) - self.kinds.keys()  # each ends an answer
+        self.closing = {
+            special_id(tokenizer, f'{name}_start'): special_id(tokenizer, f'{name}_end')
+            for name in ('python', 'output')
+        }
         self.tool = make_calculator(tokenizer)
 
     def question(self, text, system):
@@ -47,11 +51,13 @@ class ChatFormat:
         return render_turn('user', f'{system}\n\n{text}' if system else text, self.tokenizer)[0]
 
     def answer(self, turn):
-        """Returns the ids of an earlier answer."""
+        """Returns the ids of an earlier answer. One that was stopped is ended, and a call in it closed."""
         if turn.ids is None:
             return render_turn('assistant', turn.content, self.tokenizer)[0]
-        ended = turn.ids[-1:] == self.answer_end
-        return self.answer_start + turn.ids + ([] if ended else self.answer_end)
+        ids = turn.ids[:-1] if turn.ids and turn.ids[-1] in self.stop else turn.ids
+        newest = next((token for token in reversed(ids) if token in self.kinds), None)
+        closing = [self.closing[newest]] if newest in self.closing else []
+        return [*self.answer_start, *ids, *closing, *self.answer_end]
 
 
 class TextFormat:
@@ -101,7 +107,9 @@ class Conversation:
         """Returns the Conversation of messages, see nanoloop/conversation.py. Raises UserError as render."""
         take_turns(messages)
         leads = messages[0]['role'] == 'system'
-        turns = [Turn(message['role'], message['content']) for message in messages[leads:]]
+        turns = [
+            Turn(message['role'], message['content'], message.get('tokens')) for message in messages[leads:]
+        ]
         return cls(messages[0]['content'] if leads else None, turns)
 
     def messages(self):

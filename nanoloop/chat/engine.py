@@ -1,9 +1,10 @@
 """
 The engine of chat: generates many answers at once, in one batch for each policy.
 
-Answers with the same policy (number of loops and early exit) share a KV cache of max_batch rows, and compute
-their next tokens together. The result of an answer does not depend on its neighbours, up to rounding. Between
-two tokens of the others one new prompt is read.
+Answers with the same policy (number of loops and early exit) share a KV cache, which grows up to max_batch
+rows, and compute their next tokens together. The result of an answer does not depend on its neighbours, up to
+rounding. In a step every answer gets a token; of the new prompts one for each policy is read, and one Call is
+made.
 
     engine = Engine(model, max_batch=8)
     engine.submit(answer)            # raises Full if too many wait
@@ -20,7 +21,8 @@ import torch
 from nanoloop.chat.rows import Rows
 from nanoloop.machine import onednn_for
 
-MAX_POLICIES = 3  # KV caches that are kept at once; the one that was idle for longest goes first
+MAX_POLICIES = 3  # KV caches that are kept at once; the one that was used last goes last
+MAX_OVERTAKEN = 50  # answers that may begin before one that waits for a KV cache
 
 
 class Full(Exception):
@@ -28,19 +30,19 @@ class Full(Exception):
 
 
 class Call:
-    """A function that the engine calls, in turn with the answers. result: what it returned.
+    """A function that the engine calls between two steps. result: what it returned.
 
     notify, cancelled, finish, error: as in Answer.
     """
 
-    policy = None
-
     def __init__(self, function, notify=lambda: None):
         self.function, self.notify = function, notify
         self.cancelled, self.finish, self.error, self.result = False, None, None, None
+        self.overtaken = 0
 
     def end(self, finish, error=None):
-        self.finish, self.error = finish, error
+        """Ends the call for a reason, see Answer."""
+        self.error, self.finish = error, finish  # finish last: another thread waits for it
         self.notify()
 
 
@@ -61,26 +63,34 @@ class Engine:
         self.closed, self.n_answers, self.n_tokens = False, 0, 0
 
     def submit(self, job):
-        """Takes an Answer or a Call. Raises Full if max_waiting wait already. Any thread may call it."""
+        """Takes an Answer or a Call. Any thread may call it.
+
+        Raises Full if max_waiting jobs wait besides those for which there is a place, and after close().
+        """
         with self.changed:
-            if self.closed or len(self.waiting) >= self.max_waiting:
+            n_free = max(0, self.max_batch - len(self.active))
+            if self.closed or len(self.waiting) >= self.max_waiting + n_free:
                 raise Full
             self.waiting.append(job)
             self.changed.notify()
 
     def run(self):
         """Generates until close() is called. For a thread of its own."""
-        while not self.closed:
-            if not self.step():
-                with self.changed:
-                    self.changed.wait_for(lambda: self.waiting or self.closed)
-        for job in [*self.waiting, *(answer for answer, _ in self.active)]:
-            job.end('cancelled')
+        try:
+            while not self.closed:
+                if not self.step():
+                    with self.changed:
+                        self.changed.wait_for(lambda: self.waiting or self.closed)
+        finally:  # also after an error of the program: nobody waits for an answer that will not come
+            self.close()
 
     def close(self):
-        """Ends run() after the step that it is in, and all answers with it."""
+        """Ends all answers at once, and run() after the step that it is in. Any thread may call it."""
         with self.changed:
             self.closed = True
+            for job in [*self.waiting, *(answer for answer, _ in self.active)]:
+                job.finish = job.finish or 'cancelled'
+                job.notify()
             self.changed.notify()
 
     def step(self):
@@ -92,12 +102,11 @@ class Engine:
             try:
                 self.advance(self.rows[policy], group)
             except Exception as error:  # out of memory, for instance: the other policies go on
-                self.say(traceback.format_exc())
                 for answer, _ in group:
-                    answer.end('error', error)
-            self.leave()
-            if any(answer.error for answer, _ in group):
+                    self.fail(answer, error)
+                self.leave()
                 del self.rows[policy]
+            self.leave()
         return bool(self.active or self.waiting)
 
     def advance(self, rows, group):
@@ -113,21 +122,43 @@ class Engine:
             x, loops = [*x, head_input], [*loops, *old_loops]
         with torch.inference_mode(), onednn_for(len(loops)):
             logits = self.model.logits(torch.cat(x))  # (n, V)
+            finite = logits.isfinite().all(dim=-1).tolist()
             for i, (answer, _) in enumerate(new + old):
-                answer.add(int(answer.sampler.choose(logits[i : i + 1])), loops[i])
+                try:
+                    if not finite[i]:
+                        raise FloatingPointError('the prediction is not finite')
+                    answer.add(int(answer.sampler.choose(logits[i : i + 1])), loops[i])
+                except Exception as error:  # of this answer alone
+                    self.fail(answer, error)
         self.n_tokens += len(loops)
 
+    def fail(self, job, error):
+        """Ends a job that has raised an error, and tells it."""
+        self.say(''.join(traceback.format_exception(error)))
+        job.end('error', error)
+
     def admit(self):
-        """Gives waiting answers a place, the first one first, and calls the Calls whose turn it is."""
-        while self.waiting and len(self.active) < self.max_batch:
-            job = self.waiting[0]
+        """Gives waiting answers a place, in their order, and makes one Call.
+
+        An answer that has to wait for a KV cache is overtaken by others, but not by too many.
+        """
+        n_calls = 0
+        for job in list(self.waiting):
+            call = isinstance(job, Call)
+            if n_calls if call else len(self.active) == self.max_batch:
+                continue
+            n_calls += call
             try:
-                if not self.start(job):
-                    return
+                started = self.start(job)
             except Exception as error:
-                self.say(traceback.format_exc())
-                job.end('error', error)
-            self.waiting.popleft()
+                self.fail(job, error)
+                started = True
+            if started:
+                self.waiting.remove(job)
+                continue
+            job.overtaken += 1
+            if job.overtaken > MAX_OVERTAKEN:
+                break
 
     def start(self, job):
         """Gives an answer a row, or calls a Call. Returns False if it has to wait."""

@@ -7,18 +7,20 @@ import hashlib
 import re
 import secrets
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from starlette.responses import HTMLResponse, JSONResponse
 
 PAGE = Path(__file__).parents[1] / 'chat.html'
 OPEN_PATHS = ('/', '/health')  # need no token
+MAX_MESSAGE = 500  # characters of an error
 
 
 def error_response(status, message, headers=None):
     """Returns an error as a response, in OpenAI's form."""
     kind = 'invalid_request_error' if status < 500 else 'server_error'
-    error = dict(message=str(message), type=kind, param=None, code=status)
+    text = str(message)
+    text = text if len(text) <= MAX_MESSAGE else f'{text[:MAX_MESSAGE]}...'  # it may repeat a long value
+    error = dict(message=text, type=kind, param=None, code=status)
     return JSONResponse(dict(error=error), status, headers)
 
 
@@ -43,7 +45,7 @@ class Guard:
         host, origin = headers.get('host', ''), headers.get('origin')
         if self.hosts is not None and host.lower() not in self.hosts:
             return error_response(403, f'the header Host is {host[:100]!r}, expected {sorted(self.hosts)[0]}')
-        if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+        if origin is not None and origin.partition('://')[2].lower() != host.lower():
             return error_response(403, f'the header Origin is {origin[:100]!r}: other sites are not served')
         given = headers.get('authorization', '')
         if self.token and scope['path'] not in OPEN_PATHS:

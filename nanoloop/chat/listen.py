@@ -9,7 +9,7 @@ import socket
 import threading
 
 from nanoloop.checks import UserError, check, missing_package
-from nanoloop.signals import exit_on_sigterm
+from nanoloop.signals import end_now, exit_on_sigterm
 
 PATIENCE_S = 2  # for answers to end when the server stops
 
@@ -61,11 +61,14 @@ def check_packages():
 
 @contextlib.contextmanager
 def running(engine, run_engine):
-    """Runs an engine in a thread of its own inside the block. run_engine: calls engine.run()."""
+    """Runs an engine in a thread of its own inside the block. run_engine: calls engine.run().
+
+    Returns the thread, which may still be in its last step after the block.
+    """
     thread = threading.Thread(target=run_engine, name='engine', daemon=True)
     thread.start()
     try:
-        yield
+        yield thread
     finally:
         engine.close()
         thread.join(PATIENCE_S)
@@ -76,7 +79,10 @@ def make_server(app, engine):
     import uvicorn
 
     class Server(uvicorn.Server):
+        number = 0  # the signal that has ended it
+
         def handle_exit(self, number, frame):
+            self.number = number
             engine.close()  # the answers end, and the connections with them
             super().handle_exit(number, frame)
 
@@ -89,5 +95,10 @@ def make_server(app, engine):
 
 def serve(listener, app, engine, run_engine):
     """Serves an ASGI application on a socket until SIGINT or SIGTERM, which then ends the process."""
-    with exit_on_sigterm(), running(engine, run_engine):
-        make_server(app, engine).run(sockets=[listener])
+    server = make_server(app, engine)
+    try:
+        with exit_on_sigterm(), running(engine, run_engine) as thread:
+            server.run(sockets=[listener])
+    finally:
+        if thread.is_alive():  # in a long step: Python would abort when it ends
+            end_now(server.number)

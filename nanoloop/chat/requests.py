@@ -69,9 +69,10 @@ def chat_request(values, defaults, config):
     stream, options = values.get('stream'), values.get('stream_options')
     check(stream is None or isinstance(stream, bool), 'stream', stream, 'true or false')
     known = options is None or (isinstance(options, dict) and options.keys() <= {'include_usage'})
+    known = known and isinstance((options or {}).get('include_usage', False), bool)
     check(known, 'stream_options', options, '{"include_usage": true or false}')
     return ChatRequest(
-        conversation=read_messages(values.get('messages')),
+        conversation=read_messages(values.get('messages'), config.vocab_size),
         settings=read_settings(values, defaults, config),
         stops=read_stops(values.get('stop')),
         stream=bool(stream),
@@ -109,8 +110,6 @@ def read_settings(values, defaults, config):
         settings = replace(defaults, **given)
     except UserError as error:
         raise UserError(str(error).replace('max_new_tokens', 'max_tokens')) from None
-    except OverflowError:
-        raise UserError('a number of the request is too large') from None
     most_loops = max(MAX_LOOPS * config.n_loop, defaults.n_loop or 1)
     for key, value, most in (
         ('max_tokens', settings.max_new_tokens, max(MAX_TOKENS, defaults.max_new_tokens)),
@@ -135,11 +134,11 @@ def read_stops(stop):
     return stops
 
 
-def read_messages(messages):
+def read_messages(messages, vocab_size):
     """Returns the Conversation of the key messages. Its last message is the user's."""
     check(isinstance(messages, list) and messages, 'messages', shorten(messages), 'a list of messages')
     check(len(messages) <= MAX_MESSAGES, 'messages', len(messages), f'at most {MAX_MESSAGES} messages')
-    plain = [read_message(number, message) for number, message in enumerate(messages, 1)]
+    plain = [read_message(number, message, vocab_size) for number, message in enumerate(messages, 1)]
     total = sum(len_of(message) for message in plain)
     check(
         total <= MAX_CHARACTERS, 'messages', total, f'at most {MAX_CHARACTERS:,} characters in all messages'
@@ -149,8 +148,11 @@ def read_messages(messages):
     return conversation
 
 
-def read_message(number, message):
-    """Returns a message with OpenAI's variants removed: the role developer, and a content in parts."""
+def read_message(number, message, vocab_size):
+    """Returns a message with OpenAI's variants removed: the role developer, and a content in parts.
+
+    A message of the assistant may have the key tokens: the ids that the model wrote for its content.
+    """
     key = f'message {number}'
     check(isinstance(message, dict), key, shorten(message), '{"role": ..., "content": ...}')
     role, content = message.get('role'), message.get('content')
@@ -163,6 +165,8 @@ def read_message(number, message):
         check(fits, f'{key}: content', shorten(content), 'a text, or parts {"type": "text", "text": ...}')
         content = ''.join(part['text'] for part in content)
     plain = dict(role=role, content=content)
+    if role == 'assistant' and message.get('tokens') is not None:
+        plain['tokens'] = read_tokens(f'{key}: tokens', message['tokens'], vocab_size)
     n, most = len_of(plain), MAX_CHARACTERS if role == 'assistant' else MAX_MESSAGE_CHARACTERS
     check(n <= most, f'{key}: characters', n, f'at most {most:,}')  # what the model wrote may be sent back
     return plain
@@ -189,12 +193,17 @@ def len_of(message):
 def lens_request(values, defaults, config):
     """Returns (conversation, ids of the answer, Settings) of a request for an answer's predictions."""
     check_keys(values, set(LENS_KEYS))
-    tokens = values.get('tokens')
+    tokens = read_tokens('tokens', values.get('tokens'), config.vocab_size)
+    conversation = read_messages(values.get('messages'), config.vocab_size)
+    return conversation, tokens, read_settings(values, defaults, config)
+
+
+def read_tokens(key, tokens, vocab_size):
+    """Returns a list of token ids."""
     fits = isinstance(tokens, list) and 0 < len(tokens) <= MAX_TOKENS
-    fits = fits and all(type(token) is int and 0 <= token < config.vocab_size for token in tokens)
-    expected = f'1 to {MAX_TOKENS:,} token ids below {config.vocab_size:,}'
-    check(fits, 'tokens', shorten(tokens), expected)
-    return read_messages(values.get('messages')), tokens, read_settings(values, defaults, config)
+    fits = fits and all(type(token) is int and 0 <= token < vocab_size for token in tokens)
+    check(fits, key, shorten(tokens), f'1 to {MAX_TOKENS:,} token ids below {vocab_size:,}')
+    return tokens
 
 
 def shorten(value):

@@ -5,12 +5,14 @@ A row keeps its tokens after its text has ended. A later text computes only what
 those that it has in common with the row. Every token's result is that of a row that reads the text from its
 beginning (nanoloop/decode.py), up to rounding.
 
-    rows = Rows(model, n_rows=8, n_loop=4)
-    row = rows.take(ids)                # the free row that knows most of ids
+    rows = Rows(model, max_rows=8, n_loop=4)
+    row = rows.take(ids)                # a free row, if there is one with the beginning of ids
     x, loops = rows.read(row, ids)      # (1, C), what the head reads to predict the next token; its loops
     x, loops = rows.append([row, other], [token, other_token])   # (2, C), [loops, loops]
     rows.release(row)
 """
+
+import functools
 
 import torch
 
@@ -26,53 +28,75 @@ def common_prefix(a, b):
 
 
 class Rows:
-    """A Decoder whose rows are independent.
+    """A Decoder whose rows are independent. It begins with one row, and grows when all of them are needed.
 
-    n_loop: None = the model's. early_exit: an EarlyExit; None = every token takes n_loop loops. max_tokens:
-    most tokens of a text, None = any number.
-    Raises UserError for a model that the exit does not fit.
+    max_rows: most rows. n_loop: None = the model's. early_exit: an EarlyExit; None = every token takes n_loop
+    loops. max_tokens: most tokens of a text, None = any number. Raises UserError for a model that the exit
+    does not fit.
 
     ids: the tokens of each row that are in the cache, lists. n_computed: number of tokens computed so far.
     """
 
-    def __init__(self, model, n_rows, n_loop=None, early_exit=None, max_tokens=None):
-        self.decoder = Decoder(model, n_rows, max_tokens, n_loop, early_exit=early_exit)
+    def __init__(self, model, max_rows, n_loop=None, early_exit=None, max_tokens=None):
+        self.make_decoder = functools.partial(
+            Decoder, model, max_tokens=max_tokens, n_loop=n_loop, early_exit=early_exit
+        )
+        self.decoder, self.max_rows = self.make_decoder(n_rows=1), max_rows
         self.device = model.lm_head.weight.device
         self.block_size, self.learned = model.config.block_size, POS[model.config.pos].learned
-        self.ids = [[] for _ in range(n_rows)]
-        self.free = list(range(n_rows))  # the row that was released first comes first
+        self.ids, self.n_prompt = [[]], [0]  # n_prompt: tokens of each row before its newest answer
+        self.free = [0]  # the row that was released first comes first
         self.n_computed = 0
 
     def take(self, ids):
-        """Returns a free row, which is then taken until release(row).
+        """Returns a free row for a text, which is then taken until release(row).
 
-        It is the one that has most of the text ids, unless more than that would be lost of what it has.
+        It is the row with the longest common beginning. A row that would lose more of its conversation than
+        it saves is not used; then it is a row without tokens, else the one that was free for longest.
         """
-        known = [self.n_known(row, ids) for row in self.free]
-        fits = [n > len(self.ids[row]) - n for n, row in zip(known, self.free, strict=True)]
-        best = max(range(len(known)), key=lambda i: known[i] if fits[i] else -1)
-        return self.free.pop(best if fits[best] else 0)
+        saved = {row: self.n_known(row, ids) for row in self.free}
+        useful = [row for row in self.free if saved[row] > max(0, self.n_prompt[row] - saved[row])]
+        if useful:
+            row = max(useful, key=saved.get)
+        else:
+            if all(self.ids[row] for row in self.free) and len(self.ids) < self.max_rows:
+                self.grow(min(2 * len(self.ids), self.max_rows))
+            row = next((row for row in self.free if not self.ids[row]), self.free[0])
+        self.free.remove(row)
+        self.n_prompt[row] = len(ids)
+        return row
+
+    @torch.inference_mode()
+    def grow(self, n_rows):
+        """Makes the cache one of n_rows rows. What the rows have is copied."""
+        old, self.decoder = self.decoder.cache, self.make_decoder(n_rows=n_rows)
+        cache, n_old = self.decoder.cache, len(old.lengths)
+        cache.keys[:, :n_old], cache.values[:, :n_old] = old.keys, old.values
+        cache.lengths[:n_old] = old.lengths
+        self.free += range(n_old, n_rows)
+        self.ids += [[] for _ in range(n_old, n_rows)]
+        self.n_prompt += [0] * (n_rows - n_old)
 
     def release(self, row):
         """Makes a row free again. It keeps its tokens until another text needs the row."""
         self.free.append(row)
 
     def start_of_view(self, length):
-        """Returns the first of a text's `length` tokens that is in the cache when the last one is.
+        """Returns the index of the first token that the cache has of a text of `length` tokens.
 
         With learned positions a text starts anew when block_size positions are used up, see generate.py.
         """
         return length - tokens_in_view(length, self.block_size) if self.learned else 0
 
     def n_known(self, row, ids):
-        """Returns how many of the first tokens of ids a row has already. The last one is always computed."""
-        old, cache = self.ids[row], self.decoder.cache
-        start, n = self.start_of_view(len(ids)), common_prefix(old, ids[:-1])
-        n_dropped = len(old) - n
-        if n <= start or start != self.start_of_view(len(old)):
-            return 0
-        kept = len(old) - start <= cache.capacity or n_dropped < cache.chunk  # see KVCache.truncate
-        return n if kept else 0
+        """Returns how many of the first tokens of ids a row has already. The last one is always computed.
+
+        It is 0 if the row has begun anew, or overwritten its first tokens, since then.
+        """
+        old, start = self.ids[row], self.start_of_view(len(ids))
+        n = common_prefix(old, ids[:-1])
+        whole = start == self.start_of_view(len(old)) and len(old) - start <= self.decoder.cache.capacity
+        return n if whole and n > start else 0
 
     @torch.inference_mode()
     def read(self, row, ids):
@@ -81,7 +105,7 @@ class Rows:
         Returns the head's input (1, C) for the token after it, and the number of loops of its last token.
         """
         n, start, cache = self.n_known(row, ids), self.start_of_view(len(ids)), self.decoder.cache
-        self.forget(row, n)  # an exception below leaves the row without what is not complete
+        self.ids[row] = []  # an exception below leaves the row empty
         cache.truncate(row, max(n - start, 0))
         new = torch.tensor([ids[max(n, start) :]], device=self.device)  # (1, T)
         for piece in new.split(cache.chunk, dim=1):
@@ -96,28 +120,32 @@ class Rows:
 
         Returns the head's input (n, C) for the tokens after them, and their numbers of loops, a list.
         """
-        lengths = [len(self.ids[row]) for row in rows]
-        restart = [self.start_of_view(n) != self.start_of_view(n + 1) for n in lengths]
-        x, loops = [None] * len(rows), [0] * len(rows)
-        for i in (i for i, restarts in enumerate(restart) if restarts):
-            x[i], loops[i] = self.read(rows[i], [*self.ids[rows[i]], tokens[i]])
-        others = sorted((row, i) for i, row in enumerate(rows) if not restart[i])  # neighbours: no copies
-        if others:
-            chosen, known = [row for row, _ in others], [self.ids[row] for row, _ in others]
-            idx = torch.tensor([[tokens[i]] for _, i in others], device=self.device)  # (n, 1)
-            for row in chosen:
-                self.forget(row, 0)  # an exception below leaves the row empty
-            head_input = self.decoder.decode_one_token(idx, chosen)[:, -1]  # (n, C)
-            taken = last_loops(self.decoder.loops, len(chosen))
-            for k, (row, i) in enumerate(others):
-                x[i], loops[i], self.ids[row] = head_input[k : k + 1], taken[k], known[k]
-                self.ids[row].append(tokens[i])
-            self.n_computed += len(chosen)
-        return torch.cat(x), loops
+        results, together = {}, []  # results: {row: (head's input (1, C), loops)}
+        for row, token in sorted(zip(rows, tokens, strict=True)):  # rows that are neighbours need no copies
+            length = len(self.ids[row])
+            if self.start_of_view(length) != self.start_of_view(length + 1):
+                results[row] = self.read(row, [*self.ids[row], token])
+            else:
+                together.append((row, token))
+        if together:
+            results |= self.append_together(*zip(*together, strict=True))
+        x, loops = zip(*(results[row] for row in rows), strict=True)
+        return torch.cat(x), list(loops)
 
-    def forget(self, row, n):
-        """Drops a row's tokens behind the first n."""
-        self.ids[row] = self.ids[row][:n]
+    def append_together(self, rows, tokens):
+        """Computes a next token of rows of which none starts anew. Returns {row: (head's input, loops)}."""
+        idx = torch.tensor(tokens, device=self.device)[:, None]  # (n, 1)
+        before = [self.ids[row] for row in rows]
+        for row in rows:
+            self.ids[row] = []  # an exception below leaves the row empty
+        x = self.decoder.decode_one_token(idx, list(rows))[:, -1]  # (n, C)
+        self.n_computed += len(rows)
+        for row, ids, token in zip(rows, before, tokens, strict=True):
+            ids.append(token)
+            self.ids[row] = ids
+        return dict(
+            zip(rows, zip(x.split(1), last_loops(self.decoder.loops, len(rows)), strict=True), strict=True)
+        )
 
 
 def last_loops(loops, n):

@@ -50,9 +50,13 @@ class ChatServer:
 
     def app(self, hosts, token=''):
         """Returns the ASGI application. hosts, token: see Guard."""
-        get = dict(self.GET)
-        routes = [Route(path, getattr(self, name)) for path, name in get.items()]
-        routes += [
+        routes = [
+            Route('/', self.page),
+            Route('/health', self.health),
+            Route('/stats', self.stats),
+            Route('/info', self.info),
+            Route('/v1/models', self.models),
+            Route('/v1/models/{name}', self.models),
             Route('/v1/chat/completions', self.completions, methods=['POST']),
             Route('/lens', self.lens, methods=['POST']),
         ]
@@ -62,17 +66,9 @@ class ChatServer:
             HTTPException: lambda request, error: error_response(
                 error.status_code, error.detail, error.headers
             ),
+            Exception: lambda request, error: error_response(500, f'{type(error).__name__} in the server'),
         }
         return Guard(Starlette(routes=routes, exception_handlers=handlers), hosts, token)
-
-    GET = {
-        '/': 'page',
-        '/health': 'health',
-        '/stats': 'stats',
-        '/info': 'info',
-        '/v1/models': 'models',
-        '/v1/models/{name}': 'models',
-    }
 
     async def page(self, request):
         return self.response
@@ -131,6 +127,7 @@ class ChatServer:
     async def refuse(self, request, error):
         self.n_refused += 1
         message = f'{len(self.engine.waiting)} other answers wait already, come again later'
+        message = 'the server is stopping' if self.engine.closed else message
         return error_response(503, message, {'Retry-After': str(RETRY_S)})
 
     # -----------------------------------------------------------------------------
@@ -173,7 +170,7 @@ class ChatServer:
 
         The answer is cancelled when the connection closes. changed: a Changed, whose notify the answer has.
         """
-        watch = asyncio.create_task(cancel_when_closed(answer, changed, request))
+        watch = asyncio.create_task(cancel_when_closed(answer, request))
         try:
             while True:
                 await changed.wait(KEEP_ALIVE_S)
@@ -193,14 +190,16 @@ class ChatServer:
     async def lens(self, request):
         """Tells what every loop predicted for the tokens of an answer: the three most likely ones."""
         body = await read_body(request)
-        conversation, tokens, settings = lens_request(body, self.defaults, self.chat.config)
+        conversation, tokens, settings = await asyncio.to_thread(
+            lens_request, body, self.defaults, self.chat.config
+        )
         self.add_system(conversation)
         ids, _ = await asyncio.to_thread(self.chat.prompt, conversation, settings)
         policy = settings.policy(self.chat.model)
         changed = Changed()
         call = Call(lambda: self.chat.predictions([*ids, *tokens], len(ids), policy), changed.notify)
         self.engine.submit(call)
-        watch = asyncio.create_task(cancel_when_closed(call, changed, request))
+        watch = asyncio.create_task(cancel_when_closed(call, request))
         try:
             await changed.wait()
         finally:
@@ -250,8 +249,8 @@ async def read_body(request):
         raise HTTPException(408, f'the request did not arrive within {READ_S} s') from None
 
 
-async def cancel_when_closed(job, changed, request):
-    """Cancels a job when the client closes the connection, and wakes whoever waits for `changed`."""
+async def cancel_when_closed(job, request):
+    """Cancels a job when the client closes the connection: the engine then ends it, which notifies."""
     while (await request.receive())['type'] != 'http.disconnect':
         pass
     job.cancelled = True

@@ -9,7 +9,7 @@ from typing import Annotated
 import torch
 
 from nanoloop.chat.answer import Policy
-from nanoloop.checks import Above, AtMost, Choice, Count, NotNegative, Size, settle_fields
+from nanoloop.checks import Above, AtMost, Choice, Count, NotNegative, Size, UserError, settle_fields
 from nanoloop.early_exit import EXIT, make_early_exit
 from nanoloop.generate import Sampler
 
@@ -30,7 +30,10 @@ class Settings:
 
     def __post_init__(self):
         """Raises UserError for a value out of its bounds, and for values that do not go together."""
-        settle_fields(self)
+        try:
+            settle_fields(self)
+        except OverflowError:
+            raise UserError('a number is too large') from None
         make_early_exit(self)
 
     def policy(self, model):

@@ -4,10 +4,10 @@ The chat in a terminal: turns, their answers, and the commands that begin with a
 To add a command, add an entry to COMMANDS: /help, the dispatch and the tests take it up.
 """
 
-import ast
 import contextlib
 import itertools
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -18,7 +18,7 @@ from nanoloop.chat.conversation import Conversation, Turn
 from nanoloop.chat.engine import Engine
 from nanoloop.checks import UserError, check
 from nanoloop.early_exit import EXIT
-from nanoloop.files import replace_file
+from nanoloop.files import reason_of, replace_file
 from nanoloop.lens_page import PRINTED, LensView
 from nanoloop.signals import note_interrupts
 
@@ -59,6 +59,8 @@ class Terminal:
                 self.say(str(error))
             except StopIteration:
                 return
+            except (RuntimeError, MemoryError) as error:  # of an answer; the conversation goes on
+                self.say(f'the answer failed: {error or type(error).__name__}')
 
     def command(self, line):
         """Runs a command. Raises UserError for one that does not exist or whose values are wrong."""
@@ -95,11 +97,13 @@ class Terminal:
                 self.engine.step()
                 shown = self.show(answer.take_pieces(), shown)
                 answer.cancelled = bool(interrupts)
-        self.show(answer.take_pieces(), shown)
-        self.write('\n')
-        self.conversation.turns.append(Turn('assistant', content_of(self.last_pieces), answer.tokens))
-        if answer.error:
+        shown = self.show(answer.take_pieces(), shown)
+        self.write(']\n' if shown != 'text' else '\n')
+        if answer.error:  # out of memory, for instance
+            self.conversation.turns.pop()
+            self.last = None
             raise answer.error
+        self.conversation.turns.append(Turn('assistant', content_of(self.last_pieces), answer.tokens))
         ended = dict(length=', cut: max_new_tokens', cancelled=', interrupted').get(answer.finish, '')
         speed, loops = answer.tokens_per_second(), answer.mean_loops()
         self.say(f'[{len(answer.loops)} tokens, {speed:.1f} tokens/s, {loops:.2f} loops per token{ended}]')
@@ -157,11 +161,12 @@ class Command(NamedTuple):
 
 
 def literal(text):
-    """Returns the number in a text, None for none, else the text."""
+    """Returns the number in a text, None for the word none, else the text."""
     if text.lower() == 'none':
         return None
-    with contextlib.suppress(ValueError, SyntaxError):
-        return ast.literal_eval(text)
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
     return text
 
 
@@ -180,8 +185,8 @@ def set_depth(terminal, value=''):
     terminal.depth = value == 'on' if value else not terminal.depth
     if not terminal.depth:
         return terminal.say('depth = off')
-    n_loop = terminal.settings.policy(terminal.chat.model).n_loop
-    n = min(n_loop, LEGEND)
+    policy = terminal.last.policy if terminal.last else terminal.settings.policy(terminal.chat.model)
+    n_loop, n = policy.n_loop, min(policy.n_loop, LEGEND)
     shown = [1 + i * (n_loop - 1) // max(1, n - 1) for i in range(n)]
     terminal.say(f'loops of a token: {" ".join(shade(f" {i} ", i, n_loop) for i in shown)}')
     if terminal.last:
@@ -219,14 +224,17 @@ def set_system(terminal, *words):
 
 def save(terminal, name):
     """Writes the conversation as a line of JSON, which data/sft/prepare.py --chat reads."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     check(terminal.conversation.turns, 'command', '/save', 'a conversation first')
     check(path.suffix == '.jsonl', 'file', name, 'a name that ends in .jsonl')
     check(path.parent.is_dir(), 'file', name, 'a file in a folder that exists')
-    check(not path.exists(), 'file', name, 'a new name: this file exists')
-    with replace_file(path, 'wb') as file:
-        line = json.dumps(dict(messages=terminal.conversation.messages()), ensure_ascii=False)
-        file.write(f'{line}\n'.encode('utf-8', 'replace'))
+    check(not os.path.lexists(path), 'file', name, 'a new name: this file exists')
+    line = json.dumps(dict(messages=terminal.conversation.messages()), ensure_ascii=False)
+    try:
+        with replace_file(path, 'wb') as file:
+            file.write(f'{line}\n'.encode('utf-8', 'replace'))
+    except OSError as error:
+        raise UserError(f'{name} cannot be written: {reason_of(error)}') from None
     terminal.say(f'written: {path}')
 
 
