@@ -37,7 +37,7 @@ from nanoloop.checkpoint import (
 )
 from nanoloop.checks import AtLeast, AtMost, Count, Name, Size, check, settle_fields
 from nanoloop.decode import cast_linears_
-from nanoloop.machine import autocast, choose_device, choose_dtype
+from nanoloop.machine import autocast, choose_device, choose_dtype, leave_a_core
 
 
 @dataclass
@@ -104,6 +104,7 @@ def serve(c, settings, chat, about, trained, context):
     from nanoloop.chat.listen import choose_token, open_socket, serve, served_hosts
     from nanoloop.chat.server import ChatServer
 
+    leave_a_core()
     token = choose_token(c.host, c.token)
     listener = open_socket(c.host, c.port)
     port = listener.getsockname()[1]

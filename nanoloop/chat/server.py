@@ -31,7 +31,7 @@ from nanoloop.early_exit import EXIT
 
 RETRY_S = 5  # after which a client that was refused may come again
 KEEP_ALIVE_S = 10  # a stream without tokens sends a comment so often
-GATHER_MS = 20  # tokens of so many milliseconds go together
+GATHER_S = 0.02  # tokens of this time go into one event: each costs the browser time
 READ_S = 30  # a request has to arrive in
 
 
@@ -143,6 +143,7 @@ class ChatServer:
         answer, n_dropped = await asyncio.to_thread(
             self.chat.answer, asked.conversation, asked.settings, asked.stops, notify=changed.notify
         )
+        changed.job = answer
         self.engine.submit(answer)
         events = self.events(answer, changed, request)
         head = dict(id=f'chatcmpl-{secrets.token_hex(12)}', created=int(time.time()), model=self.name)
@@ -173,16 +174,14 @@ class ChatServer:
         watch = asyncio.create_task(cancel_when_closed(answer, request))
         try:
             while True:
-                await changed.wait(KEEP_ALIVE_S)
+                came = await changed.wait(KEEP_ALIVE_S)
                 ended = answer.finish  # before the pieces: none comes after it
                 pieces = answer.take_pieces()
-                if not ended or pieces:
+                if pieces or not came:
                     yield pieces or None
                 if ended:
                     return
-                for _ in range(GATHER_MS):  # what comes soon goes into one event: each costs the browser time
-                    if pieces and not answer.finish:
-                        await asyncio.sleep(0.001)
+                await changed.pause(GATHER_S)
         finally:
             answer.cancelled = True
             watch.cancel()
@@ -198,6 +197,7 @@ class ChatServer:
         policy = settings.policy(self.chat.model)
         changed = Changed()
         call = Call(lambda: self.chat.predictions([*ids, *tokens], len(ids), policy), changed.notify)
+        changed.job = call
         self.engine.submit(call)
         watch = asyncio.create_task(cancel_when_closed(call, request))
         try:
@@ -210,23 +210,40 @@ class ChatServer:
 
 
 class Changed:
-    """An event of the running loop that another thread sets by notify(), and wakes the loop for once only."""
+    """Tells the running loop that a job has changed: notify() is called from another thread.
+
+    The loop is woken once for all that comes until it looks, because each time both threads wait for Python's
+    lock. job: the Answer or Call.
+    """
 
     def __init__(self):
-        self.event, self.loop, self.noted = asyncio.Event(), asyncio.get_running_loop(), False
+        self.event, self.loop, self.noted, self.job = asyncio.Event(), asyncio.get_running_loop(), False, None
 
     def notify(self):
-        if not self.noted:
+        if not self.noted or (self.job and self.job.finish):
             self.noted = True
             with contextlib.suppress(RuntimeError):  # the loop has ended
                 self.loop.call_soon_threadsafe(self.event.set)
 
     async def wait(self, seconds=None):
-        """Waits for a notify() since the last wait, or for some seconds."""
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self.event.wait(), seconds)
+        """Waits for a notify() since the last wait, or for some seconds. Returns whether there was one."""
+        came = await self.wait_for_event(seconds)
         self.event.clear()
         self.noted = False  # before the caller looks at what has changed: a later change notifies again
+        return came
+
+    async def pause(self, seconds):
+        """Waits some seconds, or until the job has ended. The next wait() ends at once."""
+        self.noted = True
+        await self.wait_for_event(seconds)
+        self.event.set()
+
+    async def wait_for_event(self, seconds):
+        try:
+            await asyncio.wait_for(self.event.wait(), seconds)
+        except asyncio.TimeoutError:
+            return False
+        return True
 
 
 async def read_body(request):
