@@ -61,34 +61,43 @@ def served(port, nonce):
     return times[0] - began, (len(times) - 1) / (times[-1] - times[0])
 
 
-def main(folder, repeats='9'):
+def compare(folder, repeats, name, answer):
+    """Prints the medians of sample.py's way and of another, and of their ratios.
+
+    name: of the other way. answer: a function of a port and a number -> what served returns.
+    """
     dtype, _ = choose_dtype('auto', 'cpu')
     model, checkpoint = load_checkpoint(folder)
     cast_linears_(model, dtype)
     chat = ChatModel(model, find_tokenizer(checkpoint))
     command = [sys.executable, str(ROOT / 'chat.py'), f'--init_from={folder}', '--web=True', '--port=0']
+    command += ['--temperature=0', f'--max_new_tokens={N_TOKENS}']
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         port = next(
             int(line.split(':')[2].split('/')[0]) for line in server.stderr if line.startswith('http')
         )
-        ways = {'sample.py': [], 'server': []}
-        for i in range(1 + int(repeats)):
+        ways = {'sample.py': [], name: []}
+        for i in range(1 + repeats):
             ids = chat.prompt(Conversation(turns=[Turn('user', f'{i} {QUESTION}')]), Settings())[0]
-            pair = direct(chat, ids, dtype), served(port, i)
+            pair = direct(chat, ids, dtype), answer(port, i)
             if i:  # the first pair warms up
                 for way, figures in zip(ways.values(), pair, strict=True):
                     way.append(figures)
     finally:
         server.terminate()
         server.wait()
-    for name, figures in ways.items():
+    for way, figures in ways.items():
         first, rate = (statistics.median(column) for column in zip(*figures, strict=True))
-        print(f'{name}: first token {1000 * first:.1f} ms, {rate:.1f} tokens/s')
+        print(f'{way}: first token {1000 * first:.1f} ms, {rate:.1f} tokens/s')
     pairs = list(zip(*ways.values(), strict=True))
     first = statistics.median(theirs[0] / ours[0] for ours, theirs in pairs)
     rate = statistics.median(ours[1] / theirs[1] for ours, theirs in pairs)
-    print(f'server / sample.py: first token {first:.2f} times, a token {rate:.2f} times, {len(pairs)} pairs')
+    print(f'{name} / sample.py: first token {first:.2f} times, a token {rate:.2f} times, {len(pairs)} pairs')
+
+
+def main(folder, repeats='9'):
+    compare(folder, int(repeats), 'server', served)
 
 
 if __name__ == '__main__':
