@@ -3,14 +3,14 @@ Measures an answer on the chat page in a headless Chromium against sample.py's w
 
     python tests/speed_of_chat_page.py CHECKPOINT [repeats]
 
-As tests/speed_of_chat.py, but the seconds are those of the page: from the Enter key to the first token, and from
-there to the last. The browser runs on the same machine.
+As tests/speed_of_chat.py, but the seconds are those of the page: from the Enter key to the first token, and
+from there to the last. The browser runs on the same machine.
 """
 
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests/ is there already
 from playwright.sync_api import sync_playwright
 from speed_of_chat import QUESTION, compare
 from test_chat_page import ARGS, CHROMIUM
