@@ -95,11 +95,11 @@ def read_line():
             print_error('\n(Ctrl-D or /quit ends)')
 
 
-def serve(c, settings, chat, about, trained, context):
+def serve_page(c, settings, chat, about, trained, under_autocast):
     """Serves the page until a signal ends it.
 
-    about: a line on the model. trained: its numbers of loops in training. context: a function, under whose
-    context the model runs.
+    about: a line on the model. trained: its numbers of loops in training. under_autocast: returns
+    the context in which the model runs.
     """
     from nanoloop.chat.listen import choose_token, open_socket, serve, served_hosts
     from nanoloop.chat.server import ChatServer
@@ -112,7 +112,7 @@ def serve(c, settings, chat, about, trained, context):
     name = Path(c.out_dir if c.init_from == 'resume' else c.init_from).name
 
     def run_engine():
-        with context():
+        with under_autocast():
             engine.run()
 
     server = ChatServer(chat, engine, settings, name, about, c.system, trained)
@@ -144,15 +144,15 @@ def main(argv):
     cast_linears_(model, dtype)
     chat = ChatModel(model, tokenizer, c.text, c.context)
 
-    def context():
+    def under_autocast():
         return autocast(device.type, dtype)
 
     if c.web:
         trained = sorted(checkpoint.get('loops_trained', [model.config.n_loop]))
-        return serve(c, settings, chat, about, trained, context)
+        return serve_page(c, settings, chat, about, trained, under_autocast)
     colours = sys.stdout.isatty()
     terminal = Terminal(chat, settings, c.system, write, print_error, clean=printable, colours=colours)
-    with context():
+    with under_autocast():
         if not c.prompt:
             if chat.form.name == 'text':
                 print_error('a base model: it continues the text; an empty line lets it go on')

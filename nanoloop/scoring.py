@@ -97,9 +97,9 @@ def score(model, evaluation, policies, m, batch_tokens=8192, tell=lambda done, n
     loops, tokens = np.zeros(len(policies)), np.zeros(len(policies))  # sums over tokens: of loops, of 1
     for start in range(0, len(own), ITEMS_AT_ONCE):
         items = [evaluation.items[i] for i in own[start : start + ITEMS_AT_ONCE]]
-        n = len(items) / len(passes)
+        size = len(items) / len(passes)  # items that a pass counts for
         for n_passes, together in enumerate(passes):
-            tell_share = functools.partial(tell_part, tell, start + n_passes * n, n, len(own))
+            tell_share = functools.partial(tell_part, tell, start + n_passes * size, size, len(own))
             tell_share(0)
             chosen = [policies[i] for i in together]
             scored, taken = score_texts(model, items, chosen, m, batch_tokens, reuse, tell_share)
@@ -127,13 +127,11 @@ def score_texts(model, items, policies, m, batch_tokens, reuse, tell):
     """
     texts = [text for item in items for text in item.texts]
     if not policies[0].plain:
-        tell_texts = lambda done: tell(done / len(texts))  # noqa: E731
-        scored, taken = losses_by_policy(model, texts, policies[0], m, batch_tokens, tell_texts)
+        scored, taken = losses_by_policy(model, texts, policies[0], m, batch_tokens, tell)
         return scored, [taken]
     groups = [item.texts for item in items] if reuse else [[text] for text in texts]
     loops = [policy.n_loop for policy in policies]
-    tell_groups = lambda done: tell(done / len(groups))  # noqa: E731
-    scored, n_tokens = losses_by_loops(model, groups, loops, m, batch_tokens, tell_groups)
+    scored, n_tokens = losses_by_loops(model, groups, loops, m, batch_tokens, tell)
     return scored, [{n: n_tokens} for n in loops]
 
 

@@ -92,12 +92,12 @@ def split_by_row(array, rows):
 
 
 @torch.inference_mode()
-def losses_by_loops(model, groups, loops, m, batch_tokens, tell=lambda done: None):
+def losses_by_loops(model, groups, loops, m, batch_tokens, tell=lambda share: None):
     """Returns [(ces, predicted), each (P, k)] per text for numbers of loops, and how many tokens ran.
 
     ces: cross-entropies, float64. predicted: the most likely tokens. groups: lists of texts; those of a group
     share the computation of their common beginning. model: in eval mode. batch_tokens: the most tokens of a
-    batch, padding included; a longer row is a batch of its own. tell: called with the number of groups done.
+    batch, padding included; a longer row is a batch of its own. tell: called with the share done.
     """
     rows, results = [pack(texts) for texts in groups], [None] * len(groups)
     for batch in batches([len(row.idx) for row in rows], batch_tokens):
@@ -106,7 +106,7 @@ def losses_by_loops(model, groups, loops, m, batch_tokens, tell=lambda done: Non
         for i, *arrays in zip(batch, *(split_by_row(x, chosen) for x in scored), strict=True):
             cuts = np.cumsum(rows[i].counts)[:-1]
             results[i] = zip(*(np.split(x, cuts, axis=1) for x in arrays), strict=True)
-        tell(sum(result is not None for result in results))
+        tell(sum(result is not None for result in results) / len(results))
     return [*itertools.chain(*results)], sum(len(row.idx) for row in rows)
 
 
@@ -169,12 +169,12 @@ def read_head(model, x, targets):
 
 
 @torch.inference_mode()
-def losses_by_policy(model, texts, policy, m, batch_tokens, tell=lambda done: None):
+def losses_by_policy(model, texts, policy, m, batch_tokens, tell=lambda share: None):
     """Returns [(ces, predicted), each (1, k)] per text, and how many tokens took how many loops, a Counter.
 
     With a kv_budget below n_loop the tokens before a text's first scored one are read at once, as a prompt,
     and the others one by one, as when they are generated. Otherwise a text is read at once. tell: called with
-    the number of texts done.
+    the share done.
     """
     one_by_one = (policy.kv_budget or policy.n_loop) < policy.n_loop
     rows, results, loops_taken = [pack([text]) for text in texts], [None] * len(texts), Counter()
@@ -192,7 +192,7 @@ def losses_by_policy(model, texts, policy, m, batch_tokens, tell=lambda done: No
         loops_taken += stats.loops_taken
         for i, ce, top in zip(batch, *(split_by_row(x, chosen) for x in scored), strict=True):
             results[i] = ce[None], top[None]
-        tell(sum(result is not None for result in results))
+        tell(sum(result is not None for result in results) / len(results))
     return results, loops_taken
 
 

@@ -192,6 +192,12 @@ def test_a_seed_gives_the_same_answer_and_none_another(server):
     assert text(seed=4) == text(seed=4) and len({text() for _ in range(3)}) > 1
 
 
+def test_null_is_the_default_and_of_top_k_all_tokens(chat):
+    settings = chat_request(with_keys(top_k=None, temperature=None), GREEDY, chat.config).settings
+    assert settings.top_k is None and settings.temperature == GREEDY.temperature
+    assert chat_request(with_keys(), GREEDY, chat.config).settings.top_k == GREEDY.top_k == 50
+
+
 def test_html_is_text_in_questions_and_answers(server):
     page = '<img src=x onerror=alert(1)><script>alert(1)'
     status, headers, _ = complete(server[0], [dict(role='user', content=page)])

@@ -178,11 +178,12 @@ def test_control_characters_of_a_model_do_not_reach_the_terminal():
     assert Talk(model, clean=lambda text: text.replace('\x1b', '?'))('Why?')[0] == '?[a\n'
 
 
-def test_an_answer_that_fails_leaves_the_conversation():
+@pytest.mark.parametrize('error', [RuntimeError, FloatingPointError, MemoryError])
+def test_an_answer_that_fails_leaves_the_conversation(error):
     talk = Talk()
     first, _ = talk('Why?')
     run_loops = talk.terminal.engine.advance
-    talk.terminal.engine.advance = lambda *args: (_ for _ in ()).throw(RuntimeError('out of memory'))
+    talk.terminal.engine.advance = lambda *args: (_ for _ in ()).throw(error('out of memory'))
     assert 'the answer failed: out of memory' in talk('And now?')[1]
     talk.terminal.engine.advance = run_loops
     assert len(talk.terminal.conversation.turns) == 2 and talk('And now?')[0]
@@ -245,6 +246,7 @@ def test_questions_are_read_from_stdin(call, saved, monkeypatch, tmp_path):
         (['--exit=kl'], 'exit_threshold=None'),
         (['--tempreture=1'], "did you mean 'temperature'?"),
         (['--web=True', '--host=no.such.host.invalid'], "host='no.such.host.invalid', port=8000: "),
+        (['--web=True', '--host=a..b'], "host='a..b', port=8000: "),
         (['--web=True', '--port=70000'], 'port=70000, expected at least 0 and at most 65535'),
         (['--web=True', '--token=a b'], "token='a b', expected letters and digits"),
     ],

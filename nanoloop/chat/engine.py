@@ -38,7 +38,6 @@ class Call:
     def __init__(self, function, notify=lambda: None):
         self.function, self.notify = function, notify
         self.cancelled, self.finish, self.error, self.result = False, None, None, None
-        self.overtaken = 0
 
     def end(self, finish, error=None):
         """Ends the call for a reason, see Answer."""

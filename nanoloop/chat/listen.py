@@ -31,7 +31,7 @@ def open_socket(host, port):
         # the connections inherit it: else each small answer waits 40 ms for the client's acknowledgement
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         return listener
-    except (OSError, OverflowError) as error:
+    except (OSError, UnicodeError) as error:  # UnicodeError: no name of a host, as a..b
         reason = getattr(error, 'strerror', None) or error
         raise UserError(f'host={host!r}, port={port}: {reason}; --port=0 takes any free port') from None
 
@@ -100,5 +100,5 @@ def serve(listener, app, engine, run_engine):
         with exit_on_sigterm(), running(engine, run_engine) as thread:
             server.run(sockets=[listener])
     finally:
-        if thread.is_alive():  # in a long step: Python would abort when it ends
+        if server.number and thread.is_alive():  # in a long step: Python would abort when it ends
             end_now(server.number)

@@ -93,17 +93,16 @@ def check_keys(values, known):
 
 
 def read_settings(values, defaults, config):
-    """Returns the Settings of a request: defaults, and what it sets. null = the default."""
+    """Returns the Settings of a request: defaults, and what it sets.
+
+    null = the default; of top_k, which is no key of OpenAI: draw from all tokens.
+    """
     given = {}
     for key in sorted(KEYS & values.keys()):
-        if values[key] is not None:
-            check(
-                OTHER_NAMES.get(key, key) not in given,
-                key,
-                values[key],
-                'only one of max_tokens and max_completion_tokens',
-            )
-            given[OTHER_NAMES.get(key, key)] = values[key]
+        if values[key] is not None or key == 'top_k':
+            name, expected = OTHER_NAMES.get(key, key), 'only one of max_tokens and max_completion_tokens'
+            check(name not in given, key, values[key], expected)
+            given[name] = values[key]
     if 'exit' in given:  # the threshold of another exit means nothing for it
         given = dict(exit_threshold=None, min_loops=1) | given
     try:

@@ -59,7 +59,11 @@ class Terminal:
                 self.say(str(error))
             except StopIteration:
                 return
-            except (RuntimeError, MemoryError) as error:  # of an answer; the conversation goes on
+            except (
+                RuntimeError,
+                ArithmeticError,
+                MemoryError,
+            ) as error:  # of an answer; the conversation goes on
                 self.say(f'the answer failed: {error or type(error).__name__}')
 
     def command(self, line):
