@@ -246,7 +246,7 @@ def test_questions_are_read_from_stdin(call, saved, monkeypatch, tmp_path):
         (['--exit=kl'], 'exit_threshold=None'),
         (['--tempreture=1'], "did you mean 'temperature'?"),
         (['--web=True', '--host=no.such.host.invalid'], "host='no.such.host.invalid', port=8000: "),
-        (['--web=True', '--host=a..b'], "host='a..b', port=8000: "),
+        (['--web=True', '--host=ä..b'], "host='ä..b', port=8000: "),
         (['--web=True', '--port=70000'], 'port=70000, expected at least 0 and at most 65535'),
         (['--web=True', '--token=a b'], "token='a b', expected letters and digits"),
     ],

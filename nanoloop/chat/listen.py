@@ -31,7 +31,7 @@ def open_socket(host, port):
         # the connections inherit it: else each small answer waits 40 ms for the client's acknowledgement
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         return listener
-    except (OSError, UnicodeError) as error:  # UnicodeError: no name of a host, as a..b
+    except (OSError, TypeError) as error:  # TypeError: a name that IDNA cannot encode
         reason = getattr(error, 'strerror', None) or error
         raise UserError(f'host={host!r}, port={port}: {reason}; --port=0 takes any free port') from None
 

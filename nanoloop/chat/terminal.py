@@ -59,11 +59,7 @@ class Terminal:
                 self.say(str(error))
             except StopIteration:
                 return
-            except (
-                RuntimeError,
-                ArithmeticError,
-                MemoryError,
-            ) as error:  # of an answer; the conversation goes on
+            except (RuntimeError, ArithmeticError, MemoryError) as error:  # of an answer: the next can follow
                 self.say(f'the answer failed: {error or type(error).__name__}')
 
     def command(self, line):
