@@ -23,6 +23,8 @@ from configurator import command, configure, print_error, printable
 
 # a Ctrl-C while the rest is imported is handled from here on
 # isort: split
+import torch
+
 from nanoloop.chat.chat_model import ChatModel
 from nanoloop.chat.engine import Engine
 from nanoloop.chat.settings import Settings
@@ -37,7 +39,8 @@ from nanoloop.checkpoint import (
 )
 from nanoloop.checks import AtLeast, AtMost, Count, Name, Size, check, settle_fields
 from nanoloop.decode import cast_linears_
-from nanoloop.machine import autocast, choose_device, choose_dtype, leave_a_core
+from nanoloop.machine import autocast, choose_device, choose_dtype, hand_over_threads
+from nanoloop.shared_cpu import share_cpu
 
 
 @dataclass
@@ -95,16 +98,15 @@ def read_line():
             print_error('\n(Ctrl-D or /quit ends)')
 
 
-def serve_page(c, settings, chat, about, trained, under_autocast):
+def serve_page(c, settings, chat, about, trained, threads, under_autocast):
     """Serves the page until a signal ends it.
 
-    about: a line on the model. trained: its numbers of loops in training. under_autocast: returns
-    the context in which the model runs.
+    about: a line on the model. trained: its numbers of loops in training. threads: number of CPU
+    threads that compute. under_autocast: returns the context in which the model runs.
     """
     from nanoloop.chat.listen import choose_token, open_socket, serve, served_hosts
     from nanoloop.chat.server import ChatServer
 
-    leave_a_core()
     token = choose_token(c.host, c.token)
     listener = open_socket(c.host, c.port)
     port = listener.getsockname()[1]
@@ -112,6 +114,7 @@ def serve_page(c, settings, chat, about, trained, under_autocast):
     name = Path(c.out_dir if c.init_from == 'resume' else c.init_from).name
 
     def run_engine():
+        torch.set_num_threads(threads)
         with under_autocast():
             engine.run()
 
@@ -130,6 +133,9 @@ def main(argv):
         from nanoloop.chat.listen import check_packages
 
         check_packages()
+        threads = hand_over_threads()
+    else:
+        share_cpu()
     device, _ = choose_device(c.device)
     dtype, _ = choose_dtype(c.dtype, device.type)
     check_tokenizer(c.out_dir if c.init_from == 'resume' else c.init_from)
@@ -149,7 +155,7 @@ def main(argv):
 
     if c.web:
         trained = sorted(checkpoint.get('loops_trained', [model.config.n_loop]))
-        return serve_page(c, settings, chat, about, trained, under_autocast)
+        return serve_page(c, settings, chat, about, trained, threads, under_autocast)
     colours = sys.stdout.isatty()
     terminal = Terminal(chat, settings, c.system, write, print_error, clean=printable, colours=colours)
     with under_autocast():

@@ -40,6 +40,7 @@ from nanoloop.lens import predictions_by_loop
 from nanoloop.lens_page import LensView, check_lens
 from nanoloop.machine import autocast, choose_compile, choose_device, choose_dtype
 from nanoloop.plain_tokenizers import SPECIAL_TEXT
+from nanoloop.shared_cpu import share_cpu
 from nanoloop.signals import exit_on_sigterm
 from nanoloop.text_stream import TextStream
 from nanoloop.tokenizer import read_text
@@ -161,6 +162,7 @@ def main(argv):
     c = configure((SampleConfig,), argv, say=print_error)
     early_exit = make_early_exit(c.build(SampleConfig))
     device, _ = choose_device(c.device)
+    share_cpu()
     dtype, _ = choose_dtype(c.dtype, device.type)
     compile, _ = choose_compile(c.compile, device.type, 0)
     check_tokenizer(c.out_dir if c.init_from == 'resume' else c.init_from)

@@ -22,6 +22,7 @@ import torch
 
 from model import POS, AttnInputs, rope_table
 from nanoloop.checks import check
+from nanoloop.machine import lazy_zeros
 
 PREFILL_CHUNK = 512  # most tokens of a row that are processed at once beyond block_size
 LENGTH_STEP = 32  # a compiled step sees a multiple of this many columns, so that few lengths occur
@@ -81,13 +82,13 @@ class KVCache:
 
         kind = weight.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        zeros = functools.partial(torch.zeros, dtype=dtype, device=weight.device)
+        zeros = functools.partial(lazy_zeros, dtype=dtype, device=weight.device)
         sections = [c.n_prelude] + [c.n_block] * kv_budget + [c.n_coda] * n_codas  # numbers of layers
         shape = (n_rows, c.n_kv_head or c.n_head, self.capacity + 1, c.n_embd // c.n_head)
         if separate:
             self.layers = [(zeros(shape), zeros(shape)) for _ in range(sum(sections))]
         else:
-            self.keys, self.values = (zeros(sum(sections), *shape) for _ in range(2))
+            self.keys, self.values = (zeros((sum(sections), *shape)) for _ in range(2))
             self.layers = list(zip(self.keys, self.values, strict=True))
         layers = iter(self.layers)
         self.prelude, *looped = ([next(layers) for _ in range(n)] for n in sections)

@@ -4,6 +4,7 @@ The machine that a script runs on: device, precision, compilation, peak FLOP/s a
 
 import contextlib
 import math
+import mmap
 import os
 import re
 import resource
@@ -17,6 +18,7 @@ import torch
 from nanoloop import LOCAL_RANK, PLACE, RANK, WORLD
 from nanoloop.checks import OneOf, check
 from nanoloop.parallel import choose_backend, join
+from nanoloop.shared_cpu import share_cpu
 
 KINDS = ('cuda', 'mps', 'cpu')  # of devices; device=auto takes the first one that the machine has
 CompileMode = Annotated[bool | str, OneOf((True, False, 'auto'))]
@@ -118,19 +120,28 @@ def autocast(kind, dtype):
     return torch.autocast(kind, dtype=dtype if low else torch.bfloat16, enabled=low, cache_enabled=False)
 
 
+def lazy_zeros(shape, dtype, device):
+    """Returns zeros of a shape. On a CPU a part of them takes memory, and time, when it is first written."""
+    if device.type != 'cpu':
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.frombuffer(mmap.mmap(-1, math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
+
+
 def compile_step(function, device):
     """Returns the function compiled, for one that is called once per generated token."""
     return torch.compile(function, options={'cpp_wrapper': device.type == 'cpu'})
 
 
-def leave_a_core():
-    """Makes torch use all CPU cores but one, if OMP_NUM_THREADS does not say how many.
+def hand_over_threads():
+    """Makes torch compute with one CPU thread in this thread. Returns the number that it had, for another one.
 
-    For a server: threads of a matrix product wait for each other in a busy loop, so what the server does
-    beside it would stop all of them. With both of two cores a small model's tokens take twice the time.
+    For a server, which computes in a thread of its own. Each thread that computes keeps a set of threads, and
+    with more of them than cores they wait for each other slowly, see shared_cpu.py. So this comes before
+    anything that computes.
     """
-    if not os.environ.get('OMP_NUM_THREADS'):
-        torch.set_num_threads(max(1, torch.get_num_threads() - 1))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    return threads
 
 
 ONEDNN_MIN_TOKENS = 3
@@ -247,6 +258,8 @@ def setup(config, work=math.inf):
     dtype, why_dtype = choose_dtype(config.dtype, device.type)
     m = Machine(RANK, WORLD, device, device.type, dtype)
     backend = choose_backend(config.backend, m.kind)
+    if m.kind == 'cpu':
+        share_cpu()
     if m.kind == 'cuda':
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')  # TensorFloat-32, as in nanoGPT

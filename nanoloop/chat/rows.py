@@ -28,24 +28,27 @@ def common_prefix(a, b):
 
 
 class Rows:
-    """A Decoder whose rows are independent. It begins with one row, and grows when all of them are needed.
+    """A Decoder whose rows are independent. It grows when all of its rows are needed.
 
-    max_rows: most rows. n_loop: None = the model's. early_exit: an EarlyExit; None = every token takes n_loop
+    max_rows: most rows. n_rows: rows at first; None = one, but all on a CPU, where an unused row takes no
+    memory. n_loop: None = the model's. early_exit: an EarlyExit; None = every token takes n_loop
     loops. max_tokens: most tokens of a text, None = any number. Raises UserError for a model that the exit
     does not fit.
 
     ids: the tokens of each row that are in the cache, lists. n_computed: number of tokens computed so far.
     """
 
-    def __init__(self, model, max_rows, n_loop=None, early_exit=None, max_tokens=None):
+    def __init__(self, model, max_rows, n_loop=None, early_exit=None, max_tokens=None, n_rows=None):
         self.make_decoder = functools.partial(
             Decoder, model, max_tokens=max_tokens, n_loop=n_loop, early_exit=early_exit
         )
-        self.decoder, self.max_rows = self.make_decoder(n_rows=1), max_rows
-        self.device = model.lm_head.weight.device
+        self.device, self.max_rows = model.lm_head.weight.device, max_rows
+        n_rows = n_rows or (max_rows if self.device.type == 'cpu' else 1)  # see lazy_zeros
+        self.decoder = self.make_decoder(n_rows=n_rows)
         self.block_size, self.learned = model.config.block_size, POS[model.config.pos].learned
-        self.ids, self.n_prompt = [[]], [0]  # n_prompt: tokens of each row before its newest answer
-        self.free = [0]  # the row that was released first comes first
+        self.ids = [[] for _ in range(n_rows)]
+        self.n_prompt = [0] * n_rows  # tokens of each row before its newest answer
+        self.free = [*range(n_rows)]  # the row that was released first comes first
         self.n_computed = 0
 
     def take(self, ids):

@@ -31,7 +31,7 @@ from nanoloop.early_exit import EXIT
 
 RETRY_S = 5  # after which a client that was refused may come again
 KEEP_ALIVE_S = 10  # a stream without tokens sends a comment so often
-GATHER_S = 0.02  # tokens of this time go into one event: each costs the browser time
+GATHER_S = 0.05  # tokens of this time go into one event: each costs the browser time
 READ_S = 30  # a request has to arrive in
 
 
@@ -181,7 +181,8 @@ class ChatServer:
                     yield pieces or None
                 if ended:
                     return
-                await changed.pause(GATHER_S)
+                if pieces:
+                    await changed.pause(GATHER_S)
         finally:
             answer.cancelled = True
             watch.cancel()
