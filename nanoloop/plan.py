@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import torch
 
-from model import GPT
+from model import GPT, HEAD_CHUNK
 from nanoloop.activations import Activations, activations
 from nanoloop.checks import check
 from nanoloop.count import parameters, section_flops, sections
@@ -252,11 +252,14 @@ def describe_plan(plan, c):
     micros, (saved, copies, _) = c.gradient_accumulation_steps // plan.n_gpus, plan.activations
     micro_tokens = c.batch_size * c.block_size
     per_token = (saved - copies) / micro_tokens
+    chunk = min(micro_tokens, max(1, HEAD_CHUNK // c.vocab_size))  # see GPT.cross_entropy
     return [
         f'{plan.n_gpus:,} {c.gpu}: {plan.step_tokens:,} tokens per step, '
         f'a GPU has {micros:,} micro-batches of {c.batch_size:,} x {c.block_size:,}',
         f'{plan.parameters:,} parameters, {plan.trained:,} trained; {plan.step_flops:.4e} FLOPs per step',
         f'activations: {per_token:,.0f} bytes per token, without compiling',
+        f'logits at once: {chunk:,} x {c.vocab_size:,}, {FLOAT * chunk * c.vocab_size / 2**20:,.0f} MiB in '
+        'float32; they and their gradients are in `temporary`',
         *memory_lines(plan, GPUS[c.gpu].memory),
         *time_lines(plan, c),
     ]

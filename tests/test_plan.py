@@ -15,8 +15,8 @@ from model import GPT, GPTConfig
 from nanoloop.activations import activations
 from nanoloop.machine import autocast
 from nanoloop.objective import OBJECTIVE, TrainingLoss, set_trained_parts
-from nanoloop.optimizer import make_optimizers
-from nanoloop.plan import STATE_BYTES, WAYS, Wire, optimizer_bytes, ring
+from nanoloop.optimizer import OPTIMIZER, make_optimizers
+from nanoloop.plan import WAYS, Wire, optimizer_bytes, ring
 from train import TrainConfig
 
 TINY = '--n_embd=16 --n_head=2 --vocab_size=40 --batch_size=2 --n_block=1 --n_prelude=1 --n_coda=1'.split()
@@ -107,7 +107,7 @@ def test_a_layer_saves_on_a_gpu_what_its_formula_says():
         assert counted[1][1] - counted[0][1] == 2 * (4 * C * C + parts * C * h + h * C)
 
 
-@pytest.mark.parametrize('optimizer', STATE_BYTES)
+@pytest.mark.parametrize('optimizer', OPTIMIZER)
 def test_optimizers_keep_the_bytes_that_are_planned(optimizer):
     c, config = keys(f'--optimizer={optimizer}', '--block_size=8')
     model = GPT(config)
