@@ -3,7 +3,7 @@ Counts the memory of a micro-batch that its activations take, without allocating
 
 The loss and its backward pass are computed on fake tensors, which have a shape and no memory. What autograd
 saves, and the most that exists at any time, is summed as it comes. So the count holds for every entry of the
-tables of model.py. On a CPU it equals to the byte what autograd saves of a real model (tests/test_plan.py).
+tables of model.py. On a CPU it equals, to the byte, what autograd saves of a real model (tests/test_plan.py).
 """
 
 import functools
@@ -31,22 +31,30 @@ class Activations(NamedTuple):
 
 
 class LiveBytes(TorchDispatchMode):
-    """Sums the bytes of tensors that are made inside the block and still exist, every storage once."""
+    """Sums the bytes of tensors that are made inside the block and still exist, every storage once.
 
-    def __init__(self):
+    known: addresses of storages that are not counted, of which there can be views.
+    """
+
+    def __init__(self, known):
         super().__init__()
+        self.known = known
         self.sizes, self.now, self.peak = {}, 0, 0  # sizes: {address of a storage: its bytes}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for x in tree_leaves(result):
-            if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in self.sizes:
-                storage = x.untyped_storage()
-                self.sizes[storage._cdata] = storage.nbytes()
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self.drop, storage._cdata)
+            if isinstance(x, torch.Tensor):
+                self.add(x.untyped_storage())
         return result
+
+    def add(self, storage):
+        address = storage._cdata
+        if address not in self.known and address not in self.sizes:
+            self.sizes[address] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.drop, address)
 
     def drop(self, address):
         self.now -= self.sizes.pop(address)
@@ -102,21 +110,20 @@ def activations(config, c, dtype, n_loop, as_gpu=True):
             p.grad = torch.zeros_like(p)  # gradients are counted elsewhere
         if as_gpu:
             save_as_a_gpu(model)
-        weights = {p.untyped_storage()._cdata for p in model.parameters()}
-        saved, copies = {}, set()  # storages by their address
+        tensors = [*model.parameters(), *(p.grad for p in model.parameters()), *model.buffers()]
+        saved, copies = set(), set()  # addresses of storages
 
         def pack(x):
-            storage = x.untyped_storage()
-            if storage._cdata not in weights:
-                saved[storage._cdata] = storage.nbytes()
-                if is_of_a_weight(x):
-                    copies.add(storage._cdata)
+            address = x.untyped_storage()._cdata
+            saved.add(address)
+            if is_of_a_weight(x):
+                copies.add(address)
             return x
 
-        with LiveBytes() as live:
+        with LiveBytes({x.untyped_storage()._cdata for x in tensors}) as live:
             idx = torch.zeros(c.batch_size, c.block_size, dtype=torch.long)  # (B, T)
             with saved_tensors_hooks(pack, lambda x: x), autocast('cpu', dtype):
                 loss = TrainingLoss(model, c)(idx, idx, n_loop)[0]
-            kept = {address: n_bytes for address, n_bytes in saved.items() if address in live.sizes}
+            kept, cast = (sum(live.sizes.get(address, 0) for address in part) for part in (saved, copies))
             loss.backward()
-    return Activations(sum(kept.values()), sum(kept.get(address, 0) for address in copies), live.peak)
+    return Activations(kept, cast, live.peak)

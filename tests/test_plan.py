@@ -69,9 +69,13 @@ def test_activations_are_what_autograd_saves_to_the_byte(case):
         assert counted.saved == saved_bytes(c, config, dtype), dtype
 
 
-@pytest.mark.parametrize('case', ['looped', 'recomputed'])
-def test_the_peak_is_that_of_the_allocator(case):
-    c, config = keys(*CASES[case].split(), '--block_size=288')
+WIDE = '--n_embd=64 --block_size=32 --batch_size=1 --n_coda=3 --vocab_size=300 --tie_weights=False'.split()
+
+
+@pytest.mark.parametrize('case, sizes', [('looped', ['--block_size=288']), ('recomputed', WIDE)])
+def test_the_peak_is_that_of_the_allocator(case, sizes):
+    """WIDE: weights and their gradients, which are not counted, are larger than the activations."""
+    c, config = keys(*CASES[case].split(), *sizes)
     model = GPT(config)
     set_trained_parts(model, OBJECTIVE[c.objective])
     for p in model.parameters():
@@ -85,7 +89,7 @@ def test_the_peak_is_that_of_the_allocator(case):
     events.sort(key=lambda event: event.start_ns())
     peak = max(itertools.accumulate(event.nbytes() for event in events))
     counted = activations(config, c, torch.bfloat16, config.n_loop, as_gpu=False)
-    assert peak == pytest.approx(counted.peak, rel=0.05) and counted.peak > counted.saved
+    assert peak == pytest.approx(counted.peak, rel=0.02) and counted.peak > counted.saved
 
 
 def test_a_layer_saves_on_a_gpu_what_its_formula_says():
