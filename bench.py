@@ -3,6 +3,7 @@ Measures training steps: time, tokens per second, model FLOPs utilisation and me
 
     python bench.py config/train_gpt2_looped.py --batch_size=8
     python bench.py config/train_ouro_2_6b.py --count_only=True                parameters and FLOPs, no memory
+    python bench.py config/train_ouro_2_6b.py --plan=64                        memory and time on 64 GPUs
     python bench.py config/train_shakespeare_char_looped.py --vs="--n_loop=8"   two settings, taking turns
     python bench.py --mode=decode --init_from=out-quickstart                   ways to sample, taking turns
 
@@ -31,7 +32,7 @@ from nanoloop.baselines import apply_baseline
 from nanoloop.batches import Batch
 from nanoloop.bench_decode import decoding_ways, print_timings, time_decoding
 from nanoloop.checkpoint import find_from_flags, load_checkpoint
-from nanoloop.checks import Choice, Count, NotNegative, check, settle_fields
+from nanoloop.checks import Choice, Count, Fraction, NotNegative, Positive, check, settle_fields
 from nanoloop.count import flops, parameters
 from nanoloop.datasets import find_data, read_meta
 from nanoloop.decode import cast_linears_
@@ -45,6 +46,7 @@ from nanoloop.objective import (
     training_flops,
 )
 from nanoloop.optimizer import make_optimizers
+from nanoloop.plan import GPUS, describe_plan, plan_run
 from nanoloop.training_step import train_step
 from train import TrainConfig
 
@@ -54,6 +56,11 @@ class BenchConfig:
     # bench
     mode: Choice(('train', 'decode')) = 'train'  # train measures steps, decode measures text
     count_only: bool = False  # print parameters and FLOPs, and measure nothing
+    plan: Count | None = None  # print memory, communication and time on so many GPUs, and measure nothing
+    gpu: Choice(GPUS) = 'H100'  # plan: the GPU; peak_flops and the speeds of its links replace the table's
+    plan_mfu: Fraction = 0.4  # plan: MFU on one GPU, of which communication takes its part
+    nvlink: Positive | None = None  # plan: GB/s between GPUs of a node, one direction; None = the GPU's
+    infiniband: Positive | None = None  # plan: Gb/s of each GPU to other nodes, one direction; None = usual
     tokens: Count = 256  # mode=decode: new tokens per row
     sequences: Count = 1  # mode=decode: rows of the batch
     exit_threshold: NotNegative | None = None  # mode=decode: of every rule, in its own unit; None = advised
@@ -154,6 +161,13 @@ def print_counts(c):
         print(f'{phase + " FLOPs per token":24} {sum(kinds.values()):16.6e} ({split})')
 
 
+def print_plan(c):
+    """Prints memory, communication and time of a run on c.plan GPUs, see nanoloop/plan.py."""
+    config = c.build(GPTConfig)
+    check_loops(c, config)
+    print(*describe_plan(plan_run(c, config, c.plan), c), sep='\n')
+
+
 @command
 def main(argv):
     keys = (BenchConfig, TrainConfig, GPTConfig)
@@ -168,19 +182,19 @@ def main(argv):
                 setting['vocab_size'] = read_meta(find_data(setting.dataset))['vocab_size']
             except ValueError as error:
                 print(f'vocab_size={setting.vocab_size} is assumed: {error}')
-    decoding = c.mode == 'decode' and not c.count_only
-    check(
-        decoding or c.init_from == 'scratch',
-        'init_from',
-        c.init_from,
-        'scratch, or --mode=decode without count_only',
-    )
+    counting = c.count_only or c.plan
+    decoding = c.mode == 'decode' and not counting
+    expected = 'scratch, or --mode=decode without count_only and plan'
+    check(decoding or c.init_from == 'scratch', 'init_from', c.init_from, expected)
     check(not (decoding and c.vs), 'vs', c.vs, 'nothing with --mode=decode')
-    if c.count_only:
+    if counting:
         for setting, name in zip(settings, ('this', c.vs), strict=False):
             if c.vs:
                 print(f'{name}:')
-            print_counts(setting)
+            if setting.count_only:
+                print_counts(setting)
+            if setting.plan:
+                print_plan(setting)
         return
     if decoding:  # the blocks of a whole model are not compiled then, but a step if asked for
         c['compile'] = c.compile is True
