@@ -114,10 +114,10 @@ def activations(config, c, dtype, n_loop, as_gpu=True):
         saved, copies = set(), set()  # addresses of storages
 
         def pack(x):
-            address = x.untyped_storage()._cdata
-            saved.add(address)
-            if is_of_a_weight(x):
-                copies.add(address)
+            storage = x.untyped_storage()
+            for part in [saved, copies] if is_of_a_weight(x) else [saved]:
+                part.add(storage._cdata)
+                weakref.finalize(storage, part.discard, storage._cdata)  # another storage can get its address
             return x
 
         with LiveBytes({x.untyped_storage()._cdata for x in tensors}) as live:

@@ -133,7 +133,7 @@ def compile_step(function, device):
 
 
 def hand_over_threads():
-    """Makes torch compute with one CPU thread in this thread. Returns the number that it had, for another one.
+    """Makes torch compute with one CPU thread in this thread. Returns the number before, for another thread.
 
     For a server, which computes in a thread of its own. Each thread that computes keeps a set of threads, and
     with more of them than cores they wait for each other slowly, see shared_cpu.py. So this comes before

@@ -21,9 +21,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from model import GPTConfig
+from model import GPTConfig, upcast
 from nanoloop.checks import check
 from nanoloop.count import flops
+from nanoloop.known_weights import weighted_loss
 from nanoloop.randomness import random_generator
 
 GATE_SLOPE, GATE_MIN_GAIN = 50.0, 0.005  # of the label in ouro_stage2, in 1/nat and nats
@@ -89,18 +90,29 @@ class LossRule(NamedTuple):
     loss: Callable
     trains_gate: bool = False  # it trains the exit gate, which must exist
     trains_model: bool = True  # it trains everything else
+    # the loss is a sum of ce with fixed weights: then the head is computed once, see known_weights.py
+    linear: bool = False
     min_loops: int = 1  # it means nothing with fewer loops
 
 
 OBJECTIVE = {
-    'end': LossRule(lambda n: (n - 1,), mean_of_loops),
-    'step': LossRule(lambda n: tuple(range(n)), mean_of_loops),
-    'few': LossRule(lambda n: tuple(range(2 * n // 3, n)), mean_of_loops),
+    'end': LossRule(lambda n: (n - 1,), mean_of_loops, linear=True),
+    'step': LossRule(lambda n: tuple(range(n)), mean_of_loops, linear=True),
+    'few': LossRule(lambda n: tuple(range(2 * n // 3, n)), mean_of_loops, linear=True),
     'exit': LossRule(lambda n: tuple(range(n)), ouro_stage1, trains_gate=True, min_loops=2),
     'gate': LossRule(
         lambda n: tuple(range(n)), ouro_stage2, trains_gate=True, trains_model=False, min_loops=2
     ),
 }
+
+
+def check_linear(rule, loops, c):
+    """Raises ValueError unless the loss of a rule is a sum of ce with fixed weights."""
+    generator = torch.Generator().manual_seed(0)  # of its own: a run's noise does not depend on this
+    a, b = torch.rand(2, len(loops), 2, 3, generator=generator).unbind()  # (R, B, T) each
+    loss, loss_a, loss_b = (rule.loss(ce, None, loops, c)[0] for ce in (a + 2 * b, a, b))
+    if rule.trains_gate or not torch.allclose(loss, loss_a + 2 * loss_b, atol=1e-5):
+        raise ValueError('it is not linear in ce, which linear=True says')
 
 
 def try_rule(name, rule, n_loop, c):
@@ -115,6 +127,8 @@ def try_rule(name, rule, n_loop, c):
         hint = '' if rule.trains_gate else '; its gates are None without trains_gate'
         loss, extra = rule.loss(ce, 0.5 * ce if rule.trains_gate else None, loops, c)
         results = dict(extra, loss=loss)
+        if rule.linear:
+            check_linear(rule, loops, c)
     except Exception as error:  # of any kind: it is its author's code
         raise RuntimeError(f'objective {name}: {type(error).__name__}: {error}{hint}') from error
     for what, x in results.items():
@@ -137,6 +151,16 @@ def set_trained_parts(model, rule, dropout=True):
     model.train(rule.trains_model and dropout)
 
 
+@torch.enable_grad()
+def loop_weights(rule, loops, shape, like, c):
+    """Returns the weights (R, B, T) with which a linear rule sums ce into the loss, of like's dtype.
+
+    shape: (B, T).
+    """
+    ce = like.new_zeros(len(loops), *shape, requires_grad=True)  # (R, B, T)
+    return torch.autograd.grad(rule.loss(ce, None, loops, c)[0].sum(), ce)[0]
+
+
 class TrainingLoss(nn.Module):
     """Computes the loss of a micro-batch, and what else to log of it.
 
@@ -155,18 +179,22 @@ class TrainingLoss(nn.Module):
         one lowers the token's probability; None = 1. The logged values are not weighted.
         """
         loops = self.rule.loops(n_loop)
-        ce, gates = self.model.loss_table(idx, targets, n_loop, loops)  # (R, B, T) each
-        # (B, T), {name: (B, T)}
-        loss, extra = self.rule.loss(ce, gates if self.rule.trains_gate else None, loops, self.c)
-        if weights is not None:
-            loss = loss * weights
+        counted = targets != -1  # (B, T)
+        of_tokens = counted if weights is None else counted * weights  # (B, T)
+        if self.rule.linear and torch.is_grad_enabled():
+            like = upcast(self.model.lm_head.weight)
+            factors = loop_weights(self.rule, loops, targets.shape, like, self.c) * of_tokens  # (R, B, T)
+            total, ce = weighted_loss(self.model, idx, targets, n_loop, loops, factors)  # ce: (R, B, T)
+            _, extra = self.rule.loss(ce, None, loops, self.c)
+        else:
+            ce, gates = self.model.loss_table(idx, targets, n_loop, loops)  # (R, B, T) each
+            # (B, T), {name: (B, T)}
+            loss, extra = self.rule.loss(ce, gates if self.rule.trains_gate else None, loops, self.c)
+            total = (loss * of_tokens).sum()
         if len(loops) > 1:
             extra |= {f'loss/loop_{i:02d}': nll for i, nll in zip(loops, ce, strict=True)}
-
-        def share(x):
-            return (x * (targets != -1)).sum() / targets.numel()
-
-        return share(loss), {name: share(x.detach()) for name, x in extra.items()}
+        n = targets.numel()
+        return total / n, {name: (x.detach() * counted).sum() / n for name, x in extra.items()}
 
 
 def training_flops(model, c, n_loop):
