@@ -247,6 +247,8 @@ def setup(config, work=math.inf):
     device, why_device = choose_device(config.device)
     dtype, why_dtype = choose_dtype(config.dtype, device.type)
     m = Machine(RANK, WORLD, device, device.type, dtype, shard=config.shard and WORLD > 1)
+    refused = m.shard and config.compile is True
+    check(not refused, 'compile', True, 'False or auto with shard=True and several processes')
     backend = choose_backend(config.backend, m.kind)
     if m.kind == 'cuda':
         torch.cuda.set_device(device)
@@ -257,6 +259,8 @@ def setup(config, work=math.inf):
     join(m, backend)
     m.peak = config.peak_flops or peak_flops(m)
     m.compile, why_compile = choose_compile(config.compile, m.kind, work)
+    if m.shard:  # not tried: FSDP2 calls hooks around each block
+        m.compile, why_compile = False, 'not with sharded weights'
     if m.compile:
         # all blocks share one limit of recompilations; at the limit dynamo would silently stop compiling
         torch._dynamo.config.recompile_limit = 64

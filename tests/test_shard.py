@@ -217,3 +217,9 @@ def describe(state):
     if isinstance(state, dict):
         return {name: describe(value) for name, value in state.items()}
     return (type(state), state.dtype, state.shape) if isinstance(state, torch.Tensor) else type(state)
+
+
+def test_sharded_blocks_are_not_compiled(monkeypatch):
+    monkeypatch.setattr(machine, 'WORLD', 2)
+    with pytest.raises(ValueError, match='compile=True, expected False or auto with shard=True'):
+        machine.setup(train.TrainConfig(device='cpu', compile=True, shard=True))
