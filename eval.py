@@ -167,7 +167,7 @@ def main(argv):
     c['dataset'] = c.dataset or checkpoint.get('config', {}).get('dataset', '')
     loaded = {name: task.load(c, tokenizer, config, say) for name, task in tasks.items()}
 
-    m = setup(SimpleNamespace(**c, compile=False, deterministic=False, peak_flops=None, seed=0))
+    m = setup(SimpleNamespace(**c, compile=False, shard=False, deterministic=False, peak_flops=None, seed=0))
     results.rows = gather(m, results.rows)[0]  # before rank 0 adds any
     model, _ = load_checkpoint(checkpoint, m.device)
     say(m.line)

@@ -25,7 +25,6 @@ from configurator import command, configure, print_error, print_line, printable
 # a Ctrl-C while the rest is imported is handled from here on
 # isort: split
 import torch
-from torch import nn
 
 from model import GPTConfig
 from nanoloop import RANK, ROOT, report
@@ -69,11 +68,11 @@ from nanoloop.optimizer import (
     make_optimizers,
     prepare_step,
 )
-from nanoloop.parallel import leave, max_over_ranks, on_rank0, reduce_sum, wrap
+from nanoloop.parallel import leave, max_over_ranks, on_rank0, reduce_sum, total_norm, whole_weights, wrap
 from nanoloop.pretraining import find_initial_checkpoint, pretraining, settle_epochs
 from nanoloop.rl import RLConfig, check_rl_keys, reinforcement
 from nanoloop.run_folder import Log, append_evaluation, git_commit, open_out_dir
-from nanoloop.saving import quarantine_broken, save_checkpoint
+from nanoloop.saving import quarantine_broken, save_checkpoint, whole_states
 from nanoloop.signals import Signals, exit_status, signal_name
 from nanoloop.training_step import BadSteps, train_step
 
@@ -137,6 +136,7 @@ class TrainConfig:
     dtype: str = 'auto'  # type of matrix products: auto, float32, bfloat16 or float16
     compile: CompileMode = 'auto'  # the blocks; auto = if it pays off
     backend: str = 'auto'  # of torch.distributed: auto, nccl or gloo
+    shard: bool = False  # FSDP2: each process keeps a share of weights, gradients and optimizer state
     seed: Annotated[int, AtLeast(0), Below(2**63)] = 1337  # seed of weights, batches, dropout and noise
     deterministic: bool = False  # use deterministic kernels only, slower on a GPU
     peak_flops: Annotated[float, AtLeast(1)] | None = None  # FLOP/s of one device, for mfu; None = look it up
@@ -217,6 +217,7 @@ class Trainer:
         parameters(self.model)  # every parameter is counted, or this ends the run
         set_trained_parts(self.model, self.rule, self.task.dropout)
         self.plain_loss = TrainingLoss(self.model, c)
+        self.training_loss = wrap(self.plain_loss, m)
         self.optimizers, lines = make_optimizers(self.model, c)
         on_rank0(m, self.open_folder)
         self.scaler = m.scaler()
@@ -226,7 +227,6 @@ class Trainer:
         elif self.task.origin:
             self.say(self.task.origin)
         self.git, self.state = git_commit(), None  # lets go of the checkpoint's memory
-        self.training_loss = wrap(self.plain_loss, m)
         left = max(0, self.last_step - self.step)
         cost = report.describe_cost(m, self.flops(c.n_loop), left)
         doubts = report.doubtful_keys(c, self.rule, self.last_step, left, not self.task.origin)
@@ -281,7 +281,7 @@ class Trainer:
             result = train_step(*parts, batches, n_loop, c, self.m, self.stopped, look)
             if result is None:
                 continue  # a signal came first
-            if look:
+            if look and self.m.rank == 0:
                 self.log.write(look.line(self.step), {'iter': self.step, **look.values})
             self.bad_steps.count(self.step, result, self.saved)
             self.step += 1
@@ -300,13 +300,14 @@ class Trainer:
 
     def look(self, n_loop):
         """Returns the diagnostics of the next step, None if they are not due."""
-        due = self.c.diagnose and self.step % self.c.diagnose == 0 and self.m.rank == 0
+        due = self.c.diagnose and self.step % self.c.diagnose == 0
         return Look(self.plain_loss, n_loop, self.m.autocast, self.scaler.get_scale()) if due else None
 
     def evaluate(self):
         """Returns the validation loss, a line and a record; None if a signal came first."""
         start = time.monotonic()
-        losses = self.task.evaluate()
+        with whole_weights(self.model):
+            losses = self.task.evaluate()
         if losses is None:
             return None
         return losses['val']['loss'], *report.evaluation_line(self.step, losses, time.monotonic() - start)
@@ -357,14 +358,12 @@ class Trainer:
 
     def save(self, best=False):
         """Saves a checkpoint on rank 0, the others wait. Raises UserError if the weights are not finite."""
-        finite = nn.utils.get_total_norm(list(self.model.parameters())).isfinite().item()
+        finite = total_norm(list(self.model.parameters())).isfinite().item()
         last = 'none' if self.saved is None else f'step {self.saved}'
         expected = f'a lower one, the weights are not finite; the last good checkpoint: {last}'
         check(finite, 'learning_rate', self.c.learning_rate, expected)
-        states = [optimizer.state_dict() for optimizer in self.optimizers]
         checkpoint = dict(
-            model=self.model.state_dict(),
-            optimizer=states if len(states) > 1 else states[0],
+            **whole_states(self.m, self.model, self.optimizers),
             scaler=self.scaler.state_dict(),
             model_args=asdict(self.model.config),
             iter_num=self.step,
@@ -427,7 +426,7 @@ def main(argv):
             memory, minutes = peak_memory(m) / 2**20, (time.monotonic() - began) / 60
             spent = f'peak memory {memory:,.0f} MiB, total time {minutes:.1f} min'
             say(f'best val loss {trainer.best:.4f}, {spent}' if trainer.best < math.inf else spent)
-            if m.rank == 0 and c.sample_tokens:
+            if c.sample_tokens:
                 say.now('sampling')
                 spec = task.checkpoint_extra['tokenizer']
                 text = report.sample_text(trainer.model, spec, c.sample_tokens, c.seed, m, signals)

@@ -95,7 +95,8 @@ def section_flops(model, *modules):
 def zero_state(model, requires_grad):
     """Returns zeros (1, 1, C) with the dtype and device of the model's weights."""
     weight = model.lm_head.weight  # (V, C)
-    return torch.zeros_like(weight[:1, None].detach()).requires_grad_(requires_grad)
+    options = dict(dtype=weight.dtype, device=weight.device, requires_grad=requires_grad)
+    return torch.zeros(1, 1, weight.size(1), **options)
 
 
 @torch.enable_grad()

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 import model as model_file  # read as model_file.HEAD_CHUNK, so that tests can change it
 from model import upcast
+from nanoloop.parallel import total_norm
 
 
 class Look:
@@ -66,7 +67,7 @@ def weight_grad_norms(model):
     for name, part in parts.items():
         grads = [p.grad for p in part.parameters() if p.grad is not None]
         if grads:
-            norms[f'grad_norm/{name}'] = torch.nn.utils.get_total_norm(grads).item()
+            norms[f'grad_norm/{name}'] = total_norm(grads).item()
     return norms
 
 
@@ -137,10 +138,10 @@ def diagnose(training_loss, idx, targets, n_loop, autocast=contextlib.nullcontex
     seeds torch's default generator.
     """
     model = training_loss.model
-    params = [p for p in training_loss.parameters() if p.requires_grad]
     with torch.compiler.set_stance('force_eager'), Watch(model, n_loop) as watch:
         with autocast():
             loss, _ = training_loss(idx, targets, n_loop, weights)
+        params = [p for p in training_loss.parameters() if p.requires_grad]  # the whole ones, after use
         rescale = scale * targets.numel() / max(1, int((targets != -1).sum()))
         torch.autograd.grad(loss * rescale, params, allow_unused=True)
     values = {name: x / scale if name.startswith('grad') else x for name, x in watch.norms.items()}

@@ -104,7 +104,7 @@ class NanoLoop(TemplateLM):
         config, *_ = configure_checkpoint(found)
         self.policy = c.policy(config)
         self.words = find_tokenizer(found)  # the harness expects chat templates of `tokenizer`
-        machine = dict(backend='auto', compile=False, deterministic=False, peak_flops=None)
+        machine = dict(backend='auto', compile=False, shard=False, deterministic=False, peak_flops=None)
         seed = torch.initial_seed()  # which the harness has set from its flag --seed
         self.m = m = setup(SimpleNamespace(device=c.device, dtype=c.dtype, seed=seed, **machine))
         self._device, self.batch_size, self.max_length = m.device, c.batch_size, config.block_size

@@ -217,6 +217,7 @@ class Machine:
     kind: str  # kind of the device: cuda, mps or cpu
     dtype: torch.dtype  # of matrix products
     cpu_group: object = None  # process group through which the ranks' CPUs talk, None for one process
+    shard: bool = False  # whether each process keeps a share of the weights only, see parallel.py
     compile: bool = False  # whether to compile the blocks
     peak: float | None = None  # FLOP/s of matrix products, None if unknown
     line: str = ''  # text: the choices and their reasons
@@ -256,7 +257,9 @@ def setup(config, work=math.inf):
     """
     device, why_device = choose_device(config.device)
     dtype, why_dtype = choose_dtype(config.dtype, device.type)
-    m = Machine(RANK, WORLD, device, device.type, dtype)
+    m = Machine(RANK, WORLD, device, device.type, dtype, shard=config.shard and WORLD > 1)
+    refused = m.shard and config.compile is True
+    check(not refused, 'compile', True, 'False or auto with shard=True and several processes')
     backend = choose_backend(config.backend, m.kind)
     if m.kind == 'cpu':
         share_cpu()
@@ -269,17 +272,21 @@ def setup(config, work=math.inf):
     join(m, backend)
     m.peak = config.peak_flops or peak_flops(m)
     m.compile, why_compile = choose_compile(config.compile, m.kind, work)
+    if m.shard:  # not tried: FSDP2 calls hooks around each block
+        m.compile, why_compile = False, 'not with sharded weights'
     if m.compile:
         # all blocks share one limit of recompilations; at the limit dynamo would silently stop compiling
         torch._dynamo.config.recompile_limit = 64
         torch._dynamo.config.fail_on_recompile_limit_hit = True
     torch.manual_seed(config.seed)
     name = f' {torch.cuda.get_device_name(device)}' if m.kind == 'cuda' else ''
-    through = f' ({backend})' if WORLD > 1 else ''
+    through = f' ({backend}{", weights are sharded" if m.shard else ""})' if WORLD > 1 else ''
     if WORLD == 1 and (os.environ.get('RANK') or '0', os.environ.get('WORLD_SIZE') or '1') != ('0', '1'):
         missing = [name for name in PLACE if not os.environ.get(name)]
         fault = f'without {", ".join(missing)}' if missing else 'they contradict each other'
         through = f' (RANK and WORLD_SIZE in the environment are ignored: {fault})'
+    if config.shard and not m.shard:
+        through += ', not sharded: one process'
     m.line = (
         f'device: {device}{name} ({why_device}), dtype: {str(dtype)[6:]} ({why_dtype}), '
         f'compile: {m.compile} ({why_compile}), processes: {WORLD}{through}'

@@ -25,6 +25,7 @@ from model import GPTConfig, upcast
 from nanoloop.checks import check
 from nanoloop.count import flops
 from nanoloop.known_weights import weighted_loss
+from nanoloop.parallel import whole_weights
 from nanoloop.randomness import random_generator
 
 GATE_SLOPE, GATE_MIN_GAIN = 50.0, 0.005  # of the label in ouro_stage2, in 1/nat and nats
@@ -200,7 +201,8 @@ class TrainingLoss(nn.Module):
 def training_flops(model, c, n_loop):
     """Returns the FLOPs per token of a training step with n_loop loops."""
     rule = OBJECTIVE[c.objective]
-    counted = flops(model, n_loop, len(rule.loops(n_loop)))
+    with whole_weights(model):  # counting calls parts of the model
+        counted = flops(model, n_loop, len(rule.loops(n_loop)))
     return sum(counted['training' if rule.trains_model else 'forward'].values())
 
 

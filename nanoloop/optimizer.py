@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from nanoloop.checks import check
+from nanoloop.parallel import shard_state
 
 # -----------------------------------------------------------------------------
 # the learning rate over a run
@@ -228,4 +229,4 @@ def load_optimizers(optimizers, state, c):
     for optimizer, part in zip(optimizers, saved, strict=True):
         for old, new in zip(part['param_groups'], optimizer.param_groups, strict=True):
             old.update(new | dict(params=old['params']))
-        optimizer.load_state_dict(part)
+        optimizer.load_state_dict(shard_state(optimizer, part))

@@ -1,15 +1,20 @@
 """
-The processes (ranks) of a run: process group, DDP, and reductions of numbers.
+The processes (ranks) of a run: process group, DDP or FSDP2, and reductions of numbers.
 
-m: a Machine (machine.py), of which rank, world (the number of processes) and cpu_group (the process group
-through which the CPUs of the ranks talk) are used. All ranks call these functions in the same order. Where
-there is one process, they do nothing.
+m: a Machine (machine.py), of which rank, world (the number of processes), shard (whether the weights are
+sharded) and cpu_group (the process group through which the CPUs of the ranks talk) are used. All ranks call
+these functions in the same order. Where there is one process, they do nothing.
+
+With m.shard every rank keeps 1 / world of each weight, of its gradient and of the optimizer's state, as
+DTensors. A weight that is used in every loop is gathered once per step: see whole_weights.
 """
 
+import contextlib
 import os
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nanoloop.checks import check
@@ -43,13 +48,136 @@ def leave(m):
         dist.destroy_process_group()
 
 
-def wrap(module, m):
-    """Returns module, wrapped in DDP if there are several processes. DDP averages gradients over ranks."""
+def wrap(training_loss, m):
+    """Returns a TrainingLoss that averages gradients over the ranks. With m.shard it shards the model.
+
+    The sharded weights are new parameters: optimizers are made afterwards.
+    """
     if m.world == 1:
-        return module
-    wrapped = DistributedDataParallel(module)
+        return training_loss
+    if m.shard:
+        shard(training_loss, m)
+        return training_loss
+    wrapped = DistributedDataParallel(training_loss)
     wrapped.broadcast_buffers = False  # every rank computes the same ones: tables of noise and positions
     return wrapped
+
+
+def sync_gradients(training_loss, due):
+    """Says whether the next backward pass averages the gradients over the ranks, or only adds to them."""
+    training_loss.require_backward_grad_sync = due  # for DDP
+    root = next(sharded_parts(training_loss), None)
+    if root is not None:
+        root.set_requires_gradient_sync(due)
+        root.set_is_last_backward(due)
+
+
+# -----------------------------------------------------------------------------
+# sharded weights (FSDP2). DTensor is imported only where there are some, since that takes 0.6 s
+
+
+def shard(training_loss, m):
+    """Shards the weights of a GPT: each block is a unit, and what is left is one, tied weights with it.
+
+    training_loss: the TrainingLoss of the model, whose forward pass is that of the last unit, the root.
+
+    A unit's weights are gathered together, and so are its gradients reduced. Weights are gathered and
+    resharded by whole_weights alone: by itself FSDP2 would gather a block anew in every loop.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = training_loss.model
+    options = dict(mesh=init_device_mesh(m.kind, (m.world,)), reshard_after_forward=False)
+    for block in model.blocks():
+        fully_shard(block, **options)
+    fully_shard(model, **options).set_reshard_after_backward(False)
+    root = model._get_fsdp_state()
+    root._lazy_init()  # else the unit that runs first, such as a block, becomes the root
+    training_loss.register_forward_pre_hook(
+        lambda _, args, kwargs: root._pre_forward(model, args, kwargs), with_kwargs=True
+    )
+    training_loss.register_forward_hook(lambda _, args, result: root._post_forward(model, args, result))
+
+
+def sharded_parts(module):
+    """Yields the modules inside a module that FSDP2 shards; the root comes first."""
+    return (part for part in module.modules() if hasattr(type(part), 'unshard'))
+
+
+def is_sharded(tensor):
+    """Returns whether a tensor is a DTensor, of which this rank has a part."""
+    return hasattr(tensor, 'to_local')
+
+
+@contextlib.contextmanager
+def whole_weights(module):
+    """Gathers the sharded weights of a module inside the block. Optimizers change them outside of it only.
+
+    The ranks do not wait for the weights of a block here, but where it first runs.
+    """
+    handles = [part.unshard(async_op=True) for part in sharded_parts(module)]
+    for handle in handles[:1]:  # the root's weights are also used without its forward method
+        handle.wait()
+    try:
+        yield
+    finally:
+        for handle, part in zip(handles, sharded_parts(module), strict=True):
+            handle.wait()  # a rank without a row to evaluate has run no block
+            part.reshard()
+
+
+def total_norm(tensors):
+    """Returns the L2 norm of a list of tensors, all or none of them sharded, taken together."""
+    if not any(map(is_sharded, tensors)):
+        return nn.utils.get_total_norm(tensors)
+    squared = nn.utils.get_total_norm([tensor.to_local() for tensor in tensors]).square()
+    dist.all_reduce(squared)
+    return squared.sqrt()
+
+
+@torch.no_grad()
+def whole_state(m, part):
+    """Returns state_dict() of a module or an optimizer, with whole tensors on the CPU of rank 0 if sharded.
+
+    The other ranks get None in their place. One tensor is gathered after the other.
+    """
+    if not m.shard:
+        return part.state_dict()
+    whole = {}  # id of a sharded tensor: the whole one, so that tied weights stay one tensor
+
+    def gather_values(value):
+        if isinstance(value, dict):
+            return {name: gather_values(x) for name, x in value.items()}
+        if not is_sharded(value):
+            return value
+        if id(value) not in whole:
+            tensor = value.detach().full_tensor()
+            whole[id(value)] = tensor.cpu() if m.rank == 0 else None
+        return whole[id(value)]
+
+    # with keep_vars the values are the parameters, else new tensors for each name of a tied weight
+    return gather_values(
+        part.state_dict(keep_vars=True) if isinstance(part, nn.Module) else part.state_dict()
+    )
+
+
+def shard_state(optimizer, state):
+    """Returns an optimizer's state dict of whole tensors, with this rank's parts of them if it is sharded."""
+    params = [p for group in optimizer.param_groups for p in group['params']]
+    if not any(map(is_sharded, params)):
+        return state
+    from torch.distributed.tensor import distribute_tensor
+
+    def part_of(value, p):
+        if not isinstance(value, torch.Tensor) or value.shape != p.shape:
+            return value  # such as the number of steps
+        return distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
+
+    values = {}
+    for i, kept in state['state'].items():
+        values[i] = {name: part_of(value, params[i]) for name, value in kept.items()}
+    return dict(state, state=values)
 
 
 # -----------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import torch
 from nanoloop.datasets import name_source
 from nanoloop.generate import stream
 from nanoloop.machine import matmul_rate
+from nanoloop.parallel import whole_weights
 from nanoloop.tokenizer import make_tokenizer
 
 MEASURED_FLOPS = 1e10  # FLOPs of a step; only above this is the speed of the CPU measured
@@ -221,8 +222,14 @@ def step_line(step, loss, grad_norm, extra, lr, n_loop, seconds, mfu, tokens, et
 def sample_text(model, spec, n_tokens, seed, m, signals):
     """Returns a short sample as the lines that a run ends with; a signal ends it early.
 
-    spec: what make_tokenizer takes. Sets the model to eval mode.
+    spec: what make_tokenizer takes. Sets the model to eval mode. Rank 0 samples, the others return ''.
     """
+    with whole_weights(model):
+        return '' if m.rank > 0 else sample_alone(model, spec, n_tokens, seed, m, signals)
+
+
+def sample_alone(model, spec, n_tokens, seed, m, signals):
+    """See sample_text."""
     try:
         tokenizer = make_tokenizer(spec)
     except (ValueError, OSError) as error:

@@ -13,6 +13,13 @@ import torch
 from nanoloop.checkpoint import read_checkpoint
 from nanoloop.checks import UserError
 from nanoloop.files import reason_of, replace_file, sync, sync_folder
+from nanoloop.parallel import whole_state
+
+
+def whole_states(m, model, optimizers):
+    """Returns the entries `model` and `optimizer` of a checkpoint; of sharded weights on rank 0 only."""
+    states = [whole_state(m, optimizer) for optimizer in optimizers]
+    return dict(model=whole_state(m, model), optimizer=states if len(states) > 1 else states[0])
 
 
 def save_checkpoint(out_dir, checkpoint, log, best, old_best=None, say=None):

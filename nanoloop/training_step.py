@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from nanoloop.checks import check
-from nanoloop.parallel import sum_over_ranks
+from nanoloop.parallel import sum_over_ranks, sync_gradients, total_norm, whole_weights
 
 
 class StepResult(NamedTuple):
@@ -50,24 +50,25 @@ def train_step(training_loss, optimizers, scaler, batches, n_loop, c, m, stopped
     """
     micros, sums, targets_counted = c.gradient_accumulation_steps // m.world, {}, 0
     values = collections.Counter()  # of the batches
-    for micro in range(micros):
-        if micro and stopped():
-            return None
-        batch = next(batches)
-        targets_counted += int((batch.targets != -1).sum())
-        values.update({name: x / micros for name, x in batch.values.items()})
-        idx, targets = m.to_device(batch.idx), m.to_device(batch.targets)  # (B, T) each
-        weights = None if batch.weights is None else m.to_device(batch.weights)
-        if look and micro == 0:
+    with whole_weights(training_loss):
+        for micro in range(micros):
+            if micro and stopped():
+                return None
+            batch = next(batches)
+            targets_counted += int((batch.targets != -1).sum())
+            values.update({name: x / micros for name, x in batch.values.items()})
+            idx, targets = m.to_device(batch.idx), m.to_device(batch.targets)  # (B, T) each
+            weights = None if batch.weights is None else m.to_device(batch.weights)
+            if look and micro == 0:
+                torch.manual_seed(batch.seed)
+                look.before_first(idx, targets, weights)
+            sync_gradients(training_loss, micro == micros - 1)  # once per step
             torch.manual_seed(batch.seed)
-            look.before_first(idx, targets, weights)
-        training_loss.require_backward_grad_sync = micro == micros - 1  # DDP reduces once per step
-        torch.manual_seed(batch.seed)
-        with m.autocast():
-            loss, extra = training_loss(idx, targets, n_loop, weights)
-        scaler.scale(loss / micros).backward()
-        for name, x in dict(extra, loss=loss.detach()).items():
-            sums[name] = sums.get(name, 0.0) + x / micros
+            with m.autocast():
+                loss, extra = training_loss(idx, targets, n_loop, weights)
+            scaler.scale(loss / micros).backward()
+            for name, x in dict(extra, loss=loss.detach()).items():
+                sums[name] = sums.get(name, 0.0) + x / micros
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     params = [p for optimizer in optimizers for group in optimizer.param_groups for p in group['params']]
@@ -75,7 +76,8 @@ def train_step(training_loss, optimizers, scaler, batches, n_loop, c, m, stopped
     rescale = batch.targets.numel() * micros * m.world / max(1, sum_over_ranks(m, targets_counted))
     if rescale != 1:
         torch._foreach_mul_([p.grad for p in params if p.grad is not None], rescale)
-    grad_norm = nn.utils.clip_grad_norm_(params, c.grad_clip or math.inf)
+    grad_norm = total_norm([p.grad for p in params if p.grad is not None])
+    nn.utils.clip_grads_with_norm_(params, c.grad_clip or math.inf, grad_norm)
     # here the host waits for the device
     *means, grad_norm = torch.stack([*sums.values(), grad_norm]).tolist()
     if look:

@@ -36,7 +36,9 @@ def main(folder, questions=11):
                        vocab_size=256, pos='rope')  # fmt: skip
     model = GPT(config).eval()
     c = EvalConfig(core_dir=folder, max_per_task=int(questions))
-    keys = dict(device='cpu', dtype='float32', backend='auto', compile=False, deterministic=False)
+    keys = dict(
+        device='cpu', dtype='float32', backend='auto', compile=False, shard=False, deterministic=False
+    )
     m = setup(SimpleNamespace(**keys, peak_flops=None, seed=0))
     totals = {True: 0.0, False: 0.0}
     for evaluation in core(c, Bytes(), config, print):
