@@ -15,6 +15,8 @@ import os
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.constants import default_pg_timeout
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from nanoloop.checks import check
@@ -34,7 +36,11 @@ def join(m, backend):
     if m.world == 1:
         return
     try:
-        dist.init_process_group(backend)
+        store, rank, world = next(rendezvous('env://', timeout=default_pg_timeout))
+        # torchrun keeps its store when it starts all processes anew: without a name of its own for each
+        # attempt they would find the addresses of those that have ended
+        store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
         m.cpu_group = dist.new_group(backend='gloo')
     except (dist.DistError, ValueError) as error:
         place = ':'.join(os.environ[name] for name in ('MASTER_ADDR', 'MASTER_PORT'))

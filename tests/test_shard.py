@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import socket
+import time
 
 import pytest
 import torch
@@ -217,6 +218,24 @@ def describe(state):
     if isinstance(state, dict):
         return {name: describe(value) for name, value in state.items()}
     return (type(state), state.dtype, state.shape) if isinstance(state, torch.Tensor) else type(state)
+
+
+def join_and_end(rank):
+    """Meets the other process and ends as if killed. Rank 0 comes later: its old address would be read."""
+    time.sleep(1.5 * (rank == 0 and os.environ['TORCHELASTIC_RESTART_COUNT'] == '1'))
+    m = cpu_machine(rank, 2)
+    parallel.join(m, 'gloo')
+    os._exit(0 if parallel.reduce_sum(m, torch.tensor([1.0])).item() == 2 else 3)
+
+
+def test_processes_that_torchrun_starts_anew_find_each_other(monkeypatch):
+    """Its agent keeps one store, which has the addresses of the processes that were killed."""
+    agent = torch.distributed.TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv('TORCHELASTIC_USE_AGENT_STORE', 'True')
+    for attempt in range(2):
+        monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', str(attempt))
+        arguments = agent.port, join_and_end
+        torch.multiprocessing.start_processes(call_as_rank, arguments, nprocs=2, start_method='fork')
 
 
 def test_sharded_blocks_are_not_compiled(monkeypatch):
