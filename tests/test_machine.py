@@ -306,12 +306,12 @@ def test_two_processes_agree():
 
 
 def test_processes_that_do_not_meet_are_told(monkeypatch):
-    def fail(backend):
+    def fail(*args, **options):
         raise torch.distributed.DistNetworkError('no route\ntrace of C++')
 
     monkeypatch.setenv('MASTER_ADDR', 'far')
     monkeypatch.setenv('MASTER_PORT', '7')
-    monkeypatch.setattr(parallel.dist, 'init_process_group', fail)
+    monkeypatch.setattr(parallel, 'rendezvous', fail)
     with pytest.raises(OSError, match='^the 2 processes do not meet at far:7: no route$'):
         parallel.join(cpu_machine(world=2), 'gloo')
 

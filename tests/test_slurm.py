@@ -33,7 +33,7 @@ WORKER = """
 trap 'exit "${AFTER:-1}"' USR1
 "$PYTHON" -c 'import json, os, sys; json.dump([sys.argv[1:], dict(os.environ)], open(sys.argv[1], "w"))' \\
     "$LOG/run" "${0##*/}" "$@"
-[ -z "${SLEEP:-}" ] || { touch "$LOG/ready"; for _ in $(seq 100); do sleep 0.05; done; }
+[ -z "${SLEEP:-}" ] || { touch "$LOG/ready"; for _ in $(seq 400); do sleep 0.05; done; }
 exit "${STATUS:-0}"
 """
 JOB = dict(SLURM_JOB_ID='123456', SLURM_JOB_NODELIST='node-[07-08]', SLURM_JOB_NUM_NODES='2')
