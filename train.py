@@ -82,6 +82,7 @@ class TrainConfig:
     # output
     out_dir: Name = 'out'  # folder of the run: ckpt.pt (last), prev.pt (the one before), best.pt, log.jsonl
     eval_interval: Count = 2000  # steps between evaluations, plus the last step; each one after step 0 saves
+    eval_at_start: bool = True  # also evaluate before the first step
     log_interval: Count = 1  # steps between lines that are printed and logged
     eval_iters: Size = 200  # evaluated windows of each split: this x batch_size; 0 = as many as val has
     eval_loops: Numbers(int, 1) = ''  # also log the val loss with so many loops, such as 1,2,4,8; '' = none
@@ -261,7 +262,8 @@ class Trainer:
         batches, meter = self.task.batches(self.step), report.Meter(self.step, self.flops_done)
         while not self.stopped():
             # evaluate the loss on both splits and write a checkpoint
-            due = self.step % c.eval_interval == 0 or self.step >= self.last_step
+            due = self.step % c.eval_interval == 0 and (self.step > 0 or c.eval_at_start)
+            due = due or self.step >= self.last_step
             if due and self.step > self.evaluated:
                 with self.signals.ignore_errors_after_signal():
                     self.evaluate_and_save()

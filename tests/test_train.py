@@ -151,6 +151,17 @@ def test_evaluating_more_often_changes_nothing(call, flags, tmp_path):
     assert same(load(tmp_path / 'a' / 'ckpt.pt')['model'], load(tmp_path / 'c' / 'ckpt.pt')['model'])
 
 
+def test_a_run_can_begin_without_an_evaluation(call, flags, tmp_path):
+    for name, at_start in (('with', True), ('without', False)):
+        assert call(main, *flags, f'--out_dir={tmp_path}/{name}', f'--eval_at_start={at_start}')[0] == 0
+    steps = [
+        [line['iter'] for line in read_log(tmp_path / n) if 'val/loss' in line] for n in ('with', 'without')
+    ]
+    assert steps == [[0, 4, 8, 12], [4, 8, 12]]
+    model, other = (load(tmp_path / name / 'ckpt.pt')['model'] for name in ('with', 'without'))
+    assert same(model, other)
+
+
 def test_seeds_differ_and_repeat(call, flags, tmp_path):
     for name, seed in (('a', 1), ('b', 1), ('c', 2)):
         call(main, *flags, f'--out_dir={tmp_path}/{name}', f'--seed={seed}')
