@@ -35,7 +35,7 @@ from nanoloop.checkpoint import find_from_flags, load_checkpoint
 from nanoloop.checks import Choice, Count, Fraction, NotNegative, Positive, check, settle_fields
 from nanoloop.count import flops, parameters
 from nanoloop.datasets import find_data, read_meta
-from nanoloop.decode import cast_linears_
+from nanoloop.decode import prepare_linears_
 from nanoloop.machine import matmul_rate, peak_memory, setup
 from nanoloop.objective import (
     OBJECTIVE,
@@ -134,7 +134,7 @@ def measure_decoding(c, m):
         name = f'{checkpoint["path"]}, step {int(checkpoint["iter_num"])}'
     print(f'{name}: {model.get_num_params():,} parameters, n_loop {model.config.n_loop}')
     prompts = torch.randint(model.config.vocab_size, (c.sequences, 16), device=m.device)
-    cast_linears_(model, m.dtype)
+    prepare_linears_(model, m.dtype)
     ways = decoding_ways(model, c.sequences, c.draft_tokens, c.exit_threshold, c.compile)
     with m.autocast():
         timings = time_decoding(model, prompts, c.tokens, ways, c.rounds)
