@@ -217,6 +217,17 @@ def matmul_rate(m, size=2048):
     return 2 * size**3 / min(seconds)
 
 
+def read_rate(m, size=2**28):
+    """Returns the bytes per second that this device reads from memory: a sum over a tensor, the best of 8."""
+    x = torch.ones(size // 4, device=m.device)
+    seconds = []
+    for _ in range(8):
+        start = time.perf_counter()
+        x.sum().item()  # the host waits for the device
+        seconds.append(time.perf_counter() - start)
+    return size / min(seconds)
+
+
 def peak_memory(m):
     """Returns the most bytes used so far: on a GPU by torch's allocator, elsewhere by the process."""
     if m.kind == 'cuda':
