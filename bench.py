@@ -30,13 +30,14 @@ from model import GPT, GPTConfig
 from nanoloop import WORLD
 from nanoloop.baselines import apply_baseline
 from nanoloop.batches import Batch
-from nanoloop.bench_decode import decoding_ways, print_timings, time_decoding
+from nanoloop.bench_decode import bytes_per_step, decoding_ways, print_timings, time_decoding
 from nanoloop.checkpoint import find_from_flags, load_checkpoint
 from nanoloop.checks import Choice, Count, Fraction, NotNegative, Positive, check, settle_fields
 from nanoloop.count import flops, parameters
 from nanoloop.datasets import find_data, read_meta
-from nanoloop.decode import cast_linears_
-from nanoloop.machine import matmul_rate, peak_memory, setup
+from nanoloop.decode import prepare_linears_
+from nanoloop.machine import matmul_rate, peak_memory, read_rate, setup
+from nanoloop.number_lists import Numbers, read_numbers
 from nanoloop.objective import (
     OBJECTIVE,
     TrainingLoss,
@@ -62,7 +63,9 @@ class BenchConfig:
     nvlink: Positive | None = None  # plan: GB/s between GPUs of a node, one direction; None = the GPU's
     infiniband: Positive | None = None  # plan: Gb/s of each GPU to other nodes, one direction; None = usual
     tokens: Count = 256  # mode=decode: new tokens per row
-    sequences: Count = 1  # mode=decode: rows of the batch
+    prompt: Count = 16  # mode=decode: tokens of the prompt
+    sequences: Numbers(int, 1) = '1'  # mode=decode: rows of the batch, or several such as 1,8,64
+    bandwidth: Positive | None = None  # mode=decode: GB/s of the device's memory; None = measured by a sum
     exit_threshold: NotNegative | None = None  # mode=decode: of every rule, in its own unit; None = advised
     draft_tokens: Count = 4  # mode=decode: tokens per draft of speculation, one loop each
     vs: str = ''  # flags of a second setting, as in the docstring's example; '' = none
@@ -73,6 +76,7 @@ class BenchConfig:
     def __post_init__(self):
         """Raises UserError for a value out of its bounds."""
         settle_fields(self)
+        check(self.sequences, 'sequences', '', 'a number of rows, such as 8, or several: 1,8,64')
 
 
 class Setting:
@@ -133,12 +137,19 @@ def measure_decoding(c, m):
         model, checkpoint = load_checkpoint(checkpoint, m.device, **{key: c[key] for key in given})
         name = f'{checkpoint["path"]}, step {int(checkpoint["iter_num"])}'
     print(f'{name}: {model.get_num_params():,} parameters, n_loop {model.config.n_loop}')
-    prompts = torch.randint(model.config.vocab_size, (c.sequences, 16), device=m.device)
-    cast_linears_(model, m.dtype)
-    ways = decoding_ways(model, c.sequences, c.draft_tokens, c.exit_threshold, c.compile)
-    with m.autocast():
-        timings = time_decoding(model, prompts, c.tokens, ways, c.rounds)
-    print_timings(timings, c.tokens, c.sequences, model.config.n_loop, print)
+    prepare_linears_(model, m.dtype)
+    bandwidth = c.bandwidth * 1e9 if c.bandwidth else read_rate(m)
+    how = 'as given' if c.bandwidth else 'measured, a sum over 256 MiB'
+    print(f'memory bandwidth: {bandwidth / 1e9:.1f} GB/s, {how}')
+    for n_rows in read_numbers(c.sequences):
+        prompts = torch.randint(model.config.vocab_size, (n_rows, c.prompt), device=m.device)
+        ways = decoding_ways(model, n_rows, c.draft_tokens, c.exit_threshold, c.compile)
+        with m.autocast():
+            timings = time_decoding(model, prompts, c.tokens, ways, c.rounds)
+        step_bytes = bytes_per_step(model, n_rows, range(c.prompt + 1, c.prompt + max(c.tokens, 2)))
+        about = f'{n_rows} rows, a prompt of {c.prompt} tokens, a step reads {step_bytes / 2**20:.1f} MiB'
+        print(f'{about} (the weights of every executed layer, keys and values)')
+        print_timings(timings, c.tokens, n_rows, model.config.n_loop, step_bytes, bandwidth, print)
 
 
 def print_counts(c):

@@ -38,7 +38,7 @@ from nanoloop.checkpoint import (
     load_checkpoint,
 )
 from nanoloop.checks import AtLeast, AtMost, Count, Name, Size, check, settle_fields
-from nanoloop.decode import cast_linears_
+from nanoloop.decode import prepare_linears_
 from nanoloop.machine import autocast, choose_device, choose_dtype, hand_over_threads
 from nanoloop.shared_cpu import share_cpu
 
@@ -147,7 +147,7 @@ def main(argv):
     print_error(about)
     if tokenizer.note:
         print_error(tokenizer.note)
-    cast_linears_(model, dtype)
+    prepare_linears_(model, dtype)
     chat = ChatModel(model, tokenizer, c.text, c.context)
 
     def under_autocast():

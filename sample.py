@@ -33,7 +33,7 @@ from nanoloop.checkpoint import (
     load_checkpoint,
 )
 from nanoloop.checks import Above, AtMost, Choice, Count, Name, NotNegative, Size, check, settle_fields
-from nanoloop.decode import Stats, cast_linears_
+from nanoloop.decode import Stats, prepare_linears_
 from nanoloop.early_exit import EXIT, make_early_exit
 from nanoloop.generate import Generation
 from nanoloop.lens import predictions_by_loop
@@ -177,7 +177,7 @@ def main(argv):
         print_error(tokenizer.note)
     start, prompt = read_prompt(c.start, tokenizer, model.config.vocab_size)
 
-    cast_linears_(model, dtype)
+    prepare_linears_(model, dtype)
     if c.lens:
         with autocast(device.type, dtype):
             print_lens(c, model, tokenizer, prompt, early_exit, about)

@@ -1,14 +1,16 @@
 """
-Measures ways of decoding, which take turns: tokens per second, time to the first token, KV cache and loops.
+Measures ways of decoding, which take turns: tokens per second, time to the first token, the share of the
+memory bandwidth, KV cache and loops.
 """
 
 import statistics
 import time
 from dataclasses import dataclass, field
 
+from model import POS
 from nanoloop.decode import Stats
 from nanoloop.early_exit import EXIT, EarlyExit
-from nanoloop.generate import Generation
+from nanoloop.generate import Generation, tokens_in_view
 
 RECOMPUTING = 'recomputing all'
 
@@ -73,14 +75,45 @@ def time_decoding(model, prompts, n_tokens, ways, rounds):
     return timings
 
 
-def print_timings(timings, n_tokens, n_rows, n_loop, say):
-    """Prints the medians of a table {name: Timing}. ratio: speed / that of `cached`."""
-    say(f'{"decoding":22} {"tokens/s":>9} {"ratio":>6} {"first, ms":>9} {"cache, MiB":>10} {"loops":>6}')
+def bytes_per_step(model, n_rows, lengths):
+    """Returns the bytes that a step of one token per row must read, all loops, the mean over row lengths.
+
+    Weights of every executed layer, so those of the loop n_loop times, and of the head, once for all rows.
+    Keys and values in view, in every executed layer, for each row. lengths: the tokens of a row, one number
+    per step, with the new one.
+    """
+    c, parts = model.config, model.transformer
+
+    def size(*modules):
+        return sum(p.nbytes for module in modules for p in module.parameters())
+
+    weights = size(parts.prelude, parts.coda, parts.ln_f, model.lm_head)
+    weights += c.n_loop * size(parts.recur, model.inject, model.norm_recur, model.update)
+    learned = POS[c.pos].learned
+    views = [tokens_in_view(n, c.block_size) if learned else min(n, c.block_size) for n in lengths]
+    columns = 0
+    for block in (*parts.prelude, *c.n_loop * [*parts.recur], *parts.coda):
+        columns += sum(min(n, model.window + 1) if block.windowed else n for n in views) / len(views)
+    column = 2 * (c.n_kv_head or c.n_head) * (c.n_embd // c.n_head) * model.lm_head.weight.itemsize
+    return weights + n_rows * columns * column
+
+
+def print_timings(timings, n_tokens, n_rows, n_loop, step_bytes, bandwidth, say):
+    """Prints the medians of a table {name: Timing}.
+
+    ratio: speed / that of `cached`. step_bytes: see bytes_per_step; bandwidth: bytes per second of the
+    device. mbu, memory bandwidth utilisation: of ways that make a token of every row per step, in all loops.
+    """
+    columns = f'{"tokens/s":>9} {"ratio":>6} {"first, ms":>9} {"mbu":>6} {"cache, MiB":>10} {"loops":>6}'
+    say(f'{"decoding":22} {columns}')
     for name, timing in timings.items():
         rate = n_tokens * n_rows / statistics.median(timing.seconds)
         pairs = zip(timings['cached'].seconds, timing.seconds, strict=True)
         ratio = statistics.median(cached / seconds for cached, seconds in pairs)
-        first = 1000 * statistics.median(timing.first_seconds)
+        first = statistics.median(timing.first_seconds)
         size = f'{timing.stats.cache_bytes / 2**20:.2f}' if timing.stats else '-'
-        loops = timing.stats.mean_loops if timing.stats else n_loop
-        say(f'{name:22} {rate:9.1f} {ratio:6.2f} {first:9.1f} {size:>10} {loops:6.2f}')
+        loops, mbu = timing.stats.mean_loops if timing.stats else n_loop, '-'
+        if timing.stats and loops == n_loop and not timing.stats.drafted and n_tokens > 1:
+            step = (statistics.median(timing.seconds) - first) / (n_tokens - 1)
+            mbu = f'{step_bytes / step / bandwidth:.1%}'
+        say(f'{name:22} {rate:9.1f} {ratio:6.2f} {1000 * first:9.1f} {mbu:>6} {size:>10} {loops:6.2f}')

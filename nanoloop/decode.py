@@ -21,20 +21,35 @@ import torch
 
 from nanoloop.checks import check
 from nanoloop.kv_cache import KVCache, cache_update
-from nanoloop.machine import compile_step, onednn_for
+from nanoloop.machine import compile_step, onednn_for, onednn_linear, onednn_linear_is_faster
 
 
-def cast_linears_(model, dtype):
-    """Casts weights and biases of all Linear layers to dtype, in place: autocast then casts none per token.
+class OneDNNLinear(torch.nn.Linear):
+    """A Linear layer of a model that only decodes: it cannot be trained."""
 
-    The model then runs under autocast in dtype only, and can no longer be trained. A tied head becomes a copy
-    of its own. Embeddings, norms and the exit gate stay as they are. With float32 nothing happens.
+    def forward(self, x):
+        return onednn_linear(x, self.weight, self.bias)
+
+
+def prepare_linears_(model, dtype):
+    """Makes all Linear layers fast for decoding under autocast in dtype, in place. No more training then.
+
+    In a low precision weights and biases are cast, so that autocast casts none per token; a tied head becomes
+    a copy of its own. In float32 layers become OneDNNLinear where that is faster. Embeddings, norms and the
+    exit gate stay as they are.
     """
-    if dtype != torch.float32:
-        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach())  # no longer the embedding's
-        for module in model.modules():
-            if isinstance(module, torch.nn.Linear) and module is not model.exit_gate:
-                module.to(dtype)
+    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    for module in linears:
+        kind = type(module)
+        if module is model.exit_gate:
+            continue
+        if dtype != torch.float32:
+            weight = module.weight.detach()  # a head's is no longer the embedding's
+            module.weight = torch.nn.Parameter(weight)
+            module.to(dtype)
+        elif onednn_linear_is_faster(module.weight) and not issubclass(kind, OneDNNLinear):
+            is_plain = kind is torch.nn.Linear  # else a class with a forward of its own, which calls Linear's
+            module.__class__ = OneDNNLinear if is_plain else type(kind.__name__, (kind, OneDNNLinear), {})
 
 
 @dataclass

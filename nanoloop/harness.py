@@ -35,7 +35,7 @@ from nanoloop.checkpoint import (
     load_checkpoint,
 )
 from nanoloop.checks import UserError, check, missing_package
-from nanoloop.decode import Stats, cast_linears_
+from nanoloop.decode import Stats, prepare_linears_
 from nanoloop.generate import Generation
 from nanoloop.harness_args import GenerationArgs, ModelArgs, make
 from nanoloop.machine import setup
@@ -110,7 +110,7 @@ class NanoLoop(TemplateLM):
         self._device, self.batch_size, self.max_length = m.device, c.batch_size, config.block_size
         self.generator = torch.Generator(m.device).manual_seed((seed + m.rank) % 2**63)
         self.model, self.checkpoint = load_checkpoint(found, m.device)
-        cast_linears_(self.model, m.dtype)
+        prepare_linears_(self.model, m.dtype)
         self.mean_loops = {}  # {kind of request: loops per token of the last call}
         about = ' '.join([f'n_loop={self.policy.n_loop}', self.policy.name]).strip()
         log.info('%s: %s; %s', found['path'], about, m.line)

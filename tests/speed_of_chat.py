@@ -23,7 +23,7 @@ from nanoloop.chat.chat_model import ChatModel
 from nanoloop.chat.conversation import Conversation, Turn
 from nanoloop.chat.settings import Settings
 from nanoloop.checkpoint import find_tokenizer, load_checkpoint
-from nanoloop.decode import cast_linears_
+from nanoloop.decode import prepare_linears_
 from nanoloop.generate import Generation
 from nanoloop.machine import autocast, choose_dtype
 
@@ -68,7 +68,7 @@ def compare(folder, repeats, name, answer):
     """
     dtype, _ = choose_dtype('auto', 'cpu')
     model, checkpoint = load_checkpoint(folder)
-    cast_linears_(model, dtype)
+    prepare_linears_(model, dtype)
     chat = ChatModel(model, find_tokenizer(checkpoint))
     command = [sys.executable, str(ROOT / 'chat.py'), f'--init_from={folder}', '--web=True', '--port=0']
     command += ['--temperature=0', f'--max_new_tokens={N_TOKENS}']

@@ -21,7 +21,7 @@ from model import GPT, GPTConfig
 from nanoloop.bench_decode import recompute, time_decoding
 from nanoloop.checkpoint import load_checkpoint
 from nanoloop.datasets import Split, find_data, read_meta
-from nanoloop.decode import Decoder, cast_linears_
+from nanoloop.decode import Decoder, prepare_linears_
 from nanoloop.early_exit import EarlyExit
 from nanoloop.generate import generate, stream
 from nanoloop.machine import autocast
@@ -32,8 +32,9 @@ LOOPS = 8
 def against_recomputing(tokens=512, rounds=3):
     torch.manual_seed(0)
     model = GPT(GPTConfig(n_embd=384, n_head=6, vocab_size=65)).eval()
-    low = copy.deepcopy(model)
-    cast_linears_(low, torch.bfloat16)
+    full, low = copy.deepcopy(model), copy.deepcopy(model)
+    prepare_linears_(full, torch.float32)
+    prepare_linears_(low, torch.bfloat16)
     idx = torch.zeros(1, 1, dtype=torch.long)
 
     def sampled(model, dtype, **options):
@@ -41,7 +42,7 @@ def against_recomputing(tokens=512, rounds=3):
             yield from stream(model, idx, tokens, temperature=0, **options)
 
     ways = {'recomputing, float32': lambda: recompute(model, idx, tokens)}
-    for name, *args in (('float32', model, torch.float32), ('bfloat16 weights', low, torch.bfloat16)):
+    for name, *args in (('float32', full, torch.float32), ('bfloat16 weights', low, torch.bfloat16)):
         ways[f'cached, {name}'] = functools.partial(sampled, *args)
         ways[f'compiled, {name}'] = functools.partial(sampled, *args, compile=True)
     seconds = {name: [] for name in ways}

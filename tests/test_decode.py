@@ -7,14 +7,14 @@ import pytest
 import torch
 import torch._dynamo.utils
 import torch._inductor.config
-from decoding import IDX, confident, dividing_threshold, expected, gated, make, padded
+from decoding import IDX, SIZES, confident, dividing_threshold, expected, gated, make, padded
 from helpers import pairwise
 from test_model import PAIRS, options
 
-from model import MLP_ACT, NORM, NORM_PLACE, POS, STATE, UPDATE, Injection, LoopPart
-from nanoloop import early_exit, kv_cache
+from model import MLP_ACT, NORM, NORM_PLACE, POS, STATE, UPDATE, Injection, LoopPart, attend
+from nanoloop import decode, early_exit, kv_cache, machine
 from nanoloop.bench_decode import decoding_ways
-from nanoloop.decode import Decoder, Stats, cast_linears_
+from nanoloop.decode import Decoder, OneDNNLinear, Stats, prepare_linears_
 from nanoloop.early_exit import EXIT, EarlyExit, ExitInputs, ExitRule
 from nanoloop.generate import Generation, generate, stream
 
@@ -139,12 +139,60 @@ def test_compiled_steps_are_the_same_steps(monkeypatch):
 @torch.no_grad()
 def test_cast_weights_are_what_autocast_makes_of_them():
     model, low = (make(double=False, pos='rope', exit_gate=True) for _ in range(2))
-    cast_linears_(low, torch.bfloat16)
+    prepare_linears_(low, torch.bfloat16)
     assert low.transformer.wte.weight.dtype == low.exit_gate.weight.dtype == torch.float32
     assert low.lm_head.weight.dtype == low.inject.weight.dtype == torch.bfloat16
     with torch.autocast('cpu', dtype=torch.bfloat16):
         tokens = [torch.stack([*stream(m, IDX[:, :5], 12, temperature=0)]) for m in (model, low)]
         assert torch.equal(*tokens) and torch.equal(*(m(IDX[:, :9])[0] for m in (model, low)))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    'keys', [dict(), dict(bias=True, tie_weights=False), dict(pos='rope', exit_gate=True)]
+)
+def test_float32_layers_that_only_decode_give_the_same_up_to_rounding(keys, monkeypatch):
+    """oneDNN's against float64: all products but the gate's, from one row to a whole prompt."""
+    if not torch.backends.cpu.get_cpu_capability().startswith('AVX'):
+        pytest.skip('needs x86')
+    model, calls, real = make(double=False, **keys), [], decode.onednn_linear
+    monkeypatch.setattr(decode, 'onednn_linear', lambda *args: calls.append(args[0]) or real(*args))
+    prepare_linears_(model, torch.float32)
+    assert not any(isinstance(module, OneDNNLinear) for module in model.modules())  # too small
+    monkeypatch.setattr(machine, 'ONEDNN_MIN_WEIGHTS', 1)
+    for _ in range(2):  # doing it twice is doing it once
+        prepare_linears_(model, torch.float32)
+    check_decoding(model, [3, 11, 5], 4, atol=1e-4)
+    n_layers = 4 * SIZES['n_loop'] * SIZES['n_block'] + SIZES['n_loop'] + 4 * 2 + 1  # blocks, W[e; s], head
+    calls.clear()
+    token = IDX[:, :1]
+    logits = model(token)[0]
+    assert len(calls) == n_layers
+    assert torch.allclose(logits.double(), make(**keys)(token)[0], atol=1e-5)
+    if keys.get('tie_weights', True):
+        assert model.lm_head.weight is model.transformer.wte.weight
+
+
+@torch.no_grad()
+def test_a_compiled_step_gets_plain_products():
+    """inductor refuses oneDNN's op with a weight that is no constant."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph.code)
+        return graph
+
+    layer, x = OneDNNLinear(8, 8), torch.ones(1, 8)
+    assert torch.allclose(torch.compile(layer, backend=backend, fullgraph=True)(x), layer(x))
+    assert len(graphs) == 1 and 'mkldnn' not in graphs[0]
+
+
+def test_a_single_token_attends_in_float32_on_a_cpu():
+    """bfloat16 inputs, one rounding at the end: to the bit. torch's bfloat16 kernel rounds in between."""
+    q, k, v = (torch.randn(2, 3, n, 8, generator=torch.Generator().manual_seed(n)) for n in (1, 40, 41))
+    q, k, v = q.bfloat16(), k.bfloat16(), v[:, :, 1:].bfloat16()
+    exact = torch.nn.functional.scaled_dot_product_attention(q.float(), k.float(), v.float()).bfloat16()
+    assert torch.equal(attend(q, k, v, None, 0.0), exact)
 
 
 def test_only_few_tokens_go_without_onednn(monkeypatch):

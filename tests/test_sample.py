@@ -11,7 +11,9 @@ import torch
 import bench
 import sample
 import train
+from model import GPT, GPTConfig
 from nanoloop.added_tokens import chat_tokenizer
+from nanoloop.bench_decode import bytes_per_step
 from nanoloop.generate import Generation
 from nanoloop.tokenizer import Bytes, Characters
 from sample import TextStream, main
@@ -263,6 +265,26 @@ def test_bench_sets_ways_of_decoding_side_by_side(call, flags, tmp_path):
         'exit=gate at 0.5',
     ]
     assert [line[:22].strip() for line in table] == [*names, 'speculate=4']
-    out = call(bench.main, '--mode=decode', *options, '--tokens=6', '--rounds=1', '--sequences=2')[1]
-    assert [line[:22].strip() for line in out[out.index('decoding ') :].splitlines()[1:]] == names
-    assert float(table[1].split()[2]) == 1.0
+    assert 'GB/s, measured' in out and float(table[1].split()[2]) == 1.0
+    more = ['--sequences=2,3', '--prompt=5', '--bandwidth=100']
+    out = call(bench.main, '--mode=decode', *options, '--tokens=6', '--rounds=1', *more)[1]
+    assert 'bandwidth: 100.0 GB/s, as given' in out and '3 rows, a prompt of 5 tokens, a step reads' in out
+    for table in out.split('decoding ')[1:]:
+        lines = [line for line in table.splitlines()[1:] if not line.endswith('values)')]
+        assert [line[:22].strip() for line in lines] == names
+        assert ['%' in line for line in lines[:3]] == [False, True, True]
+    status, _, err = call(bench.main, '--mode=decode', *options, '--sequences=')
+    assert status == 2 and "sequences='', expected a number of rows" in err
+
+
+def test_a_step_reads_what_its_products_and_its_attention_read():
+    """Counted by hand: the loop's weights once per loop, keys and values of every row and executed layer."""
+    keys = dict(n_embd=8, n_head=2, n_kv_head=1, vocab_size=7, block_size=6, norm='rmsnorm_fixed', pos='rope')
+    model = GPT(
+        GPTConfig(n_prelude=1, n_block=1, n_coda=1, n_loop=3, window_pattern='LS', window_size=2, **keys)
+    )
+    layer = 16 * 8 + 8 * 8 + 2 * 32 * 8  # c_attn, c_proj, the MLP
+    weights = 5 * layer + 3 * 16 * 8 + 7 * 8  # executed layers, W[e; s] in every loop, the head
+    assert bytes_per_step(model, 4, [1]) == 4 * (weights + 4 * 5 * 8)
+    columns = (4 + 6) / 2 * 2 + 3 * 3  # at lengths 4 and 9: prelude and coda see up to 6, the loop 3
+    assert bytes_per_step(model, 4, [4, 9]) == 4 * (weights + 4 * columns * 8)
