@@ -5,13 +5,14 @@
 
 out_dir = 'out-shakespeare-char-cpu'
 dataset = 'shakespeare_char'
-max_iters = 800
-eval_interval = 800  # one evaluation, at the end
+max_iters = 200
+eval_interval = 200
+eval_at_start = False  # one evaluation, at the end
 eval_iters = 0  # over the whole split
 log_interval = 50
 
 block_size = 64
-batch_size = 12
+batch_size = 24
 
 # plain: all layers inside a loop that runs once
 n_prelude, n_block, n_coda, n_loop = 0, 4, 0, 1
@@ -22,10 +23,14 @@ n_head = 4
 n_embd = 128
 pos = 'rope'  # with qk_norm it bears three times nanoGPT's learning rate
 qk_norm = True
+mlp = 'relu2'
 
-learning_rate = 4e-3
+optimizer = 'muon'  # of the blocks' matrices; it needs a third of AdamW's tokens here
+matrix_lr = 0.02
+learning_rate = 8e-3  # of the embedding and the norms
 min_lr = 0.0
 lr_schedule = 'linear'
-warmdown_frac = 0.4
-warmup_iters = 60
-beta1 = 0.8
+warmdown_frac = 0.8
+warmup_iters = 5
+beta1 = 0.9
+beta2 = 0.95

@@ -9,6 +9,7 @@ include('train_shakespeare_char_cpu.py')
 out_dir = 'out-shakespeare-char-sampled-cpu'
 max_iters = 1500
 eval_interval = 500
+eval_at_start = True
 eval_iters = 40
 
 block_size = 128
@@ -21,3 +22,11 @@ norm, norm_loop = 'rmsnorm', True
 n_head = 6
 n_embd = 192
 dropout = 0.1
+mlp = 'gelu'
+
+optimizer = 'adamw'
+matrix_lr = None
+learning_rate = 4e-3
+warmdown_frac = 0.4
+warmup_iters = 60
+beta1, beta2 = 0.8, 0.99
