@@ -269,10 +269,11 @@ def test_training_begins_with_the_average_or_evaluates_it(call, folder, flags, t
     status, out, _ = call(train.main, *begin, '--weights=ema', '--max_iters=0')
     assert status == 0 and 'average of the weights of' in out
     assert same(load(tmp_path / 'b' / 'ckpt.pt')['model'], average_of(folder))
-    # the key is not inherited: going on takes the weights of the checkpoint
-    status, out, _ = call(
-        train.main, f'--out_dir={tmp_path}/b', '--init_from=resume', '--max_iters=1', '--sample_tokens=0'
-    )
+    # the key is not inherited: going on takes the weights of the checkpoint, and so does evaluating them
+    resume = [f'--out_dir={tmp_path}/b', '--init_from=resume']
+    status, out, _ = call(train.main, *resume, '--eval_only=True')
+    assert status == 0 and 'val loss ' in out and 'loss_ema' not in out
+    status, out, _ = call(train.main, *resume, '--max_iters=1', '--sample_tokens=0')
     assert status == 0 and 'weights was' not in out
     status, out, _ = call(
         train.main, f'--out_dir={folder}/ema', '--init_from=resume', '--eval_only=True', '--weights=ema'
