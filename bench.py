@@ -36,6 +36,7 @@ from nanoloop.checks import Choice, Count, Fraction, NotNegative, Positive, chec
 from nanoloop.count import flops, parameters
 from nanoloop.datasets import find_data, read_meta
 from nanoloop.decode import prepare_linears_
+from nanoloop.ema import make_average
 from nanoloop.machine import matmul_rate, peak_memory, read_rate, setup
 from nanoloop.number_lists import Numbers, read_numbers
 from nanoloop.objective import (
@@ -93,7 +94,7 @@ class Setting:
         set_trained_parts(self.model, OBJECTIVE[c.objective])
         self.training_loss = TrainingLoss(self.model, c)
         self.optimizers, _ = make_optimizers(self.model, c)
-        self.scaler = m.scaler()
+        self.scaler, self.average = m.scaler(), make_average(self.model, c)
         tokens = torch.randint(c.vocab_size, (c.batch_size, c.block_size + 1))
         idx, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()  # (B, T) each
         self.batches = itertools.repeat(Batch(idx, targets, c.seed))
@@ -109,6 +110,8 @@ class Setting:
         for _ in range(steps):
             n_loop = loops_at(self.step, self.c)
             train_step(self.training_loss, self.optimizers, self.scaler, self.batches, n_loop, self.c, self.m)
+            if self.average:
+                self.average.update()
             self.step, self.flops = self.step + 1, self.flops + training_flops(self.model, self.c, n_loop)
         return (time.perf_counter() - start) / steps
 
@@ -128,7 +131,7 @@ class Setting:
 def measure_decoding(c, m):
     """Prints how fast a model decodes, in all ways that are possible with it."""
     given = {key: c[key] for key in c.given}
-    checkpoint = find_from_flags(c.init_from, c.out_dir, given, say=print_error)
+    checkpoint = find_from_flags(c.init_from, c.out_dir, given, say=print_error, weights=c.weights)
     torch.manual_seed(c.seed)
     if checkpoint is None:
         model, name = GPT(c.build(GPTConfig)).to(m.device).eval(), 'random weights'
@@ -136,6 +139,7 @@ def measure_decoding(c, m):
         given = {field.name for field in fields(GPTConfig)} & c.given
         model, checkpoint = load_checkpoint(checkpoint, m.device, **{key: c[key] for key in given})
         name = f'{checkpoint["path"]}, step {int(checkpoint["iter_num"])}'
+        name += ', the average of the weights' * (c.weights == 'ema')
     print(f'{name}: {model.get_num_params():,} parameters, n_loop {model.config.n_loop}')
     prepare_linears_(model, m.dtype)
     bandwidth = c.bandwidth * 1e9 if c.bandwidth else read_rate(m)
@@ -179,6 +183,14 @@ def print_plan(c):
     print(*describe_plan(plan_run(c, config, c.plan), c), sep='\n')
 
 
+def check_mode(c, decoding):
+    """Raises UserError for keys that have no meaning in what is measured. decoding: it is decoding."""
+    expected = 'scratch, or --mode=decode without count_only and plan'
+    check(decoding or c.init_from == 'scratch', 'init_from', c.init_from, expected)
+    check(decoding or c.weights == 'raw', 'weights', c.weights, 'raw, or --mode=decode with --init_from')
+    check(not (decoding and c.vs), 'vs', c.vs, 'nothing with --mode=decode')
+
+
 @command
 def main(argv):
     keys = (BenchConfig, TrainConfig, GPTConfig)
@@ -195,9 +207,7 @@ def main(argv):
                 print(f'vocab_size={setting.vocab_size} is assumed: {error}')
     counting = c.count_only or c.plan
     decoding = c.mode == 'decode' and not counting
-    expected = 'scratch, or --mode=decode without count_only and plan'
-    check(decoding or c.init_from == 'scratch', 'init_from', c.init_from, expected)
-    check(not (decoding and c.vs), 'vs', c.vs, 'nothing with --mode=decode')
+    check_mode(c, decoding)
     if counting:
         for setting, name in zip(settings, ('this', c.vs), strict=False):
             if c.vs:

@@ -30,14 +30,14 @@ from nanoloop.chat.engine import Engine
 from nanoloop.chat.settings import Settings
 from nanoloop.chat.terminal import Terminal
 from nanoloop.checkpoint import (
-    BEST,
+    WEIGHTS,
     check_tokenizer,
     describe_checkpoint,
-    find_from_flags,
+    find_model,
     find_tokenizer,
     load_checkpoint,
 )
-from nanoloop.checks import AtLeast, AtMost, Count, Name, Size, check, settle_fields
+from nanoloop.checks import AtLeast, AtMost, Choice, Count, Name, Size, check, settle_fields
 from nanoloop.decode import prepare_linears_
 from nanoloop.machine import autocast, choose_device, choose_dtype, hand_over_threads
 from nanoloop.shared_cpu import share_cpu
@@ -48,6 +48,7 @@ class ChatConfig:
     # model
     out_dir: Name = 'out'  # folder of a run (its best.pt, else its ckpt.pt), or another name as in init_from
     init_from: Name = 'resume'  # resume (the model in out_dir), a folder, a file, gpt2..gpt2-xl, ouro:FOLDER
+    weights: Choice(WEIGHTS) = 'raw'  # ema: load the average of the weights, which train.py saves with --ema
     text: bool = False  # continue the bare text, as a base model, even if the tokenizer knows conversations
     # conversation
     prompt: str = ''  # a question: prints the answer and ends; '' = a conversation
@@ -139,7 +140,7 @@ def main(argv):
     device, _ = choose_device(c.device)
     dtype, _ = choose_dtype(c.dtype, device.type)
     check_tokenizer(c.out_dir if c.init_from == 'resume' else c.init_from)
-    checkpoint = find_from_flags(c.init_from, c.out_dir, words=('resume',), prefer=BEST, say=print_error)
+    checkpoint = find_model(c, print_error)
     tokenizer = find_tokenizer(checkpoint)
     model, _ = load_checkpoint(checkpoint, device)
     settings.policy(model)

@@ -29,10 +29,10 @@ import torch
 from model import GPT
 from nanoloop import RANK
 from nanoloop.checkpoint import (
-    BEST,
+    WEIGHTS,
     check_tokenizer,
     configure_checkpoint,
-    find_from_flags,
+    find_model,
     find_tokenizer,
     load_checkpoint,
 )
@@ -53,6 +53,7 @@ class EvalConfig:
     # model
     out_dir: Name = 'out'  # folder of a run (its best.pt, else its ckpt.pt), or another name as in init_from
     init_from: Name = 'resume'  # resume (the model in out_dir), a folder, a file, gpt2..gpt2-xl, ouro:FOLDER
+    weights: Choice(WEIGHTS) = 'raw'  # ema: load the average of the weights, which train.py saves with --ema
     # what is measured
     tasks: Name = 'loss'  # names with commas between them: loss, core, mano, gsm8k, chatcore, ...
     loops: Numbers(int, 1) = ''  # numbers of loops, such as 1,2,4,8: all in one pass; '' = the model's
@@ -159,7 +160,7 @@ def main(argv):
     check(Path(items_file).parent.is_dir(), 'items', items_file, 'a file in a folder that exists')
     # first all that can be wrong, then the weights
     check_tokenizer(c.out_dir if c.init_from == 'resume' else c.init_from)
-    checkpoint = find_from_flags(c.init_from, c.out_dir, words=('resume',), prefer=BEST, say=say)
+    checkpoint = find_model(c, say)
     config, *_ = configure_checkpoint(checkpoint)
     tokenizer = find_tokenizer(checkpoint)
     policies = make_policies(c, config)
@@ -172,7 +173,8 @@ def main(argv):
     model, _ = load_checkpoint(checkpoint, m.device)
     say(m.line)
     step = int(checkpoint['iter_num'])
-    say(f'{checkpoint["path"]}: step {step}, rows in {results.path}')
+    average = ', the average of the weights' * (c.weights == 'ema')
+    say(f'{checkpoint["path"]}: step {step}{average}, rows in {results.path}')
     base = dict(dtype=str(m.dtype)[6:], step=step, run=results.run, checkpoint=checkpoint['path'])
     evaluator = Evaluator(model, m, policies, results, base, c.batch_tokens, items_file, Progress)
     try:

@@ -18,8 +18,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # ours come first, also with python -P
 from configurator import command, configure, print_error
-from nanoloop.checkpoint import BEST, EXPORTED, find_from_flags, load_checkpoint, tokenizer_dict
-from nanoloop.checks import Name, check, missing_package, settle_fields
+from nanoloop.checkpoint import EXPORTED, WEIGHTS, find_model, load_checkpoint, tokenizer_dict
+from nanoloop.checks import Choice, Name, check, missing_package, settle_fields
 from nanoloop.files import replace_file, sync, write_json
 
 FILES = 'model.safetensors', 'tokenizer.json', 'config.json'
@@ -29,6 +29,7 @@ FILES = 'model.safetensors', 'tokenizer.json', 'config.json'
 class ExportConfig:
     out_dir: Name = 'out'  # folder of a run (its best.pt, else its ckpt.pt), or another name as in init_from
     init_from: Name = 'resume'  # resume (the model in out_dir), a folder, a file, gpt2..gpt2-xl, ouro:FOLDER
+    weights: Choice(WEIGHTS) = 'raw'  # ema: load the average of the weights, which train.py saves with --ema
     to: str = ''  # folder to write to, created if missing; has to be given
 
     def __post_init__(self):
@@ -62,7 +63,7 @@ def main(argv):
     present = {path.name.removesuffix('.tmp') for path in folder.glob('*')}  # .tmp: of an interrupted export
     others = sorted(present - set(FILES))
     check(not others, 'to', c.to, f'a folder for the model alone, there is {", ".join(others[:3])} in it')
-    checkpoint = find_from_flags(c.init_from, c.out_dir, words=('resume',), prefer=BEST, say=print_error)
+    checkpoint = find_model(c, print_error)
     model, _ = load_checkpoint(checkpoint)
     tokenizer = tokenizer_dict(checkpoint)
     if tokenizer is None:
@@ -76,6 +77,7 @@ def main(argv):
     write_json(spec, tokenizer, indent=1)
     write_json(config, asdict(model.config), indent=1)
     size, path = weights.stat().st_size / 2**20, checkpoint['path']
+    path += ', the average of the weights' * (c.weights == 'ema')
     print(f'{path}: {model.get_num_params():,} parameters, {size:,.1f} MiB in {folder}')
 
 

@@ -25,10 +25,10 @@ from configurator import command, configure, print_error, printable
 import torch
 
 from nanoloop.checkpoint import (
-    BEST,
+    WEIGHTS,
     check_tokenizer,
     describe_checkpoint,
-    find_from_flags,
+    find_model,
     find_tokenizer,
     load_checkpoint,
 )
@@ -51,6 +51,7 @@ class SampleConfig:
     # model
     out_dir: Name = 'out'  # folder of a run (its best.pt, else its ckpt.pt), or another name as in init_from
     init_from: Name = 'resume'  # resume (the model in out_dir), a folder, a file, gpt2..gpt2-xl, ouro:FOLDER
+    weights: Choice(WEIGHTS) = 'raw'  # ema: load the average of the weights, which train.py saves with --ema
     # text
     start: str = (
         ''  # prompt, also with special tokens; FILE:PATH = a file; '' = the end-of-text token, or newline
@@ -166,7 +167,7 @@ def main(argv):
     dtype, _ = choose_dtype(c.dtype, device.type)
     compile, _ = choose_compile(c.compile, device.type, 0)
     check_tokenizer(c.out_dir if c.init_from == 'resume' else c.init_from)
-    checkpoint = find_from_flags(c.init_from, c.out_dir, words=('resume',), prefer=BEST, say=print_error)
+    checkpoint = find_model(c, print_error)
     tokenizer = find_tokenizer(checkpoint)
     model, _ = load_checkpoint(checkpoint, device)
     if early_exit:

@@ -29,7 +29,7 @@ import torch
 from model import GPTConfig
 from nanoloop import RANK, ROOT, report
 from nanoloop.baselines import BASELINE, apply_baseline
-from nanoloop.checkpoint import checkpoint_paths, configure_checkpoint
+from nanoloop.checkpoint import WEIGHTS, checkpoint_paths, configure_checkpoint
 from nanoloop.checks import (
     AtLeast,
     AtMost,
@@ -47,6 +47,7 @@ from nanoloop.checks import (
 )
 from nanoloop.count import parameters
 from nanoloop.diagnose import Look
+from nanoloop.ema import SUFFIX, evaluate_weights, make_average
 from nanoloop.machine import CompileMode, peak_memory, setup
 from nanoloop.number_lists import Numbers
 from nanoloop.objective import (
@@ -68,7 +69,7 @@ from nanoloop.optimizer import (
     make_optimizers,
     prepare_step,
 )
-from nanoloop.parallel import leave, max_over_ranks, on_rank0, reduce_sum, total_norm, whole_weights, wrap
+from nanoloop.parallel import leave, max_over_ranks, on_rank0, reduce_sum, total_norm, wrap
 from nanoloop.pretraining import find_initial_checkpoint, pretraining, settle_epochs
 from nanoloop.rl import RLConfig, check_rl_keys, reinforcement
 from nanoloop.run_folder import Log, append_evaluation, git_commit, open_out_dir
@@ -90,6 +91,7 @@ class TrainConfig:
     diagnose: Size = 0  # steps between diagnostics of the loop's states and gradients; 0 = none
     always_save_checkpoint: bool = True  # no effect (nanoGPT's key): every evaluation saves ckpt.pt
     init_from: Name = 'scratch'  # scratch, resume, auto (resume, else scratch), gpt2..gpt2-xl, a PATH
+    weights: Choice(WEIGHTS) = 'raw'  # ema: the average of the weights of init_from=PATH, or with eval_only
     sample_tokens: Size = 200  # tokens of the sample printed at the end; 0 = none
     wandb_log: bool = False  # also log to Weights & Biases
     wandb_project: str = 'nanoloop'  # name of the project in Weights & Biases
@@ -123,6 +125,7 @@ class TrainConfig:
     beta2: Share = 0.95  # AdamW beta2
     adam_eps: NotNegative = 1e-8  # AdamW epsilon
     grad_clip: NotNegative = 1.0  # largest L2 norm of the gradient; 0 = no clipping
+    ema: Share | None = None  # decay of a moving average of the weights, such as 0.999; None or 0 = none
     max_bad_steps: Count = 3  # end the run after this many steps in a row with a non-finite gradient
     patience: Size = 0  # end the run after so many evaluations in a row without a better val loss; 0 = never
     # learning rate
@@ -193,7 +196,7 @@ class Trainer:
             self.last_step = step_of_max_flops(c, self.step, self.flops_done, self.flops)
         steps = 'epochs' if c.epochs else 'max_iters'
         self.limit = steps if self.last_step == c.max_iters else 'max_flops'  # the key that ends it
-        self.lock = self.log = None
+        self.lock = self.log = self.average = None
 
     def open_folder(self):
         """Locks out_dir and makes the log, which takes the folder after the first step. Rank 0 only."""
@@ -227,6 +230,7 @@ class Trainer:
             self.restore()
         elif self.task.origin:
             self.say(self.task.origin)
+        self.average = make_average(self.model, c, self.state, self.say)
         self.git, self.state = git_commit(), None  # lets go of the checkpoint's memory
         left = max(0, self.last_step - self.step)
         cost = report.describe_cost(m, self.flops(c.n_loop), left)
@@ -286,6 +290,8 @@ class Trainer:
             if look and self.m.rank == 0:
                 self.log.write(look.line(self.step), {'iter': self.step, **look.values})
             self.bad_steps.count(self.step, result, self.saved)
+            if self.average and math.isfinite(result.grad_norm):  # else the step has changed no weight
+                self.average.update()
             self.step += 1
             self.signals.save_first()
             if first:
@@ -307,12 +313,12 @@ class Trainer:
 
     def evaluate(self):
         """Returns the validation loss, a line and a record; None if a signal came first."""
-        start = time.monotonic()
-        with whole_weights(self.model):
-            losses = self.task.evaluate()
+        start, suffix = time.monotonic(), SUFFIX * (self.c.eval_only and self.c.weights == 'ema')
+        losses = evaluate_weights(self.task.evaluate, self.model, self.average, suffix)
         if losses is None:
             return None
-        return losses['val']['loss'], *report.evaluation_line(self.step, losses, time.monotonic() - start)
+        loss = losses[suffix]['val']['loss']  # of the weights, which decides on best.pt and patience
+        return loss, *report.evaluation_line(self.step, losses, time.monotonic() - start)
 
     def evaluate_only(self):
         """Evaluates once and adds the result to eval.jsonl of a resumed run. A signal ends it at once."""
@@ -365,7 +371,7 @@ class Trainer:
         expected = f'a lower one, the weights are not finite; the last good checkpoint: {last}'
         check(finite, 'learning_rate', self.c.learning_rate, expected)
         checkpoint = dict(
-            **whole_states(self.m, self.model, self.optimizers),
+            **whole_states(self.m, self.model, self.optimizers, self.average),
             scaler=self.scaler.state_dict(),
             model_args=asdict(self.model.config),
             iter_num=self.step,

@@ -36,6 +36,8 @@ NAME_KINDS += "a folder of transformers' GPT-2", 'ouro:FOLDER'
 
 EXPORTED = ('iter_num', 'loops_trained')  # further keys of a checkpoint that export.py writes
 
+WEIGHTS = 'raw', 'ema'  # which weights of a checkpoint are loaded: its own, or their average
+
 # the keys of GPTConfig that may differ from the checkpoint's: the weights keep their meaning
 CHANGEABLE = 'dropout bptt_k n_loop state_init state_std update_alpha rope_base block_size recompute'.split()
 
@@ -66,19 +68,53 @@ def find_checkpoint(name, given=None, prefer=LATEST, say=None, key='checkpoint',
 
 
 def find_from_flags(
-    init_from, out_dir, given=None, prefer=LATEST, say=None, words=('scratch', 'resume', 'auto')
+    init_from,
+    out_dir,
+    given=None,
+    prefer=LATEST,
+    say=None,
+    words=('scratch', 'resume', 'auto'),
+    weights='raw',
 ):
     """Returns the checkpoint that a script's --init_from and --out_dir name, None for random weights.
 
+    weights: see take_weights.
     given, prefer, say: see find_checkpoint. words: the values of init_from that are no names, some of scratch
     (random weights), resume (out_dir has the name) and auto (resume if out_dir is the folder of a run with a
     checkpoint, else scratch).
     """
     if init_from not in words:
-        return find_checkpoint(init_from, given, prefer, say, 'init_from', words)
-    if init_from == 'scratch' or (init_from == 'auto' and not checkpoint_paths(out_dir, prefer)):
+        checkpoint = find_checkpoint(init_from, given, prefer, say, 'init_from', words)
+    elif init_from == 'scratch' or (init_from == 'auto' and not checkpoint_paths(out_dir, prefer)):
+        check(weights != 'ema', 'weights', weights, f'raw with init_from={init_from}: there is no checkpoint')
         return None
-    return find_checkpoint(out_dir, given, prefer, say, 'out_dir')
+    else:
+        checkpoint = find_checkpoint(out_dir, given, prefer, say, 'out_dir')
+    return take_weights(checkpoint, weights)
+
+
+def find_model(c, say):
+    """Returns the checkpoint with the model that a script's keys init_from, out_dir and weights name.
+
+    say: called with a line about each broken file.
+    """
+    return find_from_flags(c.init_from, c.out_dir, None, BEST, say, words=('resume',), weights=c.weights)
+
+
+def take_weights(checkpoint, weights):
+    """Returns a checkpoint whose entry `model` has the weights that are to be loaded.
+
+    weights: one of WEIGHTS. raw: the checkpoint as it is. ema: the average of those that were trained, see
+    nanoloop/ema.py, beside the others; an entry `weights` says so. Raises UserError if there is no average.
+    """
+    if weights == 'raw':
+        return checkpoint
+    check(weights in WEIGHTS, 'weights', weights, f'one of {", ".join(WEIGHTS)}')
+    expected = (
+        f'raw: {checkpoint["path"]} has no average of the weights, which train.py saves with --ema=0.999'
+    )
+    check(checkpoint.get('ema'), 'weights', weights, expected)
+    return checkpoint | dict(model=checkpoint['model'] | checkpoint['ema']['weights'], weights=weights)
 
 
 def checkpoint_paths(name, prefer=LATEST):
@@ -171,6 +207,7 @@ def describe_checkpoint(checkpoint, config, n_loop):
     """Returns a line on the checkpoint, the number of loops, and the numbers that it was trained with."""
     step, trained = int(checkpoint['iter_num']), checkpoint.get('loops_trained', [config.n_loop])
     at_step = f'step {step}, ' if step else ''
+    at_step += 'the average of the weights, ' if checkpoint.get('weights') == 'ema' else ''
     note = '' if n_loop in trained else f', trained with {", ".join(map(str, trained))}'
     return f'{checkpoint["path"]}: {at_step}n_loop {n_loop}{note}'
 
@@ -210,18 +247,20 @@ FORMATS = {  # the first that recognises model_args; each program has keys that 
 }
 
 
-def load_checkpoint(name, device='cpu', prefer=BEST, say=warnings.warn, **changes):
+def load_checkpoint(name, device='cpu', prefer=BEST, say=warnings.warn, weights='raw', **changes):
     """Returns (the model in eval mode, its checkpoint) of a name, or of a dict from find_checkpoint.
 
-    prefer, say: see find_checkpoint. changes: see configure_checkpoint. Raises UserError if the checkpoint is
-    broken or does not fit, or if a change would give its weights another meaning.
+    prefer, say: see find_checkpoint. weights: see take_weights. changes: see configure_checkpoint. Raises
+    UserError if the checkpoint is broken or does not fit, or if a change would give its weights another
+    meaning.
     """
     checkpoint = name if isinstance(name, dict) else find_checkpoint(name, changes, prefer, say)
-    config, weights, fresh = configure_checkpoint(checkpoint, **changes)
+    checkpoint = take_weights(checkpoint, weights)
+    config, values, fresh = configure_checkpoint(checkpoint, **changes)
     if growth := checkpoint.get('growth'):
-        weights = grow_rows(weights, growth, config.tie_weights)
+        values = grow_rows(values, growth, config.tie_weights)
     model = GPT(config)
-    load_weights(model, weights | initial_values(model, fresh, weights))
+    load_weights(model, values | initial_values(model, fresh, values))
     return model.to(device).eval(), checkpoint
 
 

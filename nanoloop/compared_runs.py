@@ -15,7 +15,7 @@ import numpy as np
 
 from nanoloop.checkpoint import BEST, checkpoint_paths, configure_checkpoint, read_checkpoint
 from nanoloop.checks import UserError, check
-from nanoloop.results import KEY, VALUES, as_text, read_csv, run_id
+from nanoloop.results import AVERAGED, KEY, VALUES, as_text, read_csv, run_id
 from nanoloop.run_folder import read_records
 from nanoloop.tables import read_jsonl
 from nanoloop.uncertainty import Pairs
@@ -25,7 +25,7 @@ from nanoloop.uncertainty import Pairs
 MEASURES = dict(accuracy=('items',), loss=('tokens', 'items'), centered=('items',), bpb=())
 # keys of a run that may differ between the seeds of a configuration
 FREE = 'out_dir init_from seed device compile backend eval_only sample_tokens diagnose log_interval'.split()
-FREE += 'wandb_log wandb_project wandb_run_name peak_flops always_save_checkpoint dataset'.split()
+FREE += 'weights wandb_log wandb_project wandb_run_name peak_flops always_save_checkpoint dataset'.split()
 
 
 class Run:
@@ -44,7 +44,8 @@ class Run:
         check(lines, 'run', name, f'one with rows{f" of step {step}" if step else ""} in {self.path}')
         check_numbers(lines, self.path)
         own = self.path.resolve()
-        self.name = own.parent.name if own.name == 'eval.csv' else own.stem.removeprefix('eval-')
+        beside = {'eval.csv': own.parent.name, f'eval{AVERAGED}.csv': own.parent.name + AVERAGED}
+        self.name = beside.get(own.name, own.stem.removeprefix('eval-'))
         runs = {line['run'] for line in lines}
         check(len(runs) == 1, 'run', name, f'rows of one run, not of {" and ".join(sorted(runs))}')
         self.id = lines[0]['run'] or str(own)
@@ -60,7 +61,7 @@ class Run:
                 checkpoint = read_checkpoint(path)
             except UserError:
                 continue  # it is broken, and another one may say the same
-            if run_id(checkpoint) == self.id:
+            if run_id(checkpoint) == self.id.removesuffix(AVERAGED):
                 found.append(checkpoint)
         return found
 

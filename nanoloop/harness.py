@@ -27,10 +27,9 @@ import numpy as np
 import torch
 
 from nanoloop.checkpoint import (
-    BEST,
     check_tokenizer,
     configure_checkpoint,
-    find_from_flags,
+    find_model,
     find_tokenizer,
     load_checkpoint,
 )
@@ -100,7 +99,7 @@ class NanoLoop(TemplateLM):
         super().__init__()
         c = make(ModelArgs, 'model_args', args)
         check_tokenizer(c.out_dir if c.init_from == 'resume' else c.init_from)
-        found = find_from_flags(c.init_from, c.out_dir, words=('resume',), prefer=BEST, say=log.warning)
+        found = find_model(c, log.warning)
         config, *_ = configure_checkpoint(found)
         self.policy = c.policy(config)
         self.words = find_tokenizer(found)  # the harness expects chat templates of `tokenizer`
@@ -119,6 +118,7 @@ class NanoLoop(TemplateLM):
         """Returns what the harness writes into its file of results about the model."""
         return dict(
             checkpoint=self.checkpoint['path'],
+            weights=self.checkpoint.get('weights', 'raw'),
             step=int(self.checkpoint['iter_num']),
             n_loop=self.policy.n_loop,
             policy=self.policy.name,

@@ -9,6 +9,7 @@ from typing import Annotated
 import torch
 
 from model import GPT
+from nanoloop.checkpoint import WEIGHTS
 from nanoloop.checks import (
     Above,
     AtLeast,
@@ -50,6 +51,7 @@ class ModelArgs:
 
     out_dir: Name = 'out'
     init_from: Name = 'resume'
+    weights: Choice(WEIGHTS) = 'raw'
     n_loop: Count | None = None
     exit: Choice(('', *EXIT)) = ''
     exit_threshold: NotNegative | None = None

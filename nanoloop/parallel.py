@@ -168,21 +168,26 @@ def whole_state(m, part):
     )
 
 
+def local_parts(tensors):
+    """Returns the plain tensors of a list: this rank's parts of sharded ones, the others as they are."""
+    return [tensor.to_local() if is_sharded(tensor) else tensor for tensor in tensors]
+
+
+def part_like(value, p):
+    """Returns this rank's part of a whole tensor as a DTensor, if p is sharded; else the value itself."""
+    if not is_sharded(p) or not isinstance(value, torch.Tensor) or value.shape != p.shape:
+        return value  # such as an optimizer's number of steps
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
+
+
 def shard_state(optimizer, state):
     """Returns an optimizer's state dict of whole tensors, with this rank's parts of them if it is sharded."""
     params = [p for group in optimizer.param_groups for p in group['params']]
-    if not any(map(is_sharded, params)):
-        return state
-    from torch.distributed.tensor import distribute_tensor
-
-    def part_of(value, p):
-        if not isinstance(value, torch.Tensor) or value.shape != p.shape:
-            return value  # such as the number of steps
-        return distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
-
     values = {}
     for i, kept in state['state'].items():
-        values[i] = {name: part_of(value, params[i]) for name, value in kept.items()}
+        values[i] = {name: part_like(value, params[i]) for name, value in kept.items()}
     return dict(state, state=values)
 
 

@@ -33,6 +33,7 @@ from nanoloop.optimizer import OPTIMIZER, group_names
 FLOAT = 4  # bytes of a float32
 STATE_BYTES = {'adamw': 2 * FLOAT, 'muon': FLOAT}  # per parameter: two moments, one momentum
 NODE = 8  # GPUs of a node
+AVERAGE = 'average of the weights'  # the row of the key ema
 
 
 class Gpu(NamedTuple):
@@ -99,11 +100,12 @@ def ring(n_bytes, n_gpus, node=NODE):
 class Way(NamedTuple):
     """A way to share a run among GPUs. P: parameters; trained: those with a gradient; n: GPUs."""
 
-    memory: Callable  # (P, trained, bytes of the optimizer states, n) -> {what: bytes of a GPU}
+    # (P, trained, bytes of the optimizer states, bytes of the average, n) -> {what: bytes of a GPU}
+    memory: Callable
     wires: Callable  # (P, trained, n) -> (Wire of gathering weights, Wire of reducing gradients), of a step
 
 
-def ddp_memory(P, trained, state, n):
+def ddp_memory(P, trained, state, average, n):
     """Returns {what: bytes} of DDP. It reduces the gradients in buckets, which are a second copy of them."""
     return {
         'weights': FLOAT * P,
@@ -111,10 +113,11 @@ def ddp_memory(P, trained, state, n):
         'gradients': FLOAT * trained,
         'buckets, or whole gradients': FLOAT * trained * (n > 1),
         'optimizer states': float(state),
+        AVERAGE: float(average),
     }
 
 
-def fsdp_memory(P, trained, state, n):
+def fsdp_memory(P, trained, state, average, n):
     """Returns {what: bytes} of FSDP2.
 
     Gathered weights and whole gradients stay until the step's last backward pass: its pass through the first
@@ -126,6 +129,7 @@ def fsdp_memory(P, trained, state, n):
         'gradients': FLOAT * trained / n,
         'buckets, or whole gradients': FLOAT * trained * (n > 1),
         'optimizer states': state / n,
+        AVERAGE: average / n,
     }
 
 
@@ -164,6 +168,7 @@ class Plan(NamedTuple):
     parameters: int
     trained: int  # of the parameters
     state: int  # bytes of the optimizers' states
+    average: int  # bytes of the average of the weights, 0 without ema
     activations: Activations
     step_flops: float  # of all GPUs
     step_tokens: int
@@ -202,11 +207,13 @@ def plan_run(c, config, n_gpus):
     window = sum(once.values()) * c.batch_size * c.block_size / speed
     tokens = c.gradient_accumulation_steps * c.batch_size * c.block_size
     flops = training_flops(model, c, c.n_loop) * tokens
+    trained = sum(p.numel() for _, p in trained_parameters(model, OBJECTIVE[c.objective]))
     return Plan(
         n_gpus=n_gpus,
         parameters=sizes['total'],
-        trained=sum(p.numel() for _, p in trained_parameters(model, OBJECTIVE[c.objective])),
+        trained=trained,
         state=optimizer_bytes(model, c),
+        average=FLOAT * trained if c.ema else 0,
         activations=activations(config, c, dtype, largest),
         step_flops=flops,
         step_tokens=tokens,
@@ -220,7 +227,9 @@ def plan_run(c, config, n_gpus):
 
 def memory_of(plan, way):
     """Returns {what: bytes of a GPU} of a way."""
-    parts = WAYS[way].memory(plan.parameters, plan.trained, plan.state, plan.n_gpus)
+    parts = WAYS[way].memory(plan.parameters, plan.trained, plan.state, plan.average, plan.n_gpus)
+    if not plan.average:
+        del parts[AVERAGE]
     saved, copies, peak = plan.activations
     activations = {'activations': saved - copies, 'weights cast for their uses': copies}
     return parts | activations | {'temporary': peak - saved}

@@ -119,12 +119,16 @@ def find_initial_checkpoint(c, say=None):
         check(c.init_from == 'auto', 'init_from', c.init_from, expected)
         if earlier and say:
             say(f'init_from=auto: a new run begins, there is no checkpoint in {c.out_dir}; {earlier}')
-    checkpoint = find_from_flags(c.init_from, c.out_dir, {key: c[key] for key in c.given}, say=say)
+    goes_on = c.init_from in ('resume', 'auto') and not c.eval_only
+    expected = f'raw with init_from={c.init_from}, which goes on with the weights; a PATH takes their average'
+    check(c.weights == 'raw' or not goes_on, 'weights', c.weights, expected)
+    given = {key: c[key] for key in c.given}
+    checkpoint = find_from_flags(c.init_from, c.out_dir, given, say=say, weights=c.weights)
     resuming = checkpoint is not None and c.init_from in ('resume', 'auto')
     if resuming:
         complete = 'format_version' in checkpoint
         check(complete, 'init_from', c.init_from, 'a path: that file has no state to resume')
-        free = c.keys() - c.given - {'init_from', 'out_dir'}
+        free = c.keys() - c.given - {'init_from', 'weights', 'out_dir'}
         c.update({key: value for key, value in checkpoint['config'].items() if key in free})
     return checkpoint, resuming
 
@@ -218,4 +222,5 @@ def origin(c, checkpoint):
     growth = checkpoint.get('growth')
     grown = f', {growth}' if growth else ''
     name = checkpoint['path'] if c.init_from in ('resume', 'auto') else c.init_from
-    return f'weights of {name}, step {int(checkpoint.get("iter_num", 0))}{gate}{grown}'
+    average = 'average of the ' if checkpoint.get('weights') == 'ema' else ''
+    return f'{average}weights of {name}, step {int(checkpoint.get("iter_num", 0))}{gate}{grown}'

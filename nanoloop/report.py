@@ -173,7 +173,7 @@ def differences(c, machine, state, new_measure=()):
     pairs = (c, state['config'], 'changed'), (machine, state['machine'], 'not bit-exact')
     lines = [f'changed: {text}' for text in new_measure]
     for new, old, what in pairs:
-        for key in sorted(new.keys() & old.keys() - {'init_from', 'out_dir', 'eval_only'}):
+        for key in sorted(new.keys() & old.keys() - {'init_from', 'weights', 'out_dir', 'eval_only'}):
             if new[key] != old[key]:
                 lines.append(f'{what}: {was_is(key, old[key], new[key])}')
     yield from dict.fromkeys(lines)
@@ -192,14 +192,15 @@ def resuming_line(step, last_step, limit):
 
 
 def evaluation_line(step, losses, seconds):
-    """Returns the line and the record of an evaluation. losses: see Task.evaluate."""
+    """Returns the line and the record of an evaluation. losses: see ema.evaluate_weights."""
     shown, record = [], {'iter': step}
-    if 'train' in losses:
-        record['train/eval_loss'] = losses['train']['loss']
-        shown.append(f'train loss {record["train/eval_loss"]:.4f}')
-    for key, value in losses['val'].items():
-        record[f'val/{key}'] = value
-        shown.append(f'val {key} {value:{".2f" if key == "ppl" else ".4f"}}')
+    for suffix, losses_of in losses.items():
+        if 'train' in losses_of:
+            record[f'train/eval_loss{suffix}'] = loss = losses_of['train']['loss']
+            shown.append(f'train loss{suffix} {loss:.4f}')
+        for key, value in losses_of['val'].items():
+            record[f'val/{key}{suffix}'] = value
+            shown.append(f'val {key}{suffix} {value:{".2f" if key == "ppl" else ".4f"}}')
     return f'step {step}: {", ".join(shown)}, took {seconds:.1f}s', record
 
 

@@ -30,6 +30,8 @@ COLUMNS = ('task', 'loops', 'policy', *VALUES, 'mean_loops', 'flops_per_token', 
 COLUMNS += ('dtype', 'step', 'run', 'checkpoint')
 KEY = ('task', 'loops', 'policy', 'settings', 'dtype', 'step')  # two lines with the same ones are the same
 
+AVERAGED = '-ema'  # behind the run, and behind the name of the file, of results of the weights' average
+
 SHOWN = dict(  # {title: (column, its standard error, format)} of the printed table
     loss=('loss', 'loss_se', '.4f'),
     ppl=('ppl', None, '.3f'),
@@ -41,7 +43,12 @@ SHOWN = dict(  # {title: (column, its standard error, format)} of the printed ta
 
 
 def run_id(checkpoint):
-    """Returns what is the same for all checkpoints of a run: its id, or a hash of weights if it has none."""
+    """Returns what is the same for all checkpoints of a run: its id, or a hash of weights if it has none.
+
+    The average of the weights is as another run.
+    """
+    if checkpoint.get('weights') == 'ema':
+        return run_id(checkpoint | dict(weights='raw')) + AVERAGED
     if checkpoint.get('wandb_id'):
         return checkpoint['wandb_id']
     digest = hashlib.sha256()
@@ -52,11 +59,15 @@ def run_id(checkpoint):
 
 
 def csv_beside(checkpoint):
-    """Returns the path of eval.csv for a checkpoint: in its folder; here, with its name, if it has none."""
+    """Returns the path of eval.csv for a checkpoint: in its folder; here, with its name, if it has none.
+
+    It is eval-ema.csv for the average of the weights.
+    """
     path = Path(checkpoint['path'])
+    name = f'eval{AVERAGED}.csv' if checkpoint.get('weights') == 'ema' else 'eval.csv'
     if path.is_dir():
-        return path / 'eval.csv'
-    return path.parent / 'eval.csv' if path.is_file() else Path(f'eval-{path.name}.csv')
+        return path / name
+    return path.parent / name if path.is_file() else Path(f'eval-{path.name}.csv')
 
 
 class Results:

@@ -46,7 +46,9 @@ def open_out_dir(out_dir, say=None):
 def archive_previous_run(out_dir, say=None):
     """Moves the files of an earlier run to out_dir/run-N, if it has saved a checkpoint or logged a step."""
     paths = [out_dir / name for name in ('ckpt.pt', 'prev.pt', 'best.pt', 'log.jsonl')]
-    paths += [out_dir / name for name in ('eval.jsonl', 'eval.csv', 'eval.png')]
+    paths += [
+        out_dir / name for name in ('eval.jsonl', 'eval.csv', 'eval.png', 'eval-ema.csv', 'eval-ema.png')
+    ]
     paths += sorted(out_dir.glob('best-before-*.pt'))
     paths = [path for path in paths if path.exists()]
     logged = any(path.suffix == '.jsonl' and b'\n' in path.read_bytes() for path in paths)

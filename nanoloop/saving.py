@@ -16,10 +16,14 @@ from nanoloop.files import reason_of, replace_file, sync, sync_folder
 from nanoloop.parallel import whole_state
 
 
-def whole_states(m, model, optimizers):
-    """Returns the entries `model` and `optimizer` of a checkpoint; of sharded weights on rank 0 only."""
+def whole_states(m, model, optimizers, average=None):
+    """Returns the entries `model`, `optimizer` and, with an average, `ema` of a checkpoint.
+
+    They are whole on every rank, but on rank 0 only if the weights are sharded. average: an ema.Average.
+    """
     states = [whole_state(m, optimizer) for optimizer in optimizers]
-    return dict(model=whole_state(m, model), optimizer=states if len(states) > 1 else states[0])
+    entries = dict(model=whole_state(m, model), optimizer=states if len(states) > 1 else states[0])
+    return entries if average is None else dict(entries, ema=whole_state(m, average))
 
 
 def save_checkpoint(out_dir, checkpoint, log, best, old_best=None, say=None):

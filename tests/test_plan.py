@@ -193,6 +193,15 @@ def test_bench_plans_a_run_without_allocating_its_model(call):
     assert hours == pytest.approx(1000 * (busy + seconds) / 3600, abs=0.01)
 
 
+def test_a_plan_has_the_bytes_of_the_average(call):
+    argv = 'config/train_ouro_1_4b.py --plan=8 --n_block=1 --optimizer=muon'.split()
+    plain, averaged = (figures(call(bench.main, *argv, *more)[1]) for more in ([], ['--ema=0.999']))
+    assert averaged.pop('average of the weights') == plain['weights']  # as many, and shared in the same way
+    sums = [table['sum, of 79'] for table in (plain, averaged)]
+    assert sums[1] == pytest.approx([a + b for a, b in zip(sums[0], plain['weights'], strict=True)], abs=0.02)
+    assert plain.keys() == averaged.keys()
+
+
 @pytest.mark.parametrize(
     'flags, expected',
     [

@@ -191,7 +191,14 @@ def run_as_rank(rank, argv):
 
 
 KEYS = '--gradient_accumulation_steps=4 --dropout=0.1 --loop_sampling=poisson --loop_max=5 --diagnose=7'
-KEYS = [*KEYS.split(), '--eval_loops=1,6', '--learning_rate=1e-3', '--lr_decay_iters=24', '--shard=True']
+KEYS = [
+    *KEYS.split(),
+    '--eval_loops=1,6',
+    '--learning_rate=1e-3',
+    '--lr_decay_iters=24',
+    '--shard=True',
+    '--ema=0.7',
+]
 
 
 def test_a_run_goes_on_with_two_sharded_processes_or_with_one(call, flags, tmp_path):
@@ -203,7 +210,7 @@ def test_a_run_goes_on_with_two_sharded_processes_or_with_one(call, flags, tmp_p
     assert sharded['machine']['processes'] == 2
     assert call(train.main, *argv, '--max_iters=16')[0] == 0
     alone = load(tmp_path / 'out' / 'ckpt.pt')
-    for part in 'model', 'optimizer':
+    for part in 'model', 'optimizer', 'ema':
         assert describe(sharded[part]) == describe(alone[part])
     start_two(run_as_rank, [*argv, '--max_iters=24'])
     logs = [read_log(tmp_path / name) for name in ('out', 'whole')]
