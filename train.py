@@ -180,7 +180,7 @@ class Trainer:
         self.new_measure = report.other_measure(state, c, task.checkpoint_extra) if state else []
         before = {} if self.new_measure else state
         self.best = before.get('best_val_loss', math.inf)
-        self.evaluated = before.get('evaluated', -1)  # step of the last evaluation
+        self.evaluated = before.get('evaluated', -1 if c.eval_at_start else 0)  # step of the last evaluation
         self.evals_since_best = before.get('stale', 0)
         self.saved = self.step if state else None  # step of the last checkpoint
         same = -max_over_ranks(m, -self.step) == max_over_ranks(m, self.step)
@@ -266,8 +266,7 @@ class Trainer:
         batches, meter = self.task.batches(self.step), report.Meter(self.step, self.flops_done)
         while not self.stopped():
             # evaluate the loss on both splits and write a checkpoint
-            due = self.step % c.eval_interval == 0 and (self.step > 0 or c.eval_at_start)
-            due = due or self.step >= self.last_step
+            due = self.step % c.eval_interval == 0 or self.step >= self.last_step
             if due and self.step > self.evaluated:
                 with self.signals.ignore_errors_after_signal():
                     self.evaluate_and_save()
