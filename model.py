@@ -498,8 +498,7 @@ class CausalSelfAttention(nn.Module):
         qk, v = qkv.split([H + G, G], dim=1)  # (B, H + G, T, D), (B, G, T, D)
         qk = qk if rope is None else apply_rope(qk, rope)
         q, k = self.qk_norm(qk).split([H, G], dim=1)  # (B, H, T, D), (B, G, T, D)
-        k, v = (k, v) if cache is None else cache(k, v)  # (B, G, S, D) each, with the earlier keys and values
-        y = attend(q, k, v, mask, self.dropout if self.training else 0.0)  # (B, H, T, D)
+        y = (cache or attend)(q, k, v, mask, self.dropout if self.training else 0.0)  # (B, H, T, D)
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C), heads side by side
         return F.dropout(y, self.dropout) if self.training else y
 
@@ -636,8 +635,8 @@ class GPT(nn.Module):
         """Returns x (B, T, C) after blocks. state (B, T, C): what inject.hook_state(s) returned;
         blocks with a hook get it.
 
-        caches: for decoding, one function (k, v) -> (k, v) per block. It stores the new keys and values and
-        returns them with the earlier ones.
+        caches: for decoding, one function per block that takes the place of attend. It stores the new keys
+        and values, and attends to them and to the earlier ones.
         """
         for block, cache in zip(blocks, caches or itertools.repeat(None), strict=False):
             mask = attn_inputs.window_mask if block.windowed else attn_inputs.mask

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 
 from nanoloop.checks import check
-from nanoloop.kv_cache import KVCache, cache_update
+from nanoloop.kv_cache import KVCache, cached_attention
 from nanoloop.machine import compile_step, onednn_for, onednn_linear, onednn_linear_is_faster
 
 
@@ -268,5 +268,5 @@ class Decoder:
 
 
 def layer_caches(layers, index):
-    """Returns a function (k, v) -> (k, v) for each layer, as GPT.apply_blocks takes them."""
-    return [functools.partial(cache_update, layer, index) for layer in layers]
+    """Returns a function for each layer that attends with its cache, as GPT.apply_blocks takes them."""
+    return [functools.partial(cached_attention, layer, index) for layer in layers]

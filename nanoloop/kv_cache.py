@@ -15,12 +15,13 @@ Shapes: n rows of T tokens each, S visible columns; G, D as in model.py.
 """
 
 import functools
+import itertools
 import math
 from typing import NamedTuple
 
 import torch
 
-from model import POS, AttnInputs, rope_table
+from model import POS, AttnInputs, attend, rope_table
 from nanoloop.checks import check
 from nanoloop.machine import lazy_zeros
 
@@ -32,9 +33,10 @@ class CacheIndex(NamedTuple):
     """Positions, cache rows and columns of T tokens of n rows, with their attention inputs."""
 
     pos: torch.Tensor  # (T,) or (n, T) positions
-    rows: slice | torch.Tensor  # (n,) rows of the cache; a slice if they are neighbours: nothing is copied
+    rows: slice | torch.Tensor  # (n,) rows of the cache; a slice if they are neighbours
     columns: slice | torch.Tensor  # a slice if they are the same in all rows, else (n, T)
     attn_inputs: AttnInputs
+    runs: list | None = None  # of slices that make up rows, where they are read one by one; None = at once
 
     @property
     def visible(self):
@@ -46,18 +48,37 @@ class CacheIndex(NamedTuple):
         return row + self.rows.start if isinstance(self.rows, slice) else self.rows[row]
 
 
+def runs_of_neighbours(rows):
+    """Returns rows, a rising list, as slices of neighbours: [2, 3, 5] gives 2:4 and 5:6."""
+    starts = [i for i, row in enumerate(rows) if i == 0 or row != rows[i - 1] + 1]
+    return [slice(rows[i], rows[j - 1] + 1) for i, j in itertools.pairwise([*starts, len(rows)])]
+
+
 def cache_update(layer, index, k, v):
-    """Writes k, v (n, G, T, D) into a layer's cache. Returns keys and values in sight, (n, G, S, D) each."""
+    """Writes k, v (n, G, T, D) into a layer's cache."""
     keys, values = layer  # (n_rows, G, capacity + 1, D) each
-    rows, columns, visible = index.rows, index.columns, index.visible
+    rows, columns = index.rows, index.columns
     if isinstance(columns, slice):
         keys[rows, :, columns], values[rows, :, columns] = k, v
-        return keys[rows, :, :visible], values[rows, :, :visible]
+        return
     at = index.cache_rows(torch.arange(len(columns), device=columns.device))  # (n,)
     # torch puts indexed dimensions first where a slice separates them: (n, T, G, D) is written
     keys[at[:, None], :, columns] = k.transpose(1, 2).to(keys.dtype)
     values[at[:, None], :, columns] = v.transpose(1, 2).to(values.dtype)
-    return keys[rows, :, :visible], values[rows, :, :visible]
+
+
+def cached_attention(layer, index, q, k, v, mask, dropout):
+    """Writes k, v (n, G, T, D) into a layer's cache and attends to all that is in sight. See model.attend.
+
+    Rows that are no neighbours are attended to run by run: each run is a view, and nothing is copied.
+    """
+    cache_update(layer, index, k, v)
+    keys, values = (x[:, :, : index.visible] for x in layer)  # (n_rows, G, S, D) each
+    if index.runs is None:
+        return attend(q, keys[index.rows], values[index.rows], mask, dropout)
+    sizes = [run.stop - run.start for run in index.runs]
+    pieces = zip(index.runs, q.split(sizes), mask.split(sizes), strict=True)
+    return torch.cat([attend(q, keys[run], values[run], mask, dropout) for run, q, mask in pieces])
 
 
 class KVCache:
@@ -149,7 +170,10 @@ class KVCache:
         columns = pos % self.capacity
         if real is not None:
             columns = columns.masked_fill(~real, self.capacity)
-        return CacheIndex(pos, rows, columns, self.attn_inputs(pos, visible))
+        runs = None
+        if self.device.type == 'cpu' and not isinstance(rows, slice):  # a GPU copies faster than it launches
+            runs = runs_of_neighbours(rows.tolist())
+        return CacheIndex(pos, rows, columns, self.attn_inputs(pos, visible), runs)
 
     def attn_inputs(self, pos, visible, all_visible=False):
         """Returns the AttnInputs of tokens at pos (T,) or (n, T) that see the first `visible` columns.

@@ -1,5 +1,6 @@
 """What test_decode.py and test_generate.py share: tiny models, and the logits that decoding must give."""
 
+import functools
 import itertools
 import math
 from typing import NamedTuple
@@ -7,7 +8,7 @@ from typing import NamedTuple
 import torch
 from helpers import EXIT, randomize
 
-from model import GPT, POS, GPTConfig
+from model import GPT, POS, GPTConfig, attend
 from nanoloop.generate import tokens_in_view
 
 SIZES = dict(block_size=12, vocab_size=23, n_head=2, n_embd=12, n_prelude=1, n_block=2, n_coda=1, n_loop=2)
@@ -83,12 +84,13 @@ def token_by_token(model, row, n_loop, rule=None, threshold=None, budget=None, w
     coda_in_loop = rule is not None and equation.reads_logits
 
     def stores(blocks, *part):  # one function per block
-        return [lambda k, v, name=(*part, j): store(name, k, v) for j in range(len(blocks))]
+        return [functools.partial(store, (*part, j)) for j in range(len(blocks))]
 
-    def store(name, k, v):
+    def store(name, q, k, v, mask, dropout):
         cached.setdefault(name, {})[t] = k, v
         in_view = [cached[name][u] for u in range(max(0, t + 1 - c.block_size), t + 1)]
-        return tuple(torch.cat(parts, dim=2) for parts in zip(*in_view, strict=True))
+        k, v = (torch.cat(parts, dim=2) for parts in zip(*in_view, strict=True))
+        return attend(q, k, v, mask, dropout)
 
     for t, token in enumerate(row):
         pos = torch.tensor([t])

@@ -215,6 +215,26 @@ def test_only_few_tokens_go_without_onednn(monkeypatch):
 # early exits: every entry of EXIT is tested
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize('rows, runs', [([0, 2, 3, 6], [1, 2, 1]), ([4, 5], None), ([0, 6], [1, 1])], ids=str)
+def test_rows_apart_are_read_in_place(rows, runs, monkeypatch):
+    """Each run of neighbours is a view of the cache. Tokens are those of all rows together."""
+    model, seen, real = make(pos='rope', n_kv_head=1), [], kv_cache.attend
+    idx = torch.randint(23, (7, 10), generator=torch.Generator().manual_seed(0))
+    whole, some = (Decoder(model, 7, 10) for _ in range(2))
+    whole.prefill(idx[:, :9]), some.prefill(idx[:, :9])
+    monkeypatch.setattr(kv_cache, 'attend', lambda *args: seen.append(args[1]) or real(*args))
+    x = some.decode_one_token(idx[rows, 9:], rows)
+    assert all(keys.untyped_storage().data_ptr() == some.cache.keys.data_ptr() for keys in seen)
+    assert [len(keys) for keys in seen] == (runs or [2]) * model.config.depth
+    assert torch.allclose(x, whole.decode_one_token(idx[:, 9:])[rows], atol=1e-12)
+
+
+def test_runs_of_neighbours():
+    assert kv_cache.runs_of_neighbours([2, 3, 5]) == [slice(2, 4), slice(5, 6)]
+    assert kv_cache.runs_of_neighbours([0]) == [slice(0, 1)]
+
+
 def test_every_exit_rule_has_an_equation():
     missing = ', '.join(EXIT.keys() - helpers.EXIT.keys())
     assert not missing, f'write the equation of the exit rule {missing} into EXIT of tests/helpers.py'
