@@ -25,7 +25,7 @@ pos = 'rope'  # with qk_norm it bears three times nanoGPT's learning rate
 qk_norm = True
 mlp = 'relu2'
 
-optimizer = 'muon'  # of the blocks' matrices; it needs a third of AdamW's tokens here
+optimizer = 'muon'  # of the blocks' matrices; it needs half of AdamW's tokens here
 matrix_lr = 0.02
 learning_rate = 8e-3  # of the embedding and the norms
 min_lr = 0.0
@@ -33,4 +33,3 @@ lr_schedule = 'linear'
 warmdown_frac = 0.8
 warmup_iters = 5
 beta1 = 0.9
-beta2 = 0.95

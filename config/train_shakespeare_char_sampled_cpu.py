@@ -29,4 +29,4 @@ matrix_lr = None
 learning_rate = 4e-3
 warmdown_frac = 0.4
 warmup_iters = 60
-beta1, beta2 = 0.8, 0.99
+beta1 = 0.8

@@ -5,7 +5,7 @@ The threads of a matrix product wait for each other in a busy loop, for some mil
 On a CPU of their own that is the fastest way. Beside another busy program it is the slowest: a thread that
 waits so takes the core on which the one that it waits for could run.
 
-libgomp, the OpenMP library of torch on Linux, waits a thousand times shorter as soon as a process has more
+libgomp, the OpenMP library of torch on Linux, waits far shorter as soon as a process has more
 threads than it has cores. So share_cpu() watches how often the system takes a core away from this process.
 While that is often, a second set of threads, which does nothing, makes the first one wait the short way.
 Results do not change: the number of threads that compute does not.

@@ -1,5 +1,6 @@
 """The chat server: OpenAI's form, many clients at once, and what it refuses."""
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -19,6 +20,7 @@ from nanoloop.chat import requests
 from nanoloop.chat.guard import page_response
 from nanoloop.chat.listen import choose_token, is_loopback, served_hosts
 from nanoloop.chat.requests import IGNORED, NEUTRAL, chat_request, read_json
+from nanoloop.chat.server import ChatServer
 from nanoloop.checks import UserError
 from nanoloop.conversation import render_prompt
 
@@ -464,3 +466,32 @@ def test_a_signal_ends_the_server_within_five_seconds(tmp_path, number):
     output = process.communicate(timeout=10)[0]
     assert time.monotonic() - began < 5 and process.returncode == 128 + number
     assert 'the server is stopping' in rest and 'Traceback' not in output
+
+
+def test_a_stream_pauses_only_after_it_has_sent_pieces():
+    """The first token would be late otherwise where it has no text yet, as a part of a character."""
+    pieces, pauses = [[], ['a'], []], []
+
+    class Answer:
+        finish = None
+
+        def take_pieces(self):
+            self.finish = 'stop' if len(pieces) == 2 else self.finish
+            return pieces.pop(0)
+
+    class Changes:
+        async def wait(self, seconds):
+            return True
+
+        async def pause(self, seconds):
+            pauses.append(len(pieces))
+
+    class Request:
+        async def receive(self):
+            await asyncio.sleep(60)
+
+    async def collect():
+        return [some async for some in ChatServer.events(None, Answer(), Changes(), Request())]
+
+    assert asyncio.run(collect()) == [['a']]
+    assert pauses == [1]  # of three looks the second alone
