@@ -16,9 +16,9 @@ while [[ "$1" == --* ]]; do shift; done
 export SLURM_NODEID=3
 set -m
 "$@" &
-trap 'kill -USR1 -- "-$!"' USR1
-status=0; wait "$!" || status=$?
-while kill -0 "$!" 2>/dev/null; do status=0; wait "$!" || status=$?; done
+again=1
+trap 'again=1; kill -USR1 -- "-$!"' USR1
+while [ -n "$again" ]; do again='' status=0; wait "$!" || status=$?; done
 exit "$status"
 """
 SCONTROL = """
