@@ -13,7 +13,7 @@ from nanoloop.chat.answer import Answer, Pieces, Policy
 from nanoloop.chat.chat_model import ChatModel
 from nanoloop.chat.conversation import Conversation, TextFormat, Turn
 from nanoloop.chat.engine import Call, Engine, Full
-from nanoloop.chat.rows import Rows
+from nanoloop.chat.rows import Rows, common_prefix
 from nanoloop.chat.settings import Settings
 from nanoloop.checks import UserError
 from nanoloop.conversation import render, render_prompt
@@ -160,6 +160,31 @@ def test_a_second_turn_computes_no_token_of_the_first_again():
         conversation.turns.append(Turn('assistant', '', answer.tokens))
     (rows,) = engine.rows.values()
     assert rows.n_computed == len(answer.ids) - 1  # its last token was not needed
+
+
+@pytest.mark.parametrize('draft', ['How many loops', 'How many loops?', 'What'])
+def test_a_question_that_was_read_while_it_was_typed_gets_the_same_answer(draft):
+    chat = chat_model(block_size=256)
+    drafted, asked = (Conversation(turns=[Turn('user', text)]) for text in (draft, 'How many loops?'))
+    engine, answer = Engine(chat.model), chat.answer(asked, GREEDY)[0]
+    ids = chat.prompt(drafted, GREEDY)[0]
+    assert engine.read_ahead(answer.policy, ids) == len(ids)
+    run(engine, answer)
+    assert answer.tokens == from_the_beginning(chat, answer.ids[: answer.n_prompt])
+    (rows,) = engine.rows.values()
+    same = common_prefix(ids, answer.ids[: answer.n_prompt - 1])
+    expected = len(ids) + len(answer.ids) - 1 - (same if draft != 'What' else 0)
+    assert rows.n_computed == expected and len(rows.free) == rows.max_rows
+    assert (engine.n_answers, engine.n_tokens) == (1, len(answer.tokens))
+
+
+def test_no_answer_waits_for_a_question_that_is_being_typed():
+    chat = chat_model()
+    engine = Engine(chat.model)
+    answer = chat.answer(Conversation(turns=[Turn('user', 'How many?')]), GREEDY)[0]
+    engine.submit(answer)
+    engine.step()
+    assert engine.active and engine.read_ahead(answer.policy, [1, 2, 3]) == 0
 
 
 def test_a_prompt_is_rendered_as_in_training_and_loses_its_oldest_turns():

@@ -164,6 +164,14 @@ def test_an_answer_grows_before_it_ends_and_says_what_it_took(served, page):
     assert n_shown == 12
 
 
+def test_a_question_is_read_while_it_is_typed(served, page):
+    before, deadline = stats(served), time.monotonic() + 5
+    page.fill('#question', 'a question that no other test has')
+    while stats(served)['computed_tokens'] == before['computed_tokens']:
+        assert time.monotonic() < deadline
+    assert stats(served)['answers'] == before['answers']
+
+
 def test_events_are_read_across_boundaries_of_the_network_and_of_characters(page):
     script = """async size => {
       const text = 'data: {"a": "\\u20ac\\ud83d\\ude00"}\\n\\n: waiting\\r\\n\\r\\ndata: x\\ndata: y\\n\\n';
@@ -492,7 +500,8 @@ def test_wrong_settings_are_not_sent(page):
 
 
 def test_the_page_fits_a_narrow_screen(served, browser):
-    with opened(browser, served.url, viewport=dict(width=360, height=740)) as page:
+    expected = ['400 (Bad Request)']  # the question is too long to be read while it is typed
+    with opened(browser, served.url, expected, viewport=dict(width=360, height=740)) as page:
         page.wait_for_selector('#send:enabled')
         fake(page, sse(('text', 'x' * 300 + '\n```\n' + 'y' * 300 + '\n```', [1], [1])))
         ask(page, 'z' * 300)

@@ -153,6 +153,16 @@ def test_the_lens_tells_what_every_loop_predicted(server, chat):
     )  # fmt: skip
 
 
+def test_a_question_is_read_before_it_is_asked(chat):
+    with serving(chat) as (port, engine):
+        status, _, read = ask(port, 'POST', '/read', dict(messages=QUESTION))
+        n = len(render_prompt(QUESTION, TOKENIZER))
+        assert (status, read) == (200, dict(tokens=n)) and not engine.n_answers
+        answer = complete(port)[2]
+        computed = ask(port, 'GET', '/stats')[2]['computed_tokens']
+    assert computed == answer['usage']['total_tokens']  # of the prompt its last token once more
+
+
 def test_a_second_turn_computes_its_new_tokens_only(chat):
     with serving(chat_model(n_loop=2, block_size=256)) as (port, _):
         first = complete(port)[2]

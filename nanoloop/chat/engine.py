@@ -131,6 +131,21 @@ class Engine:
                     self.fail(answer, error)
         self.n_tokens += len(loops)
 
+    def read_ahead(self, policy, ids):
+        """Reads a prompt into a free row, for an answer that may come. Returns the number of tokens computed.
+
+        For a Call. It computes nothing while answers are generated: none waits for it.
+        """
+        rows = None if self.active else self.rows_for(policy)
+        if rows is None:
+            return 0
+        before, row = rows.n_computed, rows.take(ids)
+        try:
+            rows.read(row, ids)
+        finally:
+            rows.release(row)
+        return rows.n_computed - before
+
     def fail(self, job, error):
         """Ends a job that has raised an error, and tells it."""
         self.say(''.join(traceback.format_exception(error)))

@@ -6,6 +6,7 @@ The chat server: a page for people, and OpenAI's chat completions for programs.
     GET  /v1/models             the one model
     POST /v1/chat/completions   an answer, whole or as server-sent events
     POST /lens                  what each loop predicted for the tokens of an answer
+    POST /read                  reads a question that is still being typed: its answer then begins sooner
 
 Every error is JSON: {"error": {"message": ..., "type": ..., "code": the status}}. Nothing of a conversation
 is logged or kept, but in the KV cache. A closed connection ends its answer.
@@ -13,6 +14,7 @@ is logged or kept, but in the KV cache. A closed connection ends its answer.
 
 import asyncio
 import contextlib
+import functools
 import json
 import secrets
 import time
@@ -59,6 +61,7 @@ class ChatServer:
             Route('/v1/models/{name}', self.models),
             Route('/v1/chat/completions', self.completions, methods=['POST']),
             Route('/lens', self.lens, methods=['POST']),
+            Route('/read', self.read, methods=['POST']),
         ]
         handlers = {
             UserError: lambda request, error: error_response(400, error),
@@ -196,9 +199,23 @@ class ChatServer:
         self.add_system(conversation)
         ids, _ = await asyncio.to_thread(self.chat.prompt, conversation, settings)
         policy = settings.policy(self.chat.model)
+        predictions = functools.partial(self.chat.predictions, [*ids, *tokens], len(ids), policy)
+        return await self.call(predictions, request)
+
+    async def read(self, request):
+        """Reads the prompt of a request into the KV cache, and tells how many tokens it computed."""
+        asked = await asyncio.to_thread(
+            chat_request, await read_body(request), self.defaults, self.chat.config
+        )
+        self.add_system(asked.conversation)
+        ids, _ = await asyncio.to_thread(self.chat.prompt, asked.conversation, asked.settings)
+        policy = asked.settings.policy(self.chat.model)
+        return await self.call(functools.partial(self.engine.read_ahead, policy, ids), request)
+
+    async def call(self, function, request):
+        """Returns the response with the result of a function, which the engine calls between two steps."""
         changed = Changed()
-        call = Call(lambda: self.chat.predictions([*ids, *tokens], len(ids), policy), changed.notify)
-        changed.job = call
+        call = changed.job = Call(function, changed.notify)
         self.engine.submit(call)
         watch = asyncio.create_task(cancel_when_closed(call, request))
         try:
