@@ -1,7 +1,7 @@
 # Ouro 1.4B: 24 layers x 4 loops, 1,434,652,673 parameters.
 # paper: Ouro, arXiv:2510.25741; its stages are config/ouro_stage1a.py, 1b and 2. differs: residual
 # projections start scaled down. Its vocabulary is smaller than GPT-2's. Not trained yet.
-# cost: 1.0e23 FLOPs, calculated: 8,800 hours on 8 H100 at 40 % of their bfloat16 peak.
+# cost: 1.05e23 FLOPs, calculated: 9,200 hours on 8 H100 at 40 % of their bfloat16 peak.
 #   python train.py config/train_ouro_1_4b.py --dataset=DATA
 
 out_dir = 'out-ouro-1-4b'
