@@ -24,6 +24,15 @@ def saving(m, *options):
     return signals
 
 
+@pytest.fixture(autouse=True)
+def handlers_stay():
+    """Puts the handlers of this process back after a test."""
+    before = {number: signal.getsignal(number) for number in NUMBERS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize('number', NUMBERS)
 def test_a_signal_ends_a_run_that_has_nothing_to_save_at_once(number):
     lines, before = [], signal.getsignal(number)
@@ -44,13 +53,10 @@ def test_a_signal_is_noted_when_there_is_something_to_save_and_its_name_is_told(
 
 def test_an_ignored_signal_stays_ignored():
     """As nohup ignores SIGHUP."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with Signals(cpu_machine()) as signals:
-            os.kill(os.getpid(), signal.SIGHUP)
-            assert not signals.stopped()
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with Signals(cpu_machine()) as signals:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not signals.stopped()
 
 
 @pytest.mark.parametrize('world, number', [(1, 0), (2, signal.SIGHUP)])
@@ -92,8 +98,6 @@ def test_after_a_signal_the_handlers_are_restored_or_silent(monkeypatch, world):
         os.kill(os.getpid(), signal.SIGTERM)
         assert signals.stopped() == signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) == (before if world == 1 else signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, before)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def test_what_a_signal_broke_ends_with_its_status():

@@ -50,7 +50,6 @@ def start(folder, script, *argv, **environment):
         PATH=f'{folder}/bin:/usr/bin:/bin', LOG=str(folder), SLURM_SUBMIT_DIR=str(ROOT), PYTHON=sys.executable
     )
     pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    signal.signal(signal.SIGUSR1, signal.SIG_DFL)  # a signal that another test ignores, bash cannot trap
     return subprocess.Popen(['bash', str(ROOT / 'runs' / script), *argv], env=env | environment, **pipe)
 
 
