@@ -174,9 +174,16 @@ def local_parts(tensors):
 
 
 def part_like(value, p):
-    """Returns this rank's part of a whole tensor as a DTensor, if p is sharded; else the value itself."""
-    if not is_sharded(p) or not isinstance(value, torch.Tensor) or value.shape != p.shape:
-        return value  # such as an optimizer's number of steps
+    """Returns a saved tensor as that of p: this rank's part of it as a DTensor, if p is sharded.
+
+    Of the embeddings of more positions than p has, it is the first ones. Other values, such as an optimizer's
+    number of steps, are returned as they are.
+    """
+    if not isinstance(value, torch.Tensor) or value.dim() != p.dim() or not p.dim():
+        return value
+    value = value[: len(p)]
+    if not is_sharded(p):
+        return value
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)

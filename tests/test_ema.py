@@ -176,6 +176,22 @@ def test_a_resumed_run_has_the_average_of_an_uninterrupted_one(call, flags, tmp_
     assert lines[0] == lines[1] and len(lines[0]) == 4
 
 
+def test_with_a_smaller_block_size_the_positions_that_are_left_go_on(call, flags, tmp_path):
+    argv = [*flags, '--pos=learned', '--ema=0.5', '--learning_rate=1e-9', '--min_lr=0']
+    assert call(train.main, *argv, '--max_iters=2')[0] == 0
+    before = load(tmp_path / 'out/ckpt.pt')
+    status, _, err = call(train.main, *argv, '--block_size=4', '--max_iters=3', '--init_from=resume')
+    assert status == 0, err
+    after, name = load(tmp_path / 'out/ckpt.pt'), 'transformer.wpe.weight'
+    assert after['ema']['updates'] == 3
+    assert torch.allclose(after['ema']['weights'][name], before['ema']['weights'][name][:4])
+    shapes = [
+        {values['exp_avg'].shape for values in state['optimizer']['state'].values()}
+        for state in (before, after)
+    ]
+    assert shapes[0] - shapes[1] == {(8, 16)} and shapes[1] - shapes[0] == {(4, 16)}
+
+
 def test_an_average_begins_and_ends_when_a_run_is_resumed(call, flags, tmp_path):
     resume = [*flags, '--init_from=resume', '--lr_decay_iters=12']
     assert call(train.main, *flags, '--max_iters=3')[0] == 0
