@@ -5,8 +5,9 @@
 
 out_dir = 'out-quickstart'
 dataset = 'pystdlib'
-max_iters = 900
-eval_interval = 450
+max_iters = 400
+eval_interval = 200
+eval_at_start = False
 eval_iters = 40
 log_interval = 25
 sample_tokens = 400
@@ -22,8 +23,10 @@ n_embd = 192
 pos = 'rope'
 qk_norm = True
 
-learning_rate = 2e-3
-min_lr = 1e-4
+optimizer = 'muon'  # of the matrices of blocks and injection: less than half of AdamW's steps
+matrix_lr = 0.02
+learning_rate = 8e-3  # of the embedding and the norms
+min_lr = 0.0
 lr_schedule = 'linear'
-warmdown_frac = 0.4
-warmup_iters = 20
+warmdown_frac = 0.8
+warmup_iters = 5

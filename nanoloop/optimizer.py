@@ -1,9 +1,9 @@
 """
 Optimizers, their parameter groups, and the learning rate schedule.
 
-An optimizer is an entry of OPTIMIZER. It takes the groups that it names, AdamW the others. Muon is torch's,
-kellerjordan.github.io/posts/muon: one matrix per nn.Linear, so that queries, keys and values of c_attn are
-orthogonalised together, unlike in looped nanochat.
+An optimizer is an entry of OPTIMIZER. It takes the groups that it names, AdamW the others. For Muon, see
+muon.py, there is one matrix per nn.Linear: queries, keys and values of c_attn are orthogonalised together,
+unlike in looped nanochat.
 """
 
 import math
@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from nanoloop.checks import check
+from nanoloop.muon import Muon
 from nanoloop.parallel import shard_state
 
 # -----------------------------------------------------------------------------
@@ -131,7 +132,7 @@ def adamw(groups, c):
 
 
 def muon(groups, c):
-    return torch.optim.Muon(groups, momentum=momentum_at(0), weight_decay=0.0)
+    return Muon(groups, momentum=momentum_at(0), weight_decay=0.0)
 
 
 def momentum_at(step):
