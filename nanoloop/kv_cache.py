@@ -158,7 +158,7 @@ class KVCache:
         if not compiled:
             return self.index(rows, pos, real, min(end, self.capacity))
         index = self.index(rows, pos, real, min(math.ceil(end / LENGTH_STEP) * LENGTH_STEP, self.capacity))
-        for mask in index.attn_inputs[1:]:
+        for mask in (index.attn_inputs.mask, index.attn_inputs.window_mask):
             torch._dynamo.maybe_mark_dynamic(mask, 3)  # one graph serves all lengths
         return index
 

@@ -3,6 +3,7 @@ The machine that a script runs on: device, precision, compilation, peak FLOP/s a
 """
 
 import contextlib
+import functools
 import math
 import mmap
 import os
@@ -15,10 +16,12 @@ from typing import Annotated
 
 import torch
 
+from model import WINDOWS
 from nanoloop import LOCAL_RANK, PLACE, RANK, WORLD
 from nanoloop.checks import OneOf, check
 from nanoloop.parallel import choose_backend, join
 from nanoloop.shared_cpu import share_cpu
+from nanoloop.windows import flex_windows
 
 KINDS = ('cuda', 'mps', 'cpu')  # of devices; device=auto takes the first one that the machine has
 CompileMode = Annotated[bool | str, OneOf((True, False, 'auto'))]
@@ -107,6 +110,15 @@ def compiler_fault(kind):
         except Exception as error:  # no C++ compiler, no Python headers, no triton: torch raises many types
             fault = (str(error).strip() or type(error).__name__).splitlines()[0][:100]
     return fault
+
+
+@functools.cache
+def can_compile(kind):
+    """Returns whether torch.compile works on a kind of device. It is tried once."""
+    return compiler_fault(kind) is None
+
+
+WINDOWS['cuda'] = functools.partial(flex_windows, works=functools.partial(can_compile, 'cuda'))
 
 
 def autocast(kind, dtype):
