@@ -97,7 +97,7 @@ class Setting:
         self.scaler, self.average = m.scaler(), make_average(self.model, c)
         tokens = torch.randint(c.vocab_size, (c.batch_size, c.block_size + 1))
         idx, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()  # (B, T) each
-        self.batches = itertools.repeat(Batch(idx, targets, c.seed))
+        self.batches = itertools.repeat(Batch(idx, targets, c.seed).to_device(m))
         self.tokens = c.gradient_accumulation_steps * c.batch_size * c.block_size
         self.step, self.flops = 0, 0.0
         self.first = self.run(1)
@@ -105,14 +105,16 @@ class Setting:
         self.memory, self.flops = peak_memory(m), 0.0
 
     def run(self, steps):
-        """Returns the seconds per step. Every step ends with the host waiting for the device."""
+        """Returns the seconds per step. The host waits for the device after the last one only."""
         start = time.perf_counter()
         for _ in range(steps):
             n_loop = loops_at(self.step, self.c)
-            train_step(self.training_loss, self.optimizers, self.scaler, self.batches, n_loop, self.c, self.m)
+            parts = self.training_loss, self.optimizers, self.scaler, self.batches
+            result = train_step(*parts, n_loop, self.c, self.m)
             if self.average:
-                self.average.update()
+                self.average.update(result.changed)
             self.step, self.flops = self.step + 1, self.flops + training_flops(self.model, self.c, n_loop)
+        _ = result.loss  # the host waits for the device
         return (time.perf_counter() - start) / steps
 
     def report(self, peak):
