@@ -37,7 +37,7 @@ from nanoloop.count import flops, parameters
 from nanoloop.datasets import find_data, read_meta
 from nanoloop.decode import prepare_linears_
 from nanoloop.ema import make_average
-from nanoloop.machine import matmul_rate, peak_memory, read_rate, setup
+from nanoloop.machine import peak_memory, setup
 from nanoloop.number_lists import Numbers, read_numbers
 from nanoloop.objective import (
     OBJECTIVE,
@@ -49,6 +49,7 @@ from nanoloop.objective import (
 )
 from nanoloop.optimizer import make_optimizers
 from nanoloop.plan import GPUS, describe_plan, plan_run
+from nanoloop.rates import matmul_rate, read_rate
 from nanoloop.training_step import train_step
 from train import TrainConfig
 
@@ -145,7 +146,7 @@ def measure_decoding(c, m):
     print(f'{name}: {model.get_num_params():,} parameters, n_loop {model.config.n_loop}')
     prepare_linears_(model, m.dtype)
     bandwidth = c.bandwidth * 1e9 if c.bandwidth else read_rate(m)
-    how = 'as given' if c.bandwidth else 'measured, a sum over 256 MiB'
+    how = 'as given' if c.bandwidth else 'measured, a sum over a large tensor'
     print(f'memory bandwidth: {bandwidth / 1e9:.1f} GB/s, {how}')
     for n_rows in read_numbers(c.sequences):
         prompts = torch.randint(model.config.vocab_size, (n_rows, c.prompt), device=m.device)

@@ -56,23 +56,33 @@ def time_decoding(model, prompts, n_tokens, ways, rounds):
     timings = {name: Timing() for name in ways}
     for counted in [False] + [True] * rounds:
         for name, options in ways.items():
-            timing, start = timings[name], time.perf_counter()
-            if options is None:
-                tokens = recompute(model, prompts, n_tokens)
-            else:
-                max_tokens = prompts.size(1) + n_tokens
-                generation = Generation(model, prompts, temperature=0, max_tokens=max_tokens, **options)
-                tokens, timing.stats = generation.stream(n_tokens), generation.stats
-            token = next(tokens)
-            token.tolist()  # the host waits for the device
-            first = time.perf_counter() - start
-            for token in tokens:  # noqa: B007, the last one is waited for
-                pass
-            token.tolist()
+            timing = timings[name]
+            seconds, first, timing.stats = time_once(model, prompts, n_tokens, options)
             if counted:
-                timing.seconds.append(time.perf_counter() - start)
+                timing.seconds.append(seconds)
                 timing.first_seconds.append(first)
     return timings
+
+
+def time_once(model, prompts, n_tokens, options):
+    """Returns the seconds of all tokens, those until the first one, and Stats, None without a cache.
+
+    The cache is freed before the next way has its own. options: see decoding_ways.
+    """
+    start, stats = time.perf_counter(), None
+    if options is None:
+        tokens = recompute(model, prompts, n_tokens)
+    else:
+        max_tokens = prompts.size(1) + n_tokens
+        generation = Generation(model, prompts, temperature=0, max_tokens=max_tokens, **options)
+        tokens, stats = generation.stream(n_tokens), generation.stats
+    token = next(tokens)
+    token.tolist()  # the host waits for the device
+    first = time.perf_counter() - start
+    for token in tokens:  # noqa: B007, the last one is waited for
+        pass
+    token.tolist()
+    return time.perf_counter() - start, first, stats
 
 
 def bytes_per_step(model, n_rows, lengths):

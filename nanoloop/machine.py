@@ -10,7 +10,6 @@ import os
 import re
 import resource
 import sys
-import time
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -139,9 +138,35 @@ def lazy_zeros(shape, dtype, device):
     return torch.frombuffer(mmap.mmap(-1, math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
 
 
+def to_device(tensor, device):
+    """Returns a CPU tensor's copy on the device. On a GPU the host does not wait for it."""
+    if torch.device(device).type == 'cuda':
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def compile_step(function, device):
-    """Returns the function compiled, for one that is called once per generated token."""
-    return torch.compile(function, options={'cpp_wrapper': device.type == 'cpu'})
+    """Returns the function compiled, for one that is called once per generated token and returns tensors.
+
+    On a GPU it runs as a CUDA graph: the host launches the whole step at once, and not its hundreds of small
+    kernels one by one. A graph is recorded for every new shape of the arguments, in the second call with it.
+    The arguments are copied to where they were in the recorded call. So what the function changes must keep
+    its address, and torch must be told by keep_address: else it warns, and goes on without graphs.
+    """
+    if device.type != 'cuda':
+        return torch.compile(function, options={'cpp_wrapper': device.type == 'cpu'})
+    compiled = torch.compile(function, mode='reduce-overhead')  # torch's name of CUDA graphs
+
+    def step(*args):
+        torch.compiler.cudagraph_mark_step_begin()  # the results of the call before are not needed any more
+        return tuple(x.clone() for x in compiled(*args))  # the next call overwrites a graph's results
+
+    return step
+
+
+def keep_address(tensor):
+    """Tells torch.compile that a tensor stays where it is: a CUDA graph can change it in place."""
+    torch._dynamo.mark_static_address(tensor)
 
 
 def hand_over_threads():
@@ -218,28 +243,6 @@ def peak_flops(m):
     return next((peak for part, peak in PEAK_FLOPS.items() if re.search(rf'\b{part}\b', name)), None)
 
 
-def matmul_rate(m, size=2048):
-    """Returns the FLOP/s of square matrix products on this device, the best of several."""
-    a = torch.randn(size, size, device=m.device, dtype=m.dtype)
-    seconds = []
-    for _ in range(8):
-        start = time.perf_counter()
-        a @ a
-        seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / min(seconds)
-
-
-def read_rate(m, size=2**28):
-    """Returns the bytes per second that this device reads from memory: a sum over a tensor, the best of 8."""
-    x = torch.ones(size // 4, device=m.device)
-    seconds = []
-    for _ in range(8):
-        start = time.perf_counter()
-        x.sum().item()  # the host waits for the device
-        seconds.append(time.perf_counter() - start)
-    return size / min(seconds)
-
-
 def peak_memory(m):
     """Returns the most bytes used so far: on a GPU by torch's allocator, elsewhere by the process."""
     if m.kind == 'cuda':
@@ -284,10 +287,8 @@ class Machine:
         )
 
     def to_device(self, tensor):
-        """Returns a CPU tensor's copy on the device. On a GPU the host does not wait for it."""
-        if self.kind == 'cuda':
-            return tensor.pin_memory().to(self.device, non_blocking=True)
-        return tensor.to(self.device)
+        """See the function to_device."""
+        return to_device(tensor, self.device)
 
     def scaler(self):
         """Returns a GradScaler, which float16 needs. With another dtype it changes nothing."""
