@@ -108,22 +108,41 @@ def bytes_per_step(model, n_rows, lengths):
     return weights + n_rows * columns * column
 
 
-def print_timings(timings, n_tokens, n_rows, n_loop, step_bytes, bandwidth, say):
-    """Prints the medians of a table {name: Timing}.
+def summarize_timings(timings, n_tokens, n_rows, n_loop, step_bytes, bandwidth):
+    """Returns the medians of {name: Timing}, a dict per way; None for what a way does not have.
 
     ratio: speed / that of `cached`. step_bytes: see bytes_per_step; bandwidth: bytes per second of the
     device. mbu, memory bandwidth utilisation: of ways that make a token of every row per step, in all loops.
     """
+    rows = []
+    for name, timing in timings.items():
+        seconds, first = statistics.median(timing.seconds), statistics.median(timing.first_seconds)
+        pairs = zip(timings['cached'].seconds, timing.seconds, strict=True)
+        stats, mbu = timing.stats, None
+        loops = stats.mean_loops if stats else n_loop
+        if stats and loops == n_loop and not stats.drafted and n_tokens > 1:
+            mbu = step_bytes / ((seconds - first) / (n_tokens - 1)) / bandwidth
+        rows.append(
+            dict(
+                name=name,
+                rows=n_rows,
+                tokens_per_s=n_tokens * n_rows / seconds,
+                ratio=statistics.median(cached / own for cached, own in pairs),
+                first_ms=1000 * first,
+                mbu=mbu,
+                cache_mib=stats.cache_bytes / 2**20 if stats else None,
+                loops=loops,
+            )
+        )
+    return rows
+
+
+def print_timings(rows, say):
+    """Prints the table of summarize_timings."""
     columns = f'{"tokens/s":>9} {"ratio":>6} {"first, ms":>9} {"mbu":>6} {"cache, MiB":>10} {"loops":>6}'
     say(f'{"decoding":22} {columns}')
-    for name, timing in timings.items():
-        rate = n_tokens * n_rows / statistics.median(timing.seconds)
-        pairs = zip(timings['cached'].seconds, timing.seconds, strict=True)
-        ratio = statistics.median(cached / seconds for cached, seconds in pairs)
-        first = statistics.median(timing.first_seconds)
-        size = f'{timing.stats.cache_bytes / 2**20:.2f}' if timing.stats else '-'
-        loops, mbu = timing.stats.mean_loops if timing.stats else n_loop, '-'
-        if timing.stats and loops == n_loop and not timing.stats.drafted and n_tokens > 1:
-            step = (statistics.median(timing.seconds) - first) / (n_tokens - 1)
-            mbu = f'{step_bytes / step / bandwidth:.1%}'
-        say(f'{name:22} {rate:9.1f} {ratio:6.2f} {1000 * first:9.1f} {mbu:>6} {size:>10} {loops:6.2f}')
+    for row in rows:
+        mbu = '-' if row['mbu'] is None else f'{row["mbu"]:.1%}'
+        size = '-' if row['cache_mib'] is None else f'{row["cache_mib"]:.2f}'
+        speed = f'{row["tokens_per_s"]:9.1f} {row["ratio"]:6.2f} {row["first_ms"]:9.1f}'
+        say(f'{row["name"]:22} {speed} {mbu:>6} {size:>10} {row["loops"]:6.2f}')

@@ -169,18 +169,6 @@ def keep_address(tensor):
     torch._dynamo.mark_static_address(tensor)
 
 
-def hand_over_threads():
-    """Makes torch compute with one CPU thread in this thread. Returns how many it had, for another thread.
-
-    For a server, which computes in a thread of its own. Each thread that computes keeps a set of threads, and
-    with more of them than cores they wait for each other slowly, see shared_cpu.py. So this comes before
-    anything that computes.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    return threads
-
-
 ONEDNN_MIN_TOKENS = 3
 
 
@@ -233,14 +221,27 @@ PEAK_FLOPS = {
 # fmt: on
 
 
+def device_name(m):
+    """Returns the name of a GPU, such as NVIDIA H100 80GB HBM3, and what else a device is: cpu, mps."""
+    return torch.cuda.get_device_name(m.device) if m.kind == 'cuda' else m.kind
+
+
 def peak_flops(m):
     """Returns the FLOP/s of matrix products in m.dtype, None if unknown, and in float32."""
     if m.kind != 'cuda' or m.dtype == torch.float32:
         return None
-    name = torch.cuda.get_device_name(m.device)
+    name = device_name(m)
     if re.search(r'\b(MIG|Laptop|Ti|SUPER|D)\b', name):  # a part or a relative of a card in the table
         return None
     return next((peak for part, peak in PEAK_FLOPS.items() if re.search(rf'\b{part}\b', name)), None)
+
+
+def forget_peak(m):
+    """Makes peak_memory count from now on, on a GPU. Returns the bytes that are in use there, elsewhere 0."""
+    if m.kind != 'cuda':
+        return 0
+    torch.cuda.reset_peak_memory_stats(m.device)
+    return torch.cuda.memory_allocated(m.device)
 
 
 def peak_memory(m):
@@ -325,7 +326,7 @@ def setup(config, work=math.inf):
         torch._dynamo.config.recompile_limit = 64
         torch._dynamo.config.fail_on_recompile_limit_hit = True
     torch.manual_seed(config.seed)
-    name = f' {torch.cuda.get_device_name(device)}' if m.kind == 'cuda' else ''
+    name = f' {device_name(m)}' if m.kind == 'cuda' else ''
     through = f' ({backend}{", weights are sharded" if m.shard else ""})' if WORLD > 1 else ''
     if WORLD == 1 and (os.environ.get('RANK') or '0', os.environ.get('WORLD_SIZE') or '1') != ('0', '1'):
         missing = [name for name in PLACE if not os.environ.get(name)]
