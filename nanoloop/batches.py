@@ -111,7 +111,8 @@ def read_ahead(make, c, m, step):
     """
 
     def make_on_device(step, micro):
-        return make(step, micro).to_device(m)
+        batch = make(step, micro)
+        return batch.to_device(m) if m.copies_in_threads else batch  # else train_step copies it
 
     micros = range(c.gradient_accumulation_steps // m.world)
     places = ((later, micro) for later in itertools.count(step) for micro in micros)

@@ -287,6 +287,11 @@ class Machine:
             **(cpu if self.kind == 'cpu' else {}),
         )
 
+    @property
+    def copies_in_threads(self):
+        """Whether a thread may copy to the device while another one computes. On MPS it was not tried."""
+        return self.kind != 'mps'
+
     def to_device(self, tensor):
         """See the function to_device."""
         return to_device(tensor, self.device)

@@ -102,7 +102,8 @@ def test_another_source_of_batches_trains_and_resumes_exactly(call, flags, tmp_p
 
 def test_a_source_reads_one_batch_ahead_onto_the_device():
     made, copied = [], []
-    m = types.SimpleNamespace(world=1, rank=0, to_device=lambda x: copied.append(x.tolist()) or x)
+    m = types.SimpleNamespace(world=1, rank=0, copies_in_threads=True)
+    m.to_device = lambda x: copied.append(x.tolist()) or x
 
     def make(step, micro):
         made.append((step, micro))

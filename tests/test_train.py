@@ -179,7 +179,7 @@ def test_micro_batches_are_their_places_in_the_global_batch(tiny_data):
     for world in (2, 4):
         assert same(drawn(1), drawn(world))
     assert len({x.numpy().tobytes() for x, *_ in drawn(1)}) == len({batch.seed for batch in drawn(1)}) == 4
-    m = types.SimpleNamespace(rank=0, world=1, to_device=lambda x: x)
+    m = types.SimpleNamespace(rank=0, world=1, to_device=lambda x: x, copies_in_threads=True)
     assert not torch.equal(
         batches.draw_windows(split, c, m, 6, 0)[0], batches.draw_windows(split, c, m, 5, 0)[0]
     )
