@@ -20,6 +20,7 @@ import torch
 from model import attend, make_window_mask
 
 BLOCK = 128  # queries and keys of a block: torch's default, for which its kernels are tuned
+MIN_LENGTH = 4 * BLOCK  # shorter rows have little to leave out, and would need compiled kernels, too
 HEAD_DIMS = range(16, 257)  # channels of a head: below, there is no kernel; above, the kernels are slow
 
 
@@ -27,15 +28,15 @@ def flex_windows(model, T, window, works=lambda: True):
     """Returns (make_mask, attend) for T positions and the smallest window, see WINDOWS of model.py.
 
     Dense masks remain where nothing is hidden, and where flex attention cannot serve: with dropout, in
-    float64, for other widths of a head, for one block and for T that is no multiple of BLOCK (every such
-    length would need kernels of its own), and where everything runs eagerly (flex attention would then
-    store all scores). works: returns whether kernels can be compiled; it is only asked where one is needed.
+    float64, for other widths of a head, for short rows and for T that is no multiple of BLOCK (such lengths
+    are many, and would need kernels of their own), and where everything runs eagerly (flex attention would
+    then store all scores). works: returns whether kernels can be compiled; only asked where one is needed.
     """
     c = model.config
     head_dim, dropout = c.n_embd // c.n_head, c.dropout if model.training else 0.0
-    whole_blocks = T > BLOCK and T % BLOCK == 0 and T - 1 > window
+    pays = T >= MIN_LENGTH and T % BLOCK == 0 and T - 1 > window
     served = head_dim in HEAD_DIMS and not dropout and model.lm_head.weight.dtype != torch.float64
-    if whole_blocks and served and not runs_eagerly() and works():
+    if pays and served and not runs_eagerly() and works():
         return block_mask, flex_attend()
     return make_window_mask, attend
 

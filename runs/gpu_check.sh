@@ -22,9 +22,9 @@ if [ -n "${TINY:-}" ]; then
     tiny_window=(--block_size=256 --window_size=64)
 fi
 
-step() { # NAME COMMAND...: runs it, with what it prints in NAME.log and its exit status in NAME.status
+step() { # NAME COMMAND...: runs it for 4 minutes at most, its output in NAME.log, its exit status in NAME.status
     echo "$(date +%T) $1: ${*:2}"
-    "${@:2}" >"$out/$1.log" 2>&1
+    timeout 240 "${@:2}" >"$out/$1.log" 2>&1
     echo $? >"$out/$1.status"
 }
 

@@ -56,11 +56,13 @@ ROWS = [
 def failure(folder, step):
     """Returns FAILED and the last line that a step has printed; '' if it did not fail."""
     status = folder / f'{step}.status'
-    if status.exists() and int(status.read_text()) == 0:
+    code = int(status.read_text()) if status.exists() else None
+    if code == 0:
         return ''
     log = folder / f'{step}.log'
     lines = log.read_text(errors='replace').split('\n') if log.exists() else []
-    return f'FAILED: {next((line for line in reversed(lines) if line.strip()), "nothing was printed")}'
+    last = next((line for line in reversed(lines) if line.strip()), 'nothing was printed')
+    return f'FAILED: {"out of time, " * (code == 124)}{last}'
 
 
 def read_results(folder, step):

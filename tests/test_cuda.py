@@ -84,13 +84,13 @@ def peak_bytes(run):
 def test_the_host_does_not_wait_in_a_step(name):
     """CUDA raises an error where the host waits, copies from pageable memory among it. Muon has to wait."""
     small = ['--size=1'] if name == 'looped_nanochat' else ['--n_embd=128', '--n_head=2']
-    small += ['--vocab_size=512', '--block_size=256', '--gradient_accumulation_steps=2', '--optimizer=adamw']
+    small += ['--vocab_size=512', '--block_size=512', '--gradient_accumulation_steps=2', '--optimizer=adamw']
     small += ['--n_block=2', '--matrix_lr=None', '--ema=0.9']
     c = configure((train.TrainConfig, GPTConfig), [f'config/train_{name}.py', *small], say=None)
     m, model = Machine(0, 1, DEVICE, DEVICE.type, torch.bfloat16), GPT(c.build(GPTConfig)).to(DEVICE)
     set_trained_parts(model, OBJECTIVE[c.objective])
     (optimizers, _), average = make_optimizers(model, c), make_average(model, c)
-    idx = torch.randint(512, (2, 257))
+    idx = torch.randint(512, (2, 513))
     batches = itertools.repeat(Batch(idx[:, :-1].contiguous(), idx[:, 1:].contiguous(), 0))
     for mode in ('default', 'default', 'error'):  # the first steps compile flex attention, and take memory
         torch.cuda.set_sync_debug_mode(mode)
