@@ -84,7 +84,7 @@ class TrainConfig:
     out_dir: Name = 'out'  # folder of the run: ckpt.pt (last), prev.pt (the one before), best.pt, log.jsonl
     eval_interval: Count = 2000  # steps between evaluations, plus the last step; each one after step 0 saves
     eval_at_start: bool = True  # also evaluate before the first step
-    log_interval: Count = 1  # steps between lines that are printed and logged
+    log_interval: Count = 1  # steps between lines that are printed and logged; max_bad_steps is checked there
     eval_iters: Size = 200  # evaluated windows of each split: this x batch_size; 0 = as many as val has
     eval_loops: Numbers(int, 1) = ''  # also log the val loss with so many loops, such as 1,2,4,8; '' = none
     eval_only: bool = False  # evaluate once and exit; a resumed run gets a line in eval.jsonl
