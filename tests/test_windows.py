@@ -113,7 +113,7 @@ DENSE = [
     (dict(window_size=20), BLOCK),  # a short row
     (dict(dropout=0.1), 2 * BLOCK),
     (dict(n_embd=32), 2 * BLOCK),  # heads of 8 channels
-    (dict(n_embd=4 * 264), 2 * BLOCK),
+    (dict(n_embd=2 * 264, n_head=2), 2 * BLOCK),  # heads of 264
     (dict(window_pattern='L', window_size=None), 2 * BLOCK),  # no window: causal attention needs no mask
     (dict(window_size=2 * BLOCK - 1), 2 * BLOCK),
 ]
