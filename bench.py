@@ -7,11 +7,14 @@ Measures training steps: time, tokens per second, model FLOPs utilisation and me
     python bench.py config/train_shakespeare_char_looped.py --vs="--n_loop=8"   two settings, taking turns
     python bench.py --mode=decode --init_from=out-quickstart                   ways to sample, taking turns
 
+--json=FILE appends what is measured to a file, a JSON object per line.
+
 Utilisation counts every executed layer, the loop's backward pass only for the last bptt_k iterations. It is
 taken against the device's dense peak, on a CPU against its own matrix products, measured here.
 """
 
 import itertools
+import json
 import shlex
 import statistics
 import sys
@@ -30,14 +33,20 @@ from model import GPT, GPTConfig
 from nanoloop import WORLD
 from nanoloop.baselines import apply_baseline
 from nanoloop.batches import Batch
-from nanoloop.bench_decode import bytes_per_step, decoding_ways, print_timings, time_decoding
+from nanoloop.bench_decode import (
+    bytes_per_step,
+    decoding_ways,
+    print_timings,
+    summarize_timings,
+    time_decoding,
+)
 from nanoloop.checkpoint import find_from_flags, load_checkpoint
 from nanoloop.checks import Choice, Count, Fraction, NotNegative, Positive, check, settle_fields
 from nanoloop.count import flops, parameters
 from nanoloop.datasets import find_data, read_meta
 from nanoloop.decode import prepare_linears_
 from nanoloop.ema import make_average
-from nanoloop.machine import matmul_rate, peak_memory, read_rate, setup
+from nanoloop.machine import device_name, forget_peak, peak_memory, setup
 from nanoloop.number_lists import Numbers, read_numbers
 from nanoloop.objective import (
     OBJECTIVE,
@@ -49,6 +58,8 @@ from nanoloop.objective import (
 )
 from nanoloop.optimizer import make_optimizers
 from nanoloop.plan import GPUS, describe_plan, plan_run
+from nanoloop.rates import matmul_rate, read_rate
+from nanoloop.run_folder import git_commit
 from nanoloop.training_step import train_step
 from train import TrainConfig
 
@@ -69,6 +80,7 @@ class BenchConfig:
     bandwidth: Positive | None = None  # mode=decode: GB/s of the device's memory; None = measured by a sum
     exit_threshold: NotNegative | None = None  # mode=decode: of every rule, in its own unit; None = advised
     draft_tokens: Count = 4  # mode=decode: tokens per draft of speculation, one loop each
+    json: str = ''  # append the results to this file, a JSON object per line; '' = do not
     vs: str = ''  # flags of a second setting, as in the docstring's example; '' = none
     warmup: Count = 5  # mode=train: steps between the first one, which compiles, and measuring
     rounds: Count = 5  # number of measurements; the median is printed
@@ -85,6 +97,7 @@ class Setting:
 
     def __init__(self, c, m, name):
         self.c, self.m, self.name, self.seconds = c, m, name, []
+        memory_before = forget_peak(m)  # of another setting
         torch.manual_seed(c.seed)
         self.model = GPT(c.build(GPTConfig)).to(m.device)
         if m.compile:
@@ -97,35 +110,55 @@ class Setting:
         self.scaler, self.average = m.scaler(), make_average(self.model, c)
         tokens = torch.randint(c.vocab_size, (c.batch_size, c.block_size + 1))
         idx, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()  # (B, T) each
-        self.batches = itertools.repeat(Batch(idx, targets, c.seed))
+        self.batches = itertools.repeat(Batch(idx, targets, c.seed).to_device(m))
         self.tokens = c.gradient_accumulation_steps * c.batch_size * c.block_size
         self.step, self.flops = 0, 0.0
         self.first = self.run(1)
         self.run(c.warmup)
-        self.memory, self.flops = peak_memory(m), 0.0
+        self.memory, self.flops = peak_memory(m) - memory_before, 0.0
 
     def run(self, steps):
-        """Returns the seconds per step. Every step ends with the host waiting for the device."""
+        """Returns the seconds per step. The host waits for the device after the last one only."""
         start = time.perf_counter()
         for _ in range(steps):
             n_loop = loops_at(self.step, self.c)
-            train_step(self.training_loss, self.optimizers, self.scaler, self.batches, n_loop, self.c, self.m)
+            parts = self.training_loss, self.optimizers, self.scaler, self.batches
+            result = train_step(*parts, n_loop, self.c, self.m)
             if self.average:
-                self.average.update()
+                self.average.update(result.changed)
             self.step, self.flops = self.step + 1, self.flops + training_flops(self.model, self.c, n_loop)
+        _ = result.loss  # the host waits for the device
         return (time.perf_counter() - start) / steps
 
     def report(self, peak):
-        """Prints the setting's figures. peak: FLOP/s of the device, or None."""
+        """Prints the setting's figures, and returns them. peak: FLOP/s of the device, or None."""
         step = statistics.median(self.seconds)
+        rate = self.flops * self.tokens / (len(self.seconds) * self.c.steps) / step  # FLOP/s
+        result = dict(
+            name=self.name,
+            ms=1000 * step,
+            tokens_per_s=self.tokens / step,
+            tflops_per_s=rate / 1e12,
+            mfu=rate / peak if peak else None,
+            first_s=self.first,
+            memory_mib=self.memory / 2**20,
+        )
         spread = f'{1000 * min(self.seconds):.2f} to {1000 * max(self.seconds):.2f}'
-        flops = self.flops * self.tokens / (len(self.seconds) * self.c.steps)
-        mfu = f'{flops / step / peak:.2%}' if peak else 'n/a'
+        mfu = f'{result["mfu"]:.2%}' if peak else 'n/a'
         print(
             f'{self.name}: {1000 * step:.2f} ms per step (median of {len(self.seconds)} x {self.c.steps}, '
-            f'{spread}), {self.tokens / step:,.0f} tokens/s, {flops / step / 1e12:.3f} TFLOP/s, mfu {mfu}, '
-            f'first step {self.first:.1f} s, memory {self.memory / 2**20:,.0f} MiB'
+            f'{spread}), {self.tokens / step:,.0f} tokens/s, {rate / 1e12:.3f} TFLOP/s, mfu {mfu}, '
+            f'first step {self.first:.1f} s, memory {result["memory_mib"]:,.0f} MiB'
         )
+        return result
+
+
+def append_json(c, m, results):
+    """Appends results, dicts, to the file c.json, each with what it was measured on and with."""
+    if c.json:
+        place = dict(device=device_name(m), dtype=str(m.dtype)[6:], torch=torch.__version__, git=git_commit())
+        with open(c.json, 'a') as file:
+            file.writelines(json.dumps(result | place) + '\n' for result in results)
 
 
 def measure_decoding(c, m):
@@ -143,7 +176,7 @@ def measure_decoding(c, m):
     print(f'{name}: {model.get_num_params():,} parameters, n_loop {model.config.n_loop}')
     prepare_linears_(model, m.dtype)
     bandwidth = c.bandwidth * 1e9 if c.bandwidth else read_rate(m)
-    how = 'as given' if c.bandwidth else 'measured, a sum over 256 MiB'
+    how = 'as given' if c.bandwidth else 'measured, a sum over a large tensor'
     print(f'memory bandwidth: {bandwidth / 1e9:.1f} GB/s, {how}')
     for n_rows in read_numbers(c.sequences):
         prompts = torch.randint(model.config.vocab_size, (n_rows, c.prompt), device=m.device)
@@ -153,7 +186,9 @@ def measure_decoding(c, m):
         step_bytes = bytes_per_step(model, n_rows, range(c.prompt + 1, c.prompt + max(c.tokens, 2)))
         about = f'{n_rows} rows, a prompt of {c.prompt} tokens, a step reads {step_bytes / 2**20:.1f} MiB'
         print(f'{about} (the weights of every executed layer, keys and values)')
-        print_timings(timings, c.tokens, n_rows, model.config.n_loop, step_bytes, bandwidth, print)
+        rows = summarize_timings(timings, c.tokens, n_rows, model.config.n_loop, step_bytes, bandwidth)
+        print_timings(rows, print)
+        append_json(c, m, rows)
 
 
 def print_counts(c):
@@ -234,8 +269,7 @@ def main(argv):
     peak = m.peak or (matmul_rate(m) if m.kind == 'cpu' else None)
     if m.kind == 'cpu' and not c.peak_flops:
         print(f'peak: {peak / 1e12:.3f} TFLOP/s, measured matrix products of 2048 in {str(m.dtype)[6:]}')
-    for contender in contenders:
-        contender.report(peak)
+    append_json(c, m, [contender.report(peak) for contender in contenders])
     if c.vs:
         ratios = [b / a for a, b in zip(contenders[0].seconds, contenders[1].seconds, strict=True)]
         spread = f'median of {len(ratios)}, {min(ratios):.3f} to {max(ratios):.3f}'

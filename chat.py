@@ -39,8 +39,8 @@ from nanoloop.checkpoint import (
 )
 from nanoloop.checks import AtLeast, AtMost, Choice, Count, Name, Size, check, settle_fields
 from nanoloop.decode import prepare_linears_
-from nanoloop.machine import autocast, choose_device, choose_dtype, hand_over_threads
-from nanoloop.shared_cpu import share_cpu
+from nanoloop.machine import autocast, choose_device, choose_dtype
+from nanoloop.shared_cpu import hand_over_threads, share_cpu
 
 
 @dataclass

@@ -26,7 +26,7 @@ that are read out.
 import functools
 import itertools
 import math
-from collections import namedtuple
+from collections import defaultdict, namedtuple
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -429,12 +429,6 @@ class GPTConfig:
 # a block
 
 
-# inputs of attention that depend on positions only. rope: table (cos, sin), each (..., T, D / 2); None = no
-# RoPE. mask: (..., T, S), True where a query sees a key; None = causal, or all keys for a single decoded
-# token. window_mask: the mask of layers with a window
-AttnInputs = namedtuple('AttnInputs', 'rope mask window_mask')
-
-
 def rope_table(pos, width, base):
     """Returns the RoPE table (cos, sin), each (..., T, width / 2), in float32. pos: (..., T) positions."""
     freq = base ** (-torch.arange(0, width, 2, device=pos.device, dtype=torch.float32) / width)
@@ -460,7 +454,8 @@ def attend(q, k, v, mask, dropout):
 
     mask: (T, S) or (B, 1, T, S), True where a query sees a key. None: causal if S = T, else all keys.
     """
-    causal = mask is None and q.size(2) == k.size(2)
+    # under torch.compile with a symbolic T the condition alone would be a SymBool, which the call refuses
+    causal = True if mask is None and q.size(2) == k.size(2) else False
     options = dict(dropout_p=dropout, is_causal=causal, enable_gqa=q.size(1) != k.size(1))
     if q.device.type == 'cpu' and q.size(2) <= 256:
         # on a CPU bfloat16 takes up to 5 times as long as float32 in the backward pass, and 2 to 3 times for
@@ -469,6 +464,17 @@ def attend(q, k, v, mask, dropout):
             y = F.scaled_dot_product_attention(upcast(q), upcast(k), upcast(v), mask, **options)
         return y.to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, mask, **options)
+
+
+# inputs of attention that depend on positions only. rope: table (cos, sin), each (..., T, D / 2); None = no
+# RoPE. mask: (..., T, S), True where a query sees a key; None = causal, or all keys for a single decoded
+# token. window_mask: the mask of layers with a window. attend: computes attention where no cache does it
+AttnInputs = namedtuple('AttnInputs', 'rope mask window_mask attend', defaults=(attend,))
+
+# how windows are computed: {kind of device: function (model, T, window) -> (make_mask, attend)}, for T
+# positions and the smallest window. Its attend takes the masks that its make_mask makes. Without an entry
+# masks are dense; nanoloop/machine.py makes one for GPUs
+WINDOWS = defaultdict(lambda: lambda model, T, window: (make_window_mask, attend))
 
 
 class CausalSelfAttention(nn.Module):
@@ -489,7 +495,7 @@ class CausalSelfAttention(nn.Module):
         b_q, b_kv = (None, None) if self.c_attn.bias is None else self.c_attn.bias.split(self.qkv_widths)
         return torch.cat((F.linear(query_source, w_q, b_q), F.linear(x, w_kv, b_kv)), dim=-1)
 
-    def forward(self, x, rope=None, mask=None, query_source=None, cache=None):
+    def forward(self, x, rope=None, mask=None, query_source=None, attend=attend):
         """Returns (B, T, C). query_source (B, T, C): queries come from it, None = from x; rest: see Block."""
         (B, T, C), H, G = x.shape, self.n_head, self.n_kv_head
         qkv = self.project_qkv(x, query_source)  # (B, T, (H + 2 G) D)
@@ -498,7 +504,7 @@ class CausalSelfAttention(nn.Module):
         qk, v = qkv.split([H + G, G], dim=1)  # (B, H + G, T, D), (B, G, T, D)
         qk = qk if rope is None else apply_rope(qk, rope)
         q, k = self.qk_norm(qk).split([H, G], dim=1)  # (B, H, T, D), (B, G, T, D)
-        y = (cache or attend)(q, k, v, mask, self.dropout if self.training else 0.0)  # (B, H, T, D)
+        y = attend(q, k, v, mask, self.dropout if self.training else 0.0)  # (B, H, T, D)
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C), heads side by side
         return F.dropout(y, self.dropout) if self.training else y
 
@@ -532,10 +538,10 @@ class Block(nn.Module):
         self.post_1, self.out_1 = norm(place.post), norm(place.out)
         self.post_2, self.out_2 = norm(place.post), norm(place.out)
 
-    def forward(self, x, rope=None, mask=None, state=None, cache=None):
-        """Returns (B, T, C). x, state: (B, T, C); rope, mask: see AttnInputs; cache: see GPT.apply_blocks."""
+    def forward(self, x, rope=None, mask=None, state=None, attend=attend):
+        """Returns (B, T, C). x, state: (B, T, C); rope, mask, attend: see AttnInputs."""
         x, query_source = (x, None) if state is None else self.state_hook(x, state)
-        y = self.post_1(self.attn(self.ln_1(x), rope, mask, query_source, cache).to(x.dtype))
+        y = self.post_1(self.attn(self.ln_1(x), rope, mask, query_source, attend).to(x.dtype))
         x = self.out_1(torch.add(x, y, alpha=self.res_scale))  # under autocast y comes in the low precision
         y = self.post_2(self.mlp(self.ln_2(x)).to(x.dtype))
         return self.out_2(torch.add(x, y, alpha=self.res_scale))
@@ -618,11 +624,11 @@ class GPT(nn.Module):
     def attn_inputs(self, pos):
         """Returns the AttnInputs of a forward pass without cache. pos: (T,); a plain causal mask is None."""
         rope = rope_table(pos, self.rope_width, self.config.rope_base) if self.rope_width else None
-        last, block_size = len(pos) - 1, self.config.block_size
-        windowed = any(block.windowed for block in self.blocks())
-        mask = make_window_mask(pos, block_size - 1) if last >= block_size else None
-        window = min(self.window, block_size - 1)
-        return AttnInputs(rope, mask, make_window_mask(pos, window) if windowed and last > window else mask)
+        widest = self.config.block_size - 1
+        windows = [widest, min(self.window, widest) if any(b.windowed for b in self.blocks()) else widest]
+        make_mask, attend = WINDOWS[pos.device.type](self, len(pos), min(windows))
+        masks = {window: make_mask(pos, window) for window in windows if len(pos) - 1 > window}
+        return AttnInputs(rope, *map(masks.get, windows), attend)
 
     def embed(self, idx, pos):
         """Returns the prelude's input (B, T, C). idx: (B, T) token ids; pos: (T,) or (B, T) positions."""
@@ -638,9 +644,9 @@ class GPT(nn.Module):
         caches: for decoding, one function per block that takes the place of attend. It stores the new keys
         and values, and attends to them and to the earlier ones.
         """
-        for block, cache in zip(blocks, caches or itertools.repeat(None), strict=False):
+        for block, attend in zip(blocks, caches or itertools.repeat(attn_inputs.attend), strict=False):
             mask = attn_inputs.window_mask if block.windowed else attn_inputs.mask
-            x = block(x, attn_inputs.rope, mask, state if block.state_hook else None, cache)
+            x = block(x, attn_inputs.rope, mask, state if block.state_hook else None, attend)
         return x
 
     def iterate(self, e, s, i, attn_inputs, caches=None):

@@ -84,7 +84,7 @@ class TrainConfig:
     out_dir: Name = 'out'  # folder of the run: ckpt.pt (last), prev.pt (the one before), best.pt, log.jsonl
     eval_interval: Count = 2000  # steps between evaluations, plus the last step; each one after step 0 saves
     eval_at_start: bool = True  # also evaluate before the first step
-    log_interval: Count = 1  # steps between lines that are printed and logged
+    log_interval: Count = 1  # steps between lines that are printed and logged; max_bad_steps is checked there
     eval_iters: Size = 200  # evaluated windows of each split: this x batch_size; 0 = as many as val has
     eval_loops: Numbers(int, 1) = ''  # also log the val loss with so many loops, such as 1,2,4,8; '' = none
     eval_only: bool = False  # evaluate once and exit; a resumed run gets a line in eval.jsonl
@@ -273,8 +273,7 @@ class Trainer:
                 if self.step > self.evaluated or self.signals.agreed:
                     continue  # a signal came first
                 meter.reset(self.step, self.flops_done)
-            finished = self.step >= self.last_step or 0 < c.patience <= self.evals_since_best
-            if finished:
+            if finished := self.step >= self.last_step or 0 < c.patience <= self.evals_since_best:
                 break
             # one step
             first = self.step == self.first_step
@@ -288,9 +287,9 @@ class Trainer:
                 continue  # a signal came first
             if look and self.m.rank == 0:
                 self.log.write(look.line(self.step), {'iter': self.step, **look.values})
-            self.bad_steps.count(self.step, result, self.saved)
-            if self.average and math.isfinite(result.grad_norm):  # else the step has changed no weight
-                self.average.update()
+            self.bad_steps.add(self.step, result)
+            if self.average:
+                self.average.update(result.changed)
             self.step += 1
             self.signals.save_first()
             if first:
@@ -298,6 +297,7 @@ class Trainer:
             self.flops_done += self.flops(n_loop)
             self.loops_trained.add(n_loop)
             if (self.step - 1) % c.log_interval == 0:
+                self.bad_steps.count(self.saved)  # here the host waits for the device
                 self.log_step(result, lr, n_loop, *meter.read(self.step, self.flops_done))
             if first:  # it compiles: its time says nothing of the others'
                 meter.reset(self.step, self.flops_done)
@@ -334,8 +334,7 @@ class Trainer:
 
     def evaluate_and_save(self):
         """Evaluates, logs the result and saves. Does nothing if a signal came first."""
-        result = self.evaluate()
-        if result is None:
+        if (result := self.evaluate()) is None:
             return
         loss, text, record = result
         check(math.isfinite(loss), 'learning_rate', self.c.learning_rate, f'a lower one: {text}')
@@ -365,6 +364,7 @@ class Trainer:
 
     def save(self, best=False):
         """Saves a checkpoint on rank 0, the others wait. Raises UserError if the weights are not finite."""
+        self.bad_steps.count(self.saved)
         finite = total_norm(list(self.model.parameters())).isfinite().item()
         last = 'none' if self.saved is None else f'step {self.saved}'
         expected = f'a lower one, the weights are not finite; the last good checkpoint: {last}'

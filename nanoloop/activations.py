@@ -79,7 +79,8 @@ class FusedNorm(torch.autograd.Function):
 def save_as_a_gpu(model):
     """Makes a model on the CPU save what it saves on a GPU.
 
-    Attention is computed without dropout: a GPU draws its random numbers again, a CPU saves them.
+    Attention is computed without dropout: a GPU draws its random numbers again, a CPU saves them. And without
+    windows: flex attention saves what causal attention saves, a CPU's dense masks take T x T more each.
     """
     for module in model.modules():
         if isinstance(module, nn.RMSNorm) and module.weight is not None:
@@ -87,6 +88,7 @@ def save_as_a_gpu(model):
             module.forward = functools.partial(norm, weight=module.weight)
     for block in model.blocks():
         block.attn.dropout = 0.0
+    model.window = model.config.block_size
 
 
 def is_of_a_weight(x):

@@ -18,13 +18,26 @@ from nanoloop.randomness import random_generator, random_sequence
 
 
 class Batch(NamedTuple):
-    """A micro-batch, on the CPU."""
+    """A micro-batch, on the CPU until to_device."""
 
     idx: torch.Tensor  # (B, T) token ids
     targets: torch.Tensor  # (B, T) each position's next token, -1 = ignored
     seed: int  # for the default generator, from which dropout and noise are drawn
     weights: torch.Tensor | None = None  # (B, T) weight of each token's loss; None = 1
     values: dict = {}  # further values to log, means of the micro-batch: {name: float}
+    n_targets: int | None = None  # number of targets other than -1; None = the batch is on the CPU
+
+    def to_device(self, m):
+        """Returns the batch with its tensors on the device of m, and its number of targets counted before.
+
+        On a GPU the host does not wait for the copies. A batch that is on the device is returned as it is.
+        """
+        if self.n_targets is not None:
+            return self
+        tensors = (None if x is None else m.to_device(x) for x in (self.idx, self.targets, self.weights))
+        idx, targets, weights = tensors  # (B, T) each
+        n_targets = int((self.targets != -1).sum())
+        return self._replace(idx=idx, targets=targets, weights=weights, n_targets=n_targets)
 
 
 def micro_batch_number(m, micro):
@@ -46,7 +59,7 @@ def draw_windows(split, c, m, step, micro):
 
 
 def window_batches(split, c, m):
-    """Returns the source of windows of a split; while one batch is used, the next one is read."""
+    """Returns the source of windows of a split, see read_ahead."""
     return functools.partial(read_ahead, functools.partial(draw_windows, split, c, m), c, m)
 
 
@@ -91,11 +104,20 @@ def row_batches(split, c, m):
 
 
 def read_ahead(make, c, m, step):
-    """Yields make(step, micro) from a step on, with the next call running in a thread."""
+    """Yields make(step, micro) from a step on, on the device.
+
+    While a batch is used, a thread makes the next one and copies it. On a GPU its copies run in between, on
+    the stream of everything else, so that they are done before they are used.
+    """
+
+    def make_on_device(step, micro):
+        batch = make(step, micro)
+        return batch.to_device(m) if m.copies_in_threads else batch  # else train_step copies it
+
     micros = range(c.gradient_accumulation_steps // m.world)
     places = ((later, micro) for later in itertools.count(step) for micro in micros)
     with ThreadPoolExecutor(1) as reader:
-        ahead = reader.submit(make, *next(places))
+        ahead = reader.submit(make_on_device, *next(places))
         while True:
-            batch, ahead = ahead.result(), reader.submit(make, *next(places))
+            batch, ahead = ahead.result(), reader.submit(make_on_device, *next(places))
             yield batch

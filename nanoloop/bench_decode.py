@@ -56,23 +56,33 @@ def time_decoding(model, prompts, n_tokens, ways, rounds):
     timings = {name: Timing() for name in ways}
     for counted in [False] + [True] * rounds:
         for name, options in ways.items():
-            timing, start = timings[name], time.perf_counter()
-            if options is None:
-                tokens = recompute(model, prompts, n_tokens)
-            else:
-                max_tokens = prompts.size(1) + n_tokens
-                generation = Generation(model, prompts, temperature=0, max_tokens=max_tokens, **options)
-                tokens, timing.stats = generation.stream(n_tokens), generation.stats
-            token = next(tokens)
-            token.tolist()  # the host waits for the device
-            first = time.perf_counter() - start
-            for token in tokens:  # noqa: B007, the last one is waited for
-                pass
-            token.tolist()
+            timing = timings[name]
+            seconds, first, timing.stats = time_once(model, prompts, n_tokens, options)
             if counted:
-                timing.seconds.append(time.perf_counter() - start)
+                timing.seconds.append(seconds)
                 timing.first_seconds.append(first)
     return timings
+
+
+def time_once(model, prompts, n_tokens, options):
+    """Returns the seconds of all tokens, those until the first one, and Stats, None without a cache.
+
+    The cache is freed before the next way has its own. options: see decoding_ways.
+    """
+    start, stats = time.perf_counter(), None
+    if options is None:
+        tokens = recompute(model, prompts, n_tokens)
+    else:
+        max_tokens = prompts.size(1) + n_tokens
+        generation = Generation(model, prompts, temperature=0, max_tokens=max_tokens, **options)
+        tokens, stats = generation.stream(n_tokens), generation.stats
+    token = next(tokens)
+    token.tolist()  # the host waits for the device
+    first = time.perf_counter() - start
+    for token in tokens:  # noqa: B007, the last one is waited for
+        pass
+    token.tolist()
+    return time.perf_counter() - start, first, stats
 
 
 def bytes_per_step(model, n_rows, lengths):
@@ -98,22 +108,41 @@ def bytes_per_step(model, n_rows, lengths):
     return weights + n_rows * columns * column
 
 
-def print_timings(timings, n_tokens, n_rows, n_loop, step_bytes, bandwidth, say):
-    """Prints the medians of a table {name: Timing}.
+def summarize_timings(timings, n_tokens, n_rows, n_loop, step_bytes, bandwidth):
+    """Returns the medians of {name: Timing}, a dict per way; None for what a way does not have.
 
     ratio: speed / that of `cached`. step_bytes: see bytes_per_step; bandwidth: bytes per second of the
     device. mbu, memory bandwidth utilisation: of ways that make a token of every row per step, in all loops.
     """
+    rows = []
+    for name, timing in timings.items():
+        seconds, first = statistics.median(timing.seconds), statistics.median(timing.first_seconds)
+        pairs = zip(timings['cached'].seconds, timing.seconds, strict=True)
+        stats, mbu = timing.stats, None
+        loops = stats.mean_loops if stats else n_loop
+        if stats and loops == n_loop and not stats.drafted and n_tokens > 1:
+            mbu = step_bytes / ((seconds - first) / (n_tokens - 1)) / bandwidth
+        rows.append(
+            dict(
+                name=name,
+                rows=n_rows,
+                tokens_per_s=n_tokens * n_rows / seconds,
+                ratio=statistics.median(cached / own for cached, own in pairs),
+                first_ms=1000 * first,
+                mbu=mbu,
+                cache_mib=stats.cache_bytes / 2**20 if stats else None,
+                loops=loops,
+            )
+        )
+    return rows
+
+
+def print_timings(rows, say):
+    """Prints the table of summarize_timings."""
     columns = f'{"tokens/s":>9} {"ratio":>6} {"first, ms":>9} {"mbu":>6} {"cache, MiB":>10} {"loops":>6}'
     say(f'{"decoding":22} {columns}')
-    for name, timing in timings.items():
-        rate = n_tokens * n_rows / statistics.median(timing.seconds)
-        pairs = zip(timings['cached'].seconds, timing.seconds, strict=True)
-        ratio = statistics.median(cached / seconds for cached, seconds in pairs)
-        first = statistics.median(timing.first_seconds)
-        size = f'{timing.stats.cache_bytes / 2**20:.2f}' if timing.stats else '-'
-        loops, mbu = timing.stats.mean_loops if timing.stats else n_loop, '-'
-        if timing.stats and loops == n_loop and not timing.stats.drafted and n_tokens > 1:
-            step = (statistics.median(timing.seconds) - first) / (n_tokens - 1)
-            mbu = f'{step_bytes / step / bandwidth:.1%}'
-        say(f'{name:22} {rate:9.1f} {ratio:6.2f} {1000 * first:9.1f} {mbu:>6} {size:>10} {loops:6.2f}')
+    for row in rows:
+        mbu = '-' if row['mbu'] is None else f'{row["mbu"]:.1%}'
+        size = '-' if row['cache_mib'] is None else f'{row["cache_mib"]:.2f}'
+        speed = f'{row["tokens_per_s"]:9.1f} {row["ratio"]:6.2f} {row["first_ms"]:9.1f}'
+        say(f'{row["name"]:22} {speed} {mbu:>6} {size:>10} {row["loops"]:6.2f}')

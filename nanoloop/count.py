@@ -2,8 +2,9 @@
 Counts a model's parameters and FLOPs by its structure: every layer as often as it is executed, backward
 passes only where they happen.
 
-Matrix products and attention equal torch's FlopCounterMode, which counts a window as full attention, since a
-dense mask computes it so. Here a window counts as window_size keys, one fewer than it sees.
+Matrix products and attention equal torch's FlopCounterMode, which counts a window as full attention: a dense
+mask computes it so, flex attention does not (windows.py). Here a window counts as window_size keys, one fewer
+than it sees, however it is computed.
 """
 
 import torch

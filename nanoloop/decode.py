@@ -122,7 +122,7 @@ class Decoder:
     early_exit: an EarlyExit; None = every token takes n_loop loops
     warm_start: a generated token starts its loop from the last state of the token before it, instead of
         s_0: an approximation (continuous chain of thought, Huginn)
-    compile: compile the step of one generated token
+    compile: compile the step of one generated token; on a GPU it is a CUDA graph, see compile_step
 
     loops: the number of loops of each token of the last call, (n, T), or an int for all. stats: a Stats.
     """
@@ -176,7 +176,8 @@ class Decoder:
             if self.early_exit is not None:
                 s, x = self.forward_with_exits(idx, index, s, counts)
             else:
-                s, x = (self.compiled_step if compiled else self.forward_all_loops)(idx, index, s)
+                step = self.compiled_step if compiled else Decoder.forward_all_loops
+                s, x = step(self, idx, index, s)
                 self.stats.loops_taken[self.n_loop] += n * T if counts is None else sum(counts)
         if self.warm_start:
             scatter_last(self.last_state, rows or range(self.n_rows), s, counts or [T] * n)
@@ -214,8 +215,9 @@ class Decoder:
 
     @functools.cached_property
     def compiled_step(self):
-        """forward_all_loops of single tokens, compiled."""
-        return compile_step(self.forward_all_loops, self.cache.device)
+        """forward_all_loops of single tokens, compiled, a function of the decoder and its arguments."""
+        # not the bound method: its reference to the decoder would keep the cache until garbage is collected
+        return compile_step(Decoder.forward_all_loops, self.cache.device)
 
     def forward_with_exits(self, idx, index, s, counts):
         """Runs tokens like forward_all_loops, but each stops at its own loop. counts: see prefill.

@@ -27,30 +27,35 @@ class Average:
     """
 
     def __init__(self, model, decay):
-        self.decay, self.updates = decay, 0
+        self.decay = decay
         trained = {name: p for name, p in model.state_dict(keep_vars=True).items() if p.requires_grad}
         self.weights = list({id(p): p for p in trained.values()}.values())
         average_of = {id(p): p.detach().clone() for p in self.weights}
         self.averages = list(average_of.values())
         self.by_name = {name: average_of[id(p)] for name, p in trained.items()}
+        self.updates = torch.zeros((), dtype=torch.int64, device=self.weights[0].device)  # t
 
     @torch.no_grad()
-    def update(self):
-        """Moves the averages towards the weights, after a step that has changed these."""
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(local_parts(self.averages), local_parts(self.weights), 1 - decay)
-        self.updates += 1
+    def update(self, changed):
+        """Moves the averages towards the weights, after a step that has changed these.
+
+        changed: tensor (), whether it has. If not, nothing changes; the host does not wait for the device.
+        """
+        share = changed * (9 / (10 + self.updates)).clamp(min=1 - self.decay)  # tensor (), (1 - d) or 0
+        for average, weight in zip(local_parts(self.averages), local_parts(self.weights), strict=True):
+            average.lerp_(weight, share.to(average.dtype))
+        self.updates += changed
 
     def state_dict(self):
         """Returns the entry `ema` of a checkpoint: {name: average} as weights, and the number of updates."""
-        return dict(weights=dict(self.by_name), updates=self.updates)
+        return dict(weights=dict(self.by_name), updates=int(self.updates))
 
     @torch.no_grad()
     def load_state_dict(self, state):
         """Takes over averages and number of updates from an entry with whole tensors, see state_dict."""
         for name, average in self.by_name.items():
             average.copy_(part_like(state['weights'][name], average))
-        self.updates = state['updates']
+        self.updates.fill_(state['updates'])
 
     @contextlib.contextmanager
     def in_place_of_weights(self):

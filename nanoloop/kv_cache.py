@@ -23,10 +23,11 @@ import torch
 
 from model import POS, AttnInputs, attend, rope_table
 from nanoloop.checks import check
-from nanoloop.machine import lazy_zeros
+from nanoloop.machine import keep_address, lazy_zeros, to_device
 
 PREFILL_CHUNK = 512  # most tokens of a row that are processed at once beyond block_size
-LENGTH_STEP = 32  # a compiled step sees a multiple of this many columns, so that few lengths occur
+LENGTH_STEP = 32  # a compiled step sees a multiple of this many columns, so that few lengths occur; and
+MOST_LENGTHS = 8  # on a GPU, where each length is a CUDA graph of its own, at most so many lengths occur
 
 
 class CacheIndex(NamedTuple):
@@ -108,6 +109,8 @@ class KVCache:
         shape = (n_rows, c.n_kv_head or c.n_head, self.capacity + 1, c.n_embd // c.n_head)
         if separate:
             self.layers = [(zeros(shape), zeros(shape)) for _ in range(sum(sections))]
+            for x in itertools.chain(*self.layers):
+                keep_address(x)
         else:
             self.keys, self.values = (zeros((sum(sections), *shape)) for _ in range(2))
             self.layers = list(zip(self.keys, self.values, strict=True))
@@ -144,23 +147,30 @@ class KVCache:
         assert end <= self.capacity or T <= self.chunk
         rows = slice(listed[0], listed[-1] + 1)
         if listed != list(range(rows.start, rows.stop)):
-            rows = torch.tensor(listed, device=self.device)  # (n,)
+            rows = to_device(torch.tensor(listed), self.device)  # (n,)
         aligned = isinstance(rows, slice) and counts is None and len(set(starts)) == 1
         if aligned and end <= self.capacity and not compiled:
             pos = starts[0] + steps  # (T,)
             attn_inputs = self.attn_inputs(pos, end, all_visible=T in (1, end))
             return CacheIndex(pos, rows, slice(starts[0], end), attn_inputs)
-        pos = torch.tensor(starts, device=self.device)[:, None] + steps  # (n, T)
+        pos = to_device(torch.tensor(starts), self.device)[:, None] + steps  # (n, T)
         real = None
         if counts is not None:
-            real = steps < torch.tensor(counts, device=self.device)[:, None]  # (n, T)
+            real = steps < to_device(torch.tensor(counts), self.device)[:, None]  # (n, T)
             pos = pos.masked_fill(~real, 0)  # padding may lie beyond the learned positions
         if not compiled:
             return self.index(rows, pos, real, min(end, self.capacity))
-        index = self.index(rows, pos, real, min(math.ceil(end / LENGTH_STEP) * LENGTH_STEP, self.capacity))
-        for mask in index.attn_inputs[1:]:
+        index = self.index(rows, pos, real, self.compiled_length(end))
+        for mask in (index.attn_inputs.mask, index.attn_inputs.window_mask):
             torch._dynamo.maybe_mark_dynamic(mask, 3)  # one graph serves all lengths
         return index
+
+    def compiled_length(self, end):
+        """Returns how many columns a compiled step sees of the first `end`: few different numbers."""
+        step = LENGTH_STEP
+        if self.device.type != 'cpu':
+            step *= math.ceil(self.capacity / (MOST_LENGTHS * LENGTH_STEP))
+        return min(math.ceil(end / step) * step, self.capacity)
 
     def index(self, rows, pos, real, visible):
         """Returns the CacheIndex of tokens of rows (n,) at pos (n, T) that see the first `visible` columns.

@@ -3,22 +3,24 @@ The machine that a script runs on: device, precision, compilation, peak FLOP/s a
 """
 
 import contextlib
+import functools
 import math
 import mmap
 import os
 import re
 import resource
 import sys
-import time
 from dataclasses import dataclass
 from typing import Annotated
 
 import torch
 
+from model import WINDOWS
 from nanoloop import LOCAL_RANK, PLACE, RANK, WORLD
 from nanoloop.checks import OneOf, check
 from nanoloop.parallel import choose_backend, join
 from nanoloop.shared_cpu import share_cpu
+from nanoloop.windows import flex_windows
 
 KINDS = ('cuda', 'mps', 'cpu')  # of devices; device=auto takes the first one that the machine has
 CompileMode = Annotated[bool | str, OneOf((True, False, 'auto'))]
@@ -109,6 +111,15 @@ def compiler_fault(kind):
     return fault
 
 
+@functools.cache
+def can_compile(kind):
+    """Returns whether torch.compile works on a kind of device. It is tried once."""
+    return compiler_fault(kind) is None
+
+
+WINDOWS['cuda'] = functools.partial(flex_windows, works=functools.partial(can_compile, 'cuda'))
+
+
 def autocast(kind, dtype):
     """Returns the context in which matrix products run in dtype.
 
@@ -127,21 +138,35 @@ def lazy_zeros(shape, dtype, device):
     return torch.frombuffer(mmap.mmap(-1, math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
 
 
+def to_device(tensor, device):
+    """Returns a CPU tensor's copy on the device. On a GPU the host does not wait for it."""
+    if torch.device(device).type == 'cuda':
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def compile_step(function, device):
-    """Returns the function compiled, for one that is called once per generated token."""
-    return torch.compile(function, options={'cpp_wrapper': device.type == 'cpu'})
+    """Returns the function compiled, for one that is called once per generated token and returns tensors.
 
-
-def hand_over_threads():
-    """Makes torch compute with one CPU thread in this thread. Returns how many it had, for another thread.
-
-    For a server, which computes in a thread of its own. Each thread that computes keeps a set of threads, and
-    with more of them than cores they wait for each other slowly, see shared_cpu.py. So this comes before
-    anything that computes.
+    On a GPU it runs as a CUDA graph: the host launches the whole step at once, and not its hundreds of small
+    kernels one by one. A graph is recorded for every new shape of the arguments, in the second call with it.
+    The arguments are copied to where they were in the recorded call. So what the function changes must keep
+    its address, and torch must be told by keep_address: else it warns, and goes on without graphs.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    return threads
+    if device.type != 'cuda':
+        return torch.compile(function, options={'cpp_wrapper': device.type == 'cpu'})
+    compiled = torch.compile(function, mode='reduce-overhead')  # torch's name of CUDA graphs
+
+    def step(*args):
+        torch.compiler.cudagraph_mark_step_begin()  # the results of the call before are not needed any more
+        return tuple(x.clone() for x in compiled(*args))  # the next call overwrites a graph's results
+
+    return step
+
+
+def keep_address(tensor):
+    """Tells torch.compile that a tensor stays where it is: a CUDA graph can change it in place."""
+    torch._dynamo.mark_static_address(tensor)
 
 
 ONEDNN_MIN_TOKENS = 3
@@ -196,36 +221,27 @@ PEAK_FLOPS = {
 # fmt: on
 
 
+def device_name(m):
+    """Returns the name of a GPU, such as NVIDIA H100 80GB HBM3, and what else a device is: cpu, mps."""
+    return torch.cuda.get_device_name(m.device) if m.kind == 'cuda' else m.kind
+
+
 def peak_flops(m):
     """Returns the FLOP/s of matrix products in m.dtype, None if unknown, and in float32."""
     if m.kind != 'cuda' or m.dtype == torch.float32:
         return None
-    name = torch.cuda.get_device_name(m.device)
+    name = device_name(m)
     if re.search(r'\b(MIG|Laptop|Ti|SUPER|D)\b', name):  # a part or a relative of a card in the table
         return None
     return next((peak for part, peak in PEAK_FLOPS.items() if re.search(rf'\b{part}\b', name)), None)
 
 
-def matmul_rate(m, size=2048):
-    """Returns the FLOP/s of square matrix products on this device, the best of several."""
-    a = torch.randn(size, size, device=m.device, dtype=m.dtype)
-    seconds = []
-    for _ in range(8):
-        start = time.perf_counter()
-        a @ a
-        seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / min(seconds)
-
-
-def read_rate(m, size=2**28):
-    """Returns the bytes per second that this device reads from memory: a sum over a tensor, the best of 8."""
-    x = torch.ones(size // 4, device=m.device)
-    seconds = []
-    for _ in range(8):
-        start = time.perf_counter()
-        x.sum().item()  # the host waits for the device
-        seconds.append(time.perf_counter() - start)
-    return size / min(seconds)
+def forget_peak(m):
+    """Makes peak_memory count from now on, on a GPU. Returns the bytes that are in use there, elsewhere 0."""
+    if m.kind != 'cuda':
+        return 0
+    torch.cuda.reset_peak_memory_stats(m.device)
+    return torch.cuda.memory_allocated(m.device)
 
 
 def peak_memory(m):
@@ -271,11 +287,14 @@ class Machine:
             **(cpu if self.kind == 'cpu' else {}),
         )
 
+    @property
+    def copies_in_threads(self):
+        """Whether a thread may copy to the device while another one computes. On MPS it was not tried."""
+        return self.kind != 'mps'
+
     def to_device(self, tensor):
-        """Returns a CPU tensor's copy on the device. On a GPU the host does not wait for it."""
-        if self.kind == 'cuda':
-            return tensor.pin_memory().to(self.device, non_blocking=True)
-        return tensor.to(self.device)
+        """See the function to_device."""
+        return to_device(tensor, self.device)
 
     def scaler(self):
         """Returns a GradScaler, which float16 needs. With another dtype it changes nothing."""
@@ -312,7 +331,7 @@ def setup(config, work=math.inf):
         torch._dynamo.config.recompile_limit = 64
         torch._dynamo.config.fail_on_recompile_limit_hit = True
     torch.manual_seed(config.seed)
-    name = f' {torch.cuda.get_device_name(device)}' if m.kind == 'cuda' else ''
+    name = f' {device_name(m)}' if m.kind == 'cuda' else ''
     through = f' ({backend}{", weights are sharded" if m.shard else ""})' if WORLD > 1 else ''
     if WORLD == 1 and (os.environ.get('RANK') or '0', os.environ.get('WORLD_SIZE') or '1') != ('0', '1'):
         missing = [name for name in PLACE if not os.environ.get(name)]

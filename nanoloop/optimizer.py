@@ -215,6 +215,23 @@ def prepare_step(optimizers, step, lr, decay_share=1.0):
         optimizer.before_step(optimizer, step)
 
 
+def step_if_finite(optimizers, grad_norm):
+    """Makes a step of every optimizer, unless grad_norm, a tensor (), is not finite: then nothing changes.
+
+    Returns a tensor (), whether weights were changed. A fused AdamW decides that on the device: a GradScaler
+    tells it in the same way. For another optimizer the host has to know, and waits for the device.
+    """
+    finite = grad_norm.isfinite()
+    for optimizer in optimizers:
+        if getattr(optimizer, '_step_supports_amp_scaling', False):
+            optimizer.found_inf = 1.0 - finite.float()
+            optimizer.step()
+            del optimizer.found_inf
+        elif finite:
+            optimizer.step()
+    return finite
+
+
 def load_optimizers(optimizers, state, c):
     """Loads the optimizers' states; learning rates and the like are those of the current keys.
 

@@ -11,8 +11,8 @@ import torch
 
 from nanoloop.datasets import name_source
 from nanoloop.generate import stream
-from nanoloop.machine import matmul_rate
 from nanoloop.parallel import whole_weights
+from nanoloop.rates import matmul_rate
 from nanoloop.tokenizer import make_tokenizer
 
 MEASURED_FLOPS = 1e10  # FLOPs of a step; only above this is the speed of the CPU measured

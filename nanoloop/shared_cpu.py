@@ -76,3 +76,14 @@ class ShortWaits:
         finally:
             ready.set()
         self.end.wait()
+
+
+def hand_over_threads():
+    """Makes torch compute with one CPU thread in this thread. Returns how many it had, for another thread.
+
+    For a server, which computes in a thread of its own. Each thread that computes keeps a set of threads, and
+    with more of them than cores they wait for each other slowly. So this comes before anything that computes.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    return threads

@@ -3,32 +3,73 @@ One training step: forward and backward passes of its micro-batches, clipping, a
 """
 
 import collections
+import functools
 import math
-from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from nanoloop.checks import check
+from nanoloop.optimizer import step_if_finite
 from nanoloop.parallel import sum_over_ranks, sync_gradients, total_norm, whole_weights
 
 
-class StepResult(NamedTuple):
-    """The result of one training step on this rank."""
+class StepResult:
+    """The result of one training step on this rank.
 
-    loss: float  # the mean over ranks of this and of extra is that over the step's targets
-    grad_norm: float  # of the gradient of all ranks, before clipping
-    extra: dict  # further values to log, of the objective and the batches: {name: float}
+    Where a number is first read, the host waits for the device. changed: whether the step has changed
+    weights, a tensor (), for which nobody waits. means: {name: tensor ()} of what is logged, `loss` among
+    them. grad_norm: tensor (). rescale: factor of the means. values: further values to log, {name: float}.
+    """
+
+    def __init__(self, changed, means, grad_norm, rescale, values):
+        self.changed, self.names, self.rescale, self.values = changed, list(means), rescale, values
+        self.on_device = torch.stack([*means.values(), grad_norm])  # (number of means + 1,)
+
+    @functools.cached_property
+    def numbers(self):
+        """(loss, gradient norm, {name: further value})."""
+        *means, grad_norm = self.on_device.tolist()  # here the host waits for the device
+        extra = {name: mean * self.rescale for name, mean in zip(self.names, means, strict=True)}
+        return extra.pop('loss'), grad_norm, extra | self.values
+
+    @property
+    def loss(self):
+        """The loss. The mean over ranks of this and of extra is that over the step's targets."""
+        return self.numbers[0]
+
+    @property
+    def grad_norm(self):
+        """The L2 norm of the gradient of all ranks, before clipping."""
+        return self.numbers[1]
+
+    @property
+    def extra(self):
+        """Further values to log, of the objective and the batches: {name: float}."""
+        return self.numbers[2]
 
 
 class BadSteps:
     """Counts the steps in a row whose gradient is not finite, which are skipped."""
 
     def __init__(self, c, scaler, say):
-        self.c, self.scaler, self.say, self.n = c, scaler, say, 0
+        self.c, self.scaler, self.say, self.n, self.waiting = c, scaler, say, 0, []
 
-    def count(self, step, result, saved):
-        """Counts a StepResult. Raises UserError at max_bad_steps. saved: step of the last checkpoint."""
+    def add(self, step, result):
+        """Takes a StepResult, to be counted later: no number of it is read yet."""
+        self.waiting.append((step, result))
+
+    def count(self, saved):
+        """Counts the steps since the last call. Raises UserError at max_bad_steps.
+
+        saved: step of the last checkpoint.
+        """
+        waiting, self.waiting = self.waiting, []
+        for step, result in waiting:
+            self.count_step(step, result, saved)
+
+    def count_step(self, step, result, saved):
+        """See count."""
         # float16: overflows are normal while the loss scale is searched, so they are not counted
         if math.isfinite(result.grad_norm) or (self.scaler.is_enabled() and self.scaler.get_scale() >= 1):
             self.n = 0
@@ -46,7 +87,9 @@ def train_step(training_loss, optimizers, scaler, batches, n_loop, c, m, stopped
     """Makes one optimizer step of this rank's next micro-batches. Returns a StepResult.
 
     Every target but -1 has the same weight in all micro-batches. A step whose gradient is not finite changes
-    no weight. Returns None if stopped() became true between micro-batches. look: see diagnose.Look.
+    no weight. The host does not wait for the device, except with float16, and where an optimizer needs it
+    (see step_if_finite). Returns None if stopped() became true between micro-batches. look: see
+    diagnose.Look.
     """
     micros, sums, targets_counted = c.gradient_accumulation_steps // m.world, {}, 0
     values = collections.Counter()  # of the batches
@@ -54,18 +97,16 @@ def train_step(training_loss, optimizers, scaler, batches, n_loop, c, m, stopped
         for micro in range(micros):
             if micro and stopped():
                 return None
-            batch = next(batches)
-            targets_counted += int((batch.targets != -1).sum())
+            batch = next(batches).to_device(m)
+            targets_counted += batch.n_targets
             values.update({name: x / micros for name, x in batch.values.items()})
-            idx, targets = m.to_device(batch.idx), m.to_device(batch.targets)  # (B, T) each
-            weights = None if batch.weights is None else m.to_device(batch.weights)
             if look and micro == 0:
                 torch.manual_seed(batch.seed)
-                look.before_first(idx, targets, weights)
+                look.before_first(batch.idx, batch.targets, batch.weights)
             sync_gradients(training_loss, micro == micros - 1)  # once per step
             torch.manual_seed(batch.seed)
             with m.autocast():
-                loss, extra = training_loss(idx, targets, n_loop, weights)
+                loss, extra = training_loss(batch.idx, batch.targets, n_loop, batch.weights)
             scaler.scale(loss / micros).backward()
             for name, x in dict(extra, loss=loss.detach()).items():
                 sums[name] = sums.get(name, 0.0) + x / micros
@@ -78,14 +119,10 @@ def train_step(training_loss, optimizers, scaler, batches, n_loop, c, m, stopped
         torch._foreach_mul_([p.grad for p in params if p.grad is not None], rescale)
     grad_norm = total_norm([p.grad for p in params if p.grad is not None])
     nn.utils.clip_grads_with_norm_(params, c.grad_clip or math.inf, grad_norm)
-    # here the host waits for the device
-    *means, grad_norm = torch.stack([*sums.values(), grad_norm]).tolist()
     if look:
         look.after_clipping()
+    changed = step_if_finite(optimizers, grad_norm)
     for optimizer in optimizers:
-        if math.isfinite(grad_norm):
-            scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
     scaler.update()  # a disabled scaler does nothing
-    extra = {name: mean * rescale for name, mean in zip(sums, means, strict=True)}
-    return StepResult(extra.pop('loss'), grad_norm, extra | values)
+    return StepResult(changed, sums, grad_norm, rescale, values)

@@ -1,13 +1,16 @@
 """Cached decoding and early exits against whole forward passes and token by token, at every position."""
 
+import functools
 import itertools
 
 import helpers
 import pytest
 import torch
 import torch._dynamo.utils
+import torch._inductor.compile_fx
 import torch._inductor.config
 from decoding import IDX, SIZES, confident, dividing_threshold, expected, gated, make, padded
+from functorch.compile import make_boxed_func
 from helpers import pairwise
 from test_model import PAIRS, options
 
@@ -17,6 +20,8 @@ from nanoloop.bench_decode import decoding_ways
 from nanoloop.decode import Decoder, OneDNNLinear, Stats, prepare_linears_
 from nanoloop.early_exit import EXIT, EarlyExit, ExitInputs, ExitRule
 from nanoloop.generate import Generation, generate, stream
+from nanoloop.kv_cache import LENGTH_STEP, KVCache
+from nanoloop.machine import autocast
 
 
 def check_decoding(model, lengths, steps, atol=1e-10, n_loop=None):
@@ -134,6 +139,45 @@ def test_compiled_steps_are_the_same_steps(monkeypatch):
         assert torch.allclose(rows[0].head_input, rows[1].head_input, atol=1e-5)
     assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 1  # for all lengths
     assert 'compiled_step' in vars(rows[0].decoder) and 'compiled_step' not in vars(rows[1].decoder)
+
+
+@torch.inference_mode()
+def test_a_compiled_step_changes_and_copies_nothing_large_that_could_move(monkeypatch):
+    """Else torch would run it without a CUDA graph, or copy the weights for every token."""
+    steps = []
+
+    def inner_compile(graph, inputs, static_input_idxs=(), **options):
+        places = [node for node in graph.graph.nodes if node.op == 'placeholder']
+        writes = [node for node in graph.graph.nodes if node.target is torch.ops.aten.copy_.default]
+        steps.append((inputs, set(static_input_idxs), {places.index(node.args[0]) for node in writes}))
+        return make_boxed_func(graph.forward)
+
+    real = torch.compile
+    backend = functools.partial(torch._inductor.compile_fx.compile_fx, inner_compile=inner_compile)
+    monkeypatch.setattr(torch, 'compile', lambda function, **options: real(function, backend=backend))
+    keys = dict(pos='rope', window_pattern='SL', n_kv_head=1, n_prelude=1, n_block=1, n_coda=0, block_size=64)
+    model = make(double=False, **keys)
+    prepare_linears_(model, torch.bfloat16)
+    with autocast('cpu', torch.bfloat16):
+        generation = Generation(model, IDX[:, :9], compile=True)
+        for _ in generation.stream(3):
+            pass
+    (inputs, static, written), *others = steps
+    assert not others and len(written) == 2 * model.config.depth and written <= static
+    moving = [x for i, x in enumerate(inputs) if torch.is_tensor(x) and i not in static]
+    assert max(x.numel() for x in moving) <= len(IDX) * LENGTH_STEP  # a mask
+    weights = {p.data_ptr() for p in model.parameters()}
+    assert sum(isinstance(inputs[i], torch.Tensor) for i in static) <= len(weights) + len(written) + 1
+
+
+@pytest.mark.parametrize('device, lengths', [('cpu', 32), ('meta', 8)])
+def test_a_gpu_gets_few_lengths_of_a_step(device, lengths):
+    """Each of them is a CUDA graph; torch warns beyond 8."""
+    cache = KVCache(make(double=False, block_size=1024), 1, 1000, 1, 1)
+    cache.device = torch.device(device)
+    seen = [cache.compiled_length(end) for end in range(1, 1001)]
+    assert all(length >= end for end, length in enumerate(seen, start=1)) and seen == sorted(seen)
+    assert len({*seen}) == lengths and seen[-1] == 1000
 
 
 @torch.no_grad()

@@ -40,7 +40,7 @@ def test_the_average_is_its_formula(decay):
     average, values = Average(model, decay), {name: [p.clone()] for name, p in model.named_parameters()}
     for seed in range(20):
         randomize(model, seed)
-        average.update()
+        average.update(torch.tensor(True))
         for name, p in model.named_parameters():
             values[name].append(p.clone())
     state = average.state_dict()
@@ -62,7 +62,7 @@ def test_a_short_run_has_forgotten_its_initial_weights():
     average = Average(model, 0.999)
     torch.nn.init.ones_(model.weight)
     for _ in range(12):
-        average.update()
+        average.update(torch.tensor(True))
     assert 1 - average.averages[0].item() == pytest.approx(1 / math.comb(21, 9), abs=1e-6)
 
 

@@ -9,7 +9,8 @@ import torch
 from helpers import ROOT
 
 from nanoloop import shared_cpu
-from nanoloop.machine import hand_over_threads, lazy_zeros
+from nanoloop.machine import lazy_zeros
+from nanoloop.shared_cpu import hand_over_threads
 
 
 def test_short_waits_follow_the_switches():

@@ -100,10 +100,20 @@ def test_another_source_of_batches_trains_and_resumes_exactly(call, flags, tmp_p
     assert not same(whole['model'], load(tmp_path / 'windows' / 'ckpt.pt')['model'])
 
 
-def test_a_source_reads_one_batch_ahead():
-    made = []
-    c, m = types.SimpleNamespace(gradient_accumulation_steps=2), types.SimpleNamespace(world=1, rank=0)
-    source = read_ahead(lambda step, micro: made.append((step, micro)) or (step, micro), c, m, 3)
-    assert [next(source) for _ in range(3)] == [(3, 0), (3, 1), (4, 0)]
+def test_a_source_reads_one_batch_ahead_onto_the_device():
+    made, copied = [], []
+    m = types.SimpleNamespace(world=1, rank=0, copies_in_threads=True)
+    m.to_device = lambda x: copied.append(x.tolist()) or x
+
+    def make(step, micro):
+        made.append((step, micro))
+        targets = torch.tensor([[step, micro, -1]])
+        return Batch(torch.zeros_like(targets), targets, seed=10 * step + micro)
+
+    source = read_ahead(make, types.SimpleNamespace(gradient_accumulation_steps=2), m, 3)
+    got = [next(source) for _ in range(3)]
+    assert [(batch.seed, batch.n_targets) for batch in got] == [(30, 2), (31, 2), (40, 2)]
     source.close()
     assert made == [(3, 0), (3, 1), (4, 0), (4, 1)]
+    assert copied[1::2] == [[[step, micro, -1]] for step, micro in made]
+    assert got[0].to_device(None) is got[0]

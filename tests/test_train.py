@@ -179,12 +179,13 @@ def test_micro_batches_are_their_places_in_the_global_batch(tiny_data):
     for world in (2, 4):
         assert same(drawn(1), drawn(world))
     assert len({x.numpy().tobytes() for x, *_ in drawn(1)}) == len({batch.seed for batch in drawn(1)}) == 4
-    m = types.SimpleNamespace(rank=0, world=1)
+    m = types.SimpleNamespace(rank=0, world=1, to_device=lambda x: x, copies_in_threads=True)
     assert not torch.equal(
         batches.draw_windows(split, c, m, 6, 0)[0], batches.draw_windows(split, c, m, 5, 0)[0]
     )
     ahead = batches.window_batches(split, c, m)(5)
-    assert same([next(ahead) for _ in range(5)], [*drawn(1), batches.draw_windows(split, c, m, 6, 0)])
+    expected = [*drawn(1), batches.draw_windows(split, c, m, 6, 0)]
+    assert same([next(ahead) for _ in range(5)], [batch.to_device(m) for batch in expected])
 
 
 def test_accumulation_equals_one_large_batch(call, flags, tmp_path, monkeypatch):
