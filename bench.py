@@ -90,6 +90,8 @@ class BenchConfig:
         """Raises UserError for a value out of its bounds."""
         settle_fields(self)
         check(self.sequences, 'sequences', '', 'a number of rows, such as 8, or several: 1,8,64')
+        fits = not self.json or (Path(self.json).parent.is_dir() and not Path(self.json).is_dir())
+        check(fits, 'json', self.json, 'a file in a folder that exists')
 
 
 class Setting:
