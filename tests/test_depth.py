@@ -12,6 +12,7 @@ from nanoloop import depth
 from nanoloop.depth import LoopBatch
 from nanoloop.early_exit import EXIT, EarlyExit
 from nanoloop.generate import Generation
+from nanoloop.rollout import roll_out
 
 N_TOKENS, LENGTHS = 14, [4, 9, 1, 6, 7]
 PROMPTS = torch.randint(23, (5, 9), generator=torch.Generator().manual_seed(3))
@@ -137,3 +138,16 @@ def test_rows_of_a_model_that_reads_the_loops_index_stay_together(table, monkeyp
     monkeypatch.setitem(TABLES[table], 'indexed', part)
     model = gated(n_prelude=0, n_coda=0, **{table: 'indexed'})
     assert not Generation(model, PROMPTS, early_exit=EarlyExit('diff', 0.1)).may_go_apart
+
+
+@torch.inference_mode()
+def test_rollouts_draw_the_tokens_of_all_rows_together():
+    """Their sampler records what it has drawn for every row, and a tool replaces tokens."""
+    model = gated(n_prelude=0, n_coda=0)
+    exit = EarlyExit('diff', dividing_threshold(model, 'diff', IDX[0, :12]))
+    prompts = [row[:n].tolist() for row, n in zip(PROMPTS, LENGTHS, strict=True)]
+    rollouts = roll_out(model, prompts, N_TOKENS, temperature=0, early_exit=exit)
+    text, stats = texts_and_stats(model, PROMPTS, LENGTHS, early_exit=exit)
+    assert rollouts.answers == text.tolist() and rollouts.stats.loops_taken == stats.loops_taken
+    forced = roll_out(model, prompts, 6, tool=lambda ids: [7, 8], temperature=0, early_exit=exit)
+    assert all(ids[1:3] == ids[4:6] == [7, 8] for ids in forced.answers)
