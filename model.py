@@ -120,6 +120,7 @@ class LoopPart(nn.Module):
 
     vectors = {}  # {name: value}: learned vectors (C,) and the value that they start with
     groups = {}  # {name of a parameter: its optimizer group}
+    reads_loop = False  # True: it reads the loop's index i; else i is None where rows are at different loops
     options = ()  # fields of GPTConfig that mean something with this entry only
 
     def __init__(self, config, **base_args):

@@ -314,14 +314,14 @@ def check_call(c, position, injection, length, n_loop, loops, with_graph):
 def check_parts(model):
     """Tries the parts of a GPT's loop once. Raises RuntimeError, with the class, for a mistake of its author.
 
-    i may be any number: a user can ask for more loops than config.n_loop.
+    i may be any number: a user can ask for more loops than config.n_loop. None: see LoopPart.reads_loop.
     """
     n_loop, e = model.config.n_loop, model.lm_head.weight.new_zeros(1, 2, model.config.n_embd)  # (1, 2, C)
     pos = e[0, :, 0].long()  # (2,)
     for base, part, *args in (
         ('LoopPart', model.start, pos),
-        *(('Injection', model.inject, e, i) for i in (0, n_loop)),
-        *(('LoopPart', model.update, e, i) for i in (0, n_loop)),
+        *(('Injection', model.inject, e, i) for i in (0, n_loop, None)[: 3 - model.inject.reads_loop]),
+        *(('LoopPart', model.update, e, i) for i in (0, n_loop, None)[: 3 - model.update.reads_loop]),
     ):
         check_settings(part, base)
         name, training = type(part).__name__, part.training

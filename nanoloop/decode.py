@@ -20,7 +20,8 @@ from typing import NamedTuple
 import torch
 
 from nanoloop.checks import check
-from nanoloop.kv_cache import KVCache, cached_attention
+from nanoloop.depth import LoopBatch
+from nanoloop.kv_cache import KVCache, layer_caches
 from nanoloop.machine import compile_step, onednn_for, onednn_linear, onednn_linear_is_faster
 
 
@@ -168,6 +169,8 @@ class Decoder:
         rows = None if rows == list(range(self.n_rows)) else rows
         counts = None if counts is not None and min(counts) == T else counts
         compiled = self.compile and generated and rows is None
+        if self.early_exit is not None and T == 1 < n and counts is None:
+            return self.step_with_exits(idx, rows or list(range(n)), warm=generated and self.warm_start)
         index = self.cache.reserve(T, rows, counts, compiled)
         s = None
         if generated and self.warm_start:
@@ -245,7 +248,8 @@ class Decoder:
             if self.coda_in_loop:
                 head_input[origin] = x[at]
             columns = pos[origin] % self.cache.capacity  # (N,)
-            self.cache.copy_to_deeper_loops(cache_row[origin], columns, i, self.n_loop)
+            last = torch.full_like(columns, i)  # (N,)
+            self.cache.copy_to_deeper_loops(cache_row[origin], columns, last, self.n_loop)
             self.stats.loops_taken[i + 1] += len(at[0])
             n_running -= len(at[0])
             if not n_running:
@@ -257,6 +261,20 @@ class Decoder:
             active_index = self.cache.index(rows_left, pos_left, active.running, index.visible)
         return state, self.run_coda(state, index) if head_input is None else head_input
 
+    def step_with_exits(self, idx, rows, warm):
+        """Runs one token of each row like forward_with_exits. Returns the head's input (n, 1, C).
+
+        idx: (n, 1); rows: a list of n rows; warm: start from the last states.
+        """
+        batch = LoopBatch(self)
+        batch.enter(rows, idx[:, 0], warm)
+        while batch.rows:
+            batch.run_one_loop()
+        done, loops, x = batch.finish()
+        order = torch.tensor([done.index(row) for row in rows], device=idx.device)  # (n,)
+        self.loops = torch.tensor(loops, device=idx.device)[order, None]  # (n, 1)
+        return x[order, None]
+
     def start_active(self, idx, index, s, counts):
         """Returns the ActiveTokens of idx (n, T) that enter the loop. s: their state, None = s_0."""
         (n, T), device = idx.shape, idx.device
@@ -267,8 +285,3 @@ class Decoder:
         if counts is not None:
             running = column < torch.tensor(counts, device=device)[:, None]
         return ActiveTokens(e, s_0 if s is None else s, None, running, row, column)
-
-
-def layer_caches(layers, index):
-    """Returns a function for each layer that attends with its cache, as GPT.apply_blocks takes them."""
-    return [functools.partial(cached_attention, layer, index) for layer in layers]

@@ -106,8 +106,9 @@ class EarlyExit:
     def __call__(self, model, i, previous, s, x, memory):
         """Returns which tokens exit after loop i, (n, T), and the statistic's memory for the next loop.
 
-        previous, s: states before and after the loop, (n, T, C), previous may be None; x: the head's input
-        (n, T, C), not read unless the rule needs logits; memory: what this returned one loop before.
+        i: the loop, from 0 on, or (n, 1), one for each row; previous, s: states before and after the loop,
+        (n, T, C), previous may be None; x: the head's input (n, T, C), not read unless the rule needs logits;
+        memory: what this returned one loop before.
         """
         logits = upcast(model.logits(x)) if self.rule.needs_logits else None
         probability = model.exit_probability(s) if self.rule.needs_gate else None
@@ -124,9 +125,7 @@ class EarlyExit:
             if not fits:
                 got = f'{what} is {tuple(x.shape)}, {x.dtype}'
                 raise RuntimeError(f'exit rule {self.name}: its {got}, expected floats of shape (n, T)')
-        if i + 1 < self.min_loops:
-            return torch.zeros_like(value, dtype=torch.bool), memory
-        return self.rule.exits(value, self.threshold), memory
+        return self.rule.exits(value, self.threshold) & (i + 1 >= self.min_loops), memory
 
 
 def make_early_exit(c):

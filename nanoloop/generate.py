@@ -22,6 +22,7 @@ import torch
 from model import POS, upcast
 from nanoloop.checks import check
 from nanoloop.decode import Decoder, scatter_last
+from nanoloop.depth import MOST_AHEAD, RowsApart, can_go_apart
 from nanoloop.machine import onednn_for
 from nanoloop.speculation import check_speculation, draft_and_verify
 
@@ -89,6 +90,7 @@ class Generation:
     lengths: number of tokens of each row of idx before the padding at its end, a list; None = all
     temperature, top_k, top_p, generator: see Sampler
     speculate: number of tokens that are drafted at once, with draft_loops loops, see speculation.py; 0 = none
+    lockstep: draw the tokens of all rows together, also with an early exit; needed for replace
     options: max_tokens, n_loop, kv_budget, early_exit, warm_start, compile, see Decoder
 
     Nothing is computed before stream. stats: a Stats. Raises UserError for options that exclude each other.
@@ -96,10 +98,10 @@ class Generation:
 
     @torch.inference_mode()
     def __init__(self, model, idx, lengths=None, temperature=1.0, top_k=None, top_p=None, generator=None,
-                 speculate=0, draft_loops=1, **options):  # fmt: skip
+                 speculate=0, draft_loops=1, lockstep=False, **options):  # fmt: skip
         check_speculation(model, len(idx), speculate, draft_loops, **options)
         self.sampler = Sampler(model, temperature, top_k, top_p, generator)
-        self.speculate, self.draft_loops = speculate, draft_loops
+        self.speculate, self.draft_loops, self.lockstep = speculate, draft_loops, lockstep
         self.decoder = Decoder(model, len(idx), **options)
         self.stats = self.decoder.stats
         self.block_size, self.learned = model.config.block_size, POS[model.config.pos].learned
@@ -107,6 +109,9 @@ class Generation:
         self.head_input = model.transformer.wte.weight.new_zeros(len(idx), model.config.n_embd)
         self.pending = [row[:0] for row in idx]  # the tokens of each row that are given but not processed yet
         self.newest = None  # (B,), the last generated token of each row, not processed yet
+        self.apart = None  # RowsApart while rows are ahead of others
+        warm_restart = self.learned and self.decoder.warm_start  # needs the last state of what is not dropped
+        self.may_go_apart = not (lockstep or warm_restart) and can_go_apart(self.decoder)
         self.unyielded = collections.deque()  # generated tokens (B,) that stream has not yielded yet
         # with learned positions: the last tokens of each row up to the last prefill, and (B,) tokens after it
         self.view, self.recent = [row[:0] for row in idx], []
@@ -122,6 +127,7 @@ class Generation:
         fits = len(lengths) == len(idx) and all(1 <= n <= T for n in lengths)
         check(len(idx) == len(self.pending), 'idx', tuple(idx.shape), f'{len(self.pending)} rows')
         check(fits, 'lengths', lengths, f'from 1 to the {T} tokens of idx')
+        self.end_apart()
         if self.unyielded:  # the last of them is not in the cache, the others are
             n = len(self.unyielded) - 1
             self.decoder.cache.truncate(0, self.decoder.cache.lengths[0] - n)
@@ -137,7 +143,8 @@ class Generation:
     def stream(self, max_new_tokens):
         """Yields the next token of every row, (B,), max_new_tokens times.
 
-        It can be left early and called again, with the same text as without a break. The tokens are made in
+        It can be left early and called again, with the same text as without a break; where rows do not wait
+        for each other (nanoloop/depth.py) drawn text can differ, greedy text does not. The tokens are made in
         inference mode: clone() them for a graph.
         """
         for n_left in range(max_new_tokens, 0, -1):
@@ -148,6 +155,7 @@ class Generation:
     def replace(self, tokens):
         """Puts other tokens (B,), a tool's result, in place of those that stream has yielded last."""
         check(not self.speculate, 'speculate', self.speculate, '0 where tokens are replaced')
+        check(not self.may_go_apart, 'lockstep', False, 'True where tokens are replaced')
         self.newest = tokens
 
     def next_tokens(self, n_left):
@@ -155,6 +163,11 @@ class Generation:
         if self.newest is None:
             self.prefill()
             tokens = [self.sampler.sample(self.head_input)]
+        elif self.goes_apart(n_left):
+            self.recent += [self.newest] if self.learned else []
+            tokens = [self.apart.next_token(n_left)]
+            if self.apart.at_rest():
+                self.apart = None
         elif n := min(self.speculate, n_left, self.room()):
             tokens = draft_and_verify(self.decoder, self.sampler, self.newest, n, self.draft_loops)
             self.recent += [self.newest, *tokens[:-1]] if self.learned else []
@@ -164,6 +177,27 @@ class Generation:
                 tokens = [self.sampler.sample(self.head_input)]
         self.newest = tokens[-1]
         return tokens
+
+    def goes_apart(self, n_left):
+        """Returns whether the rows take their next n_left tokens without waiting for each other.
+
+        Learned positions must have room for them: rows that restart are computed together.
+        """
+        cache, apart = self.decoder.cache, self.apart
+        lengths = cache.lengths if apart is None else apart.yielded_lengths()
+        if not self.may_go_apart or (self.learned and max(lengths) + n_left > self.block_size):
+            self.end_apart()
+            return False
+        if apart is None:
+            limit = min(MOST_AHEAD, cache.chunk - 1)  # as many can be dropped, see KVCache.truncate
+            self.apart = RowsApart(self.decoder, self.sampler, self.newest, limit)
+        return True
+
+    def end_apart(self):
+        """Drops the tokens of rows that are ahead of what stream has yielded."""
+        if self.apart is not None:
+            self.apart.drop()
+            self.apart = None
 
     def prefill(self):
         """Processes the pending tokens and sets head_input."""

@@ -37,7 +37,8 @@ class CacheIndex(NamedTuple):
     rows: slice | torch.Tensor  # (n,) rows of the cache; a slice if they are neighbours
     columns: slice | torch.Tensor  # a slice if they are the same in all rows, else (n, T)
     attn_inputs: AttnInputs
-    runs: list | None = None  # of slices that make up rows, where they are read one by one; None = at once
+    heads: torch.Tensor | None = None  # (n G T,) where cache_update writes, see head_index; None = at slices
+    runs: list | None = None  # of slices that make up rows, where they are read run by run; None = at once
 
     @property
     def visible(self):
@@ -49,37 +50,60 @@ class CacheIndex(NamedTuple):
         return row + self.rows.start if isinstance(self.rows, slice) else self.rows[row]
 
 
-def runs_of_neighbours(rows):
-    """Returns rows, a rising list, as slices of neighbours: [2, 3, 5] gives 2:4 and 5:6."""
-    starts = [i for i, row in enumerate(rows) if i == 0 or row != rows[i - 1] + 1]
-    return [slice(rows[i], rows[j - 1] + 1) for i, j in itertools.pairwise([*starts, len(rows)])]
+def even_runs(rows):
+    """Returns a list of different rows as slices of rising, evenly spaced ones.
+
+    [2, 3, 5, 4, 7, 10] gives 2:4 (rows 2 and 3), 5:6 and 4:11:3. Rows at random take half as many slices.
+    """
+    runs, i = [], 0
+    while i < len(rows):
+        j, step = i + 1, 1
+        if j < len(rows) and rows[j] > rows[i]:
+            step = rows[j] - rows[i]
+            while j < len(rows) and rows[j] - rows[j - 1] == step:
+                j += 1
+        runs.append(slice(rows[i], rows[j - 1] + 1, step))
+        i = j
+    return runs
+
+
+def head_index(rows, columns, n_heads, n_columns):
+    """Returns where keys at rows (n,) and columns (n, T) are in a layer that is seen as (..., D), (n G T,).
+
+    n_heads, n_columns: G and capacity + 1. torch copies whole vectors (D,) several times as fast as it writes
+    to two indexed dimensions.
+    """
+    head = torch.arange(n_heads, device=columns.device)[:, None]  # (G, 1)
+    return ((rows[:, None, None] * n_heads + head) * n_columns + columns[:, None]).flatten()
 
 
 def cache_update(layer, index, k, v):
     """Writes k, v (n, G, T, D) into a layer's cache."""
     keys, values = layer  # (n_rows, G, capacity + 1, D) each
-    rows, columns = index.rows, index.columns
-    if isinstance(columns, slice):
-        keys[rows, :, columns], values[rows, :, columns] = k, v
+    if index.heads is None:
+        keys[index.rows, :, index.columns], values[index.rows, :, index.columns] = k, v
         return
-    at = index.cache_rows(torch.arange(len(columns), device=columns.device))  # (n,)
-    # torch puts indexed dimensions first where a slice separates them: (n, T, G, D) is written
-    keys[at[:, None], :, columns] = k.transpose(1, 2).to(keys.dtype)
-    values[at[:, None], :, columns] = v.transpose(1, 2).to(values.dtype)
+    for x, new in zip(layer, (k, v), strict=True):
+        x.view(-1, x.size(-1)).index_copy_(0, index.heads, new.reshape(-1, x.size(-1)).to(x.dtype))
 
 
 def cached_attention(layer, index, q, k, v, mask, dropout):
     """Writes k, v (n, G, T, D) into a layer's cache and attends to all that is in sight. See model.attend.
 
-    Rows that are no neighbours are attended to run by run: each run is a view, and nothing is copied.
+    Rows apart are attended to run by run: each run is a view of the cache, and nothing is copied.
     """
     cache_update(layer, index, k, v)
     keys, values = (x[:, :, : index.visible] for x in layer)  # (n_rows, G, S, D) each
     if index.runs is None:
         return attend(q, keys[index.rows], values[index.rows], mask, dropout)
-    sizes = [run.stop - run.start for run in index.runs]
+    sizes = [len(range(run.start, run.stop, run.step)) for run in index.runs]
     pieces = zip(index.runs, q.split(sizes), mask.split(sizes), strict=True)
     return torch.cat([attend(q, keys[run], values[run], mask, dropout) for run, q, mask in pieces])
+
+
+def layer_caches(layers, index):
+    """Returns a function for each layer that attends with its cache, as GPT.apply_blocks takes them."""
+    return [functools.partial(cached_attention, layer, index) for layer in layers]
 
 
 class KVCache:
@@ -105,18 +129,34 @@ class KVCache:
         kind = weight.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         zeros = functools.partial(lazy_zeros, dtype=dtype, device=weight.device)
-        sections = [c.n_prelude] + [c.n_block] * kv_budget + [c.n_coda] * n_codas  # numbers of layers
-        shape = (n_rows, c.n_kv_head or c.n_head, self.capacity + 1, c.n_embd // c.n_head)
+        first_coda = c.n_prelude + c.n_block * kv_budget  # among the layers
+        n_layers = first_coda + c.n_coda * n_codas
+        self.keys_shape = c.n_kv_head or c.n_head, self.capacity + 1  # of a row: heads, columns
+        shape = (n_rows, *self.keys_shape, c.n_embd // c.n_head)
         if separate:
-            self.layers = [(zeros(shape), zeros(shape)) for _ in range(sum(sections))]
+            self.layers = [(zeros(shape), zeros(shape)) for _ in range(n_layers)]
             for x in itertools.chain(*self.layers):
                 keep_address(x)
         else:
-            self.keys, self.values = (zeros((sum(sections), *shape)) for _ in range(2))
+            self.keys, self.values = (zeros((n_layers, *shape)) for _ in range(2))
             self.layers = list(zip(self.keys, self.values, strict=True))
-        layers = iter(self.layers)
-        self.prelude, *looped = ([next(layers) for _ in range(n)] for n in sections)
-        self.recur, self.coda = looped[:kv_budget], looped[kv_budget:]
+        # the layers of a block's loops are neighbours
+        recur, coda = self.layers[c.n_prelude : first_coda], self.layers[first_coda:]
+        self.prelude = self.layers[: c.n_prelude]
+        self.recur = [recur[i::kv_budget] for i in range(kv_budget)]
+        self.coda = [coda[i::n_codas] for i in range(n_codas)]
+        if not separate:
+            self.recur_of_loops = self.join_loops(c.n_prelude, c.n_block, kv_budget)
+            self.coda_of_loops = self.join_loops(first_coda, c.n_coda, n_codas)
+
+    def join_loops(self, first, n_blocks, n_loops):
+        """Returns for each of n_blocks blocks its layers of all loops as one, with n_loops * n_rows rows.
+
+        It is a view: row i * n_rows + row is row `row` of loop i. first: the first block's first layer.
+        """
+        starts = [first + block * n_loops for block in range(n_blocks)]
+        both = (self.keys, self.values)
+        return [tuple(x[start : start + n_loops].flatten(0, 1) for x in both) for start in starts]
 
     def bytes(self):
         """Returns the size of all keys and values."""
@@ -143,6 +183,13 @@ class KVCache:
             check(False, 'max_tokens', self.max_tokens, f'at least the {max(ends)} tokens of a row')
         for row, end in zip(listed, ends, strict=True):
             self.lengths[row] = end
+        return self.next_index(listed, starts, T, counts, compiled)
+
+    def next_index(self, listed, starts, T=1, counts=None, compiled=False):
+        """Returns the CacheIndex of T tokens of each of n rows, from positions starts on.
+
+        listed, starts: lists of n; T, counts, compiled: see reserve. Rows may be those of recur_of_loops.
+        """
         steps, end = torch.arange(T, device=self.device), max(starts) + T  # steps: (T,)
         assert end <= self.capacity or T <= self.chunk
         rows = slice(listed[0], listed[-1] + 1)
@@ -182,8 +229,12 @@ class KVCache:
             columns = columns.masked_fill(~real, self.capacity)
         runs = None
         if self.device.type == 'cpu' and not isinstance(rows, slice):  # a GPU copies faster than it launches
-            runs = runs_of_neighbours(rows.tolist())
-        return CacheIndex(pos, rows, columns, self.attn_inputs(pos, visible), runs)
+            runs = even_runs(rows.tolist())
+        of_rows = rows
+        if isinstance(rows, slice):
+            of_rows = torch.arange(rows.start, rows.stop, device=pos.device)
+        heads = head_index(of_rows, columns, *self.keys_shape)
+        return CacheIndex(pos, rows, columns, self.attn_inputs(pos, visible), heads, runs)
 
     def attn_inputs(self, pos, visible, all_visible=False):
         """Returns the AttnInputs of tokens at pos (T,) or (n, T) that see the first `visible` columns.
@@ -203,19 +254,21 @@ class KVCache:
         mask = (distance <= pos) & (distance < c.block_size)
         return AttnInputs(rope, mask, mask & (distance <= window) if self.windowed else mask)
 
-    def copy_to_deeper_loops(self, rows, columns, i, n_loop):
-        """Copies what loop i computed for the tokens at (rows, columns), both (N,), to the loops after it."""
-        c, source, budget = self.model.config, i % self.kv_budget, self.kv_budget
-        deeper = {j % budget for j in range(i + 1, n_loop)} - {source}
-        if not deeper:
+    def copy_to_deeper_loops(self, rows, columns, last, n_loop):
+        """Copies what the last loop of tokens computed to the loops after it.
+
+        rows, columns: (N,), where the tokens are; last: (N,), each token's last loop, from 0 on.
+        """
+        budget, n_rows = self.kv_budget, len(self.lengths)
+        loops = torch.arange(budget, device=columns.device)[:, None]  # (kv_budget, 1)
+        later = (loops - last) % budget  # (kv_budget, N), how many loops after the last one
+        loop, token = ((later > 0) & (later < n_loop - last)).nonzero(as_tuple=True)  # (M,) each
+        if not len(token):
             return
-        deeper = torch.tensor([*deeper], device=columns.device)[:, None]  # (loops, 1)
-        first_layer, looped = c.n_prelude, [c.n_block] + [c.n_coda] * (len(self.coda) > 1)
-        for width in looped:
-            for x in (self.keys, self.values):
-                loops = x[first_layer : first_layer + budget * width]
-                loops = loops.unflatten(0, (budget, width))  # (kv_budget, width, n_rows, G, capacity + 1, D)
-                # indexed dimensions come first where a slice separates them
-                newest = loops[source, :, rows, :, columns]  # (N, width, G, D)
-                loops[deeper, :, rows, :, columns] = newest  # (loops, N, width, G, D)
-            first_layer += budget * width
+        source, target = (last % budget * n_rows + rows)[token], loop * n_rows + rows[token]  # (M,) each
+        columns = columns[token, None]  # (M, 1)
+        source, target = (head_index(y, columns, *self.keys_shape) for y in (source, target))  # (M G,)
+        of_loops = self.recur_of_loops + (self.coda_of_loops if len(self.coda) > 1 else [])
+        for x in itertools.chain(*of_loops):  # (kv_budget * n_rows, G, capacity + 1, D)
+            x = x.view(-1, x.size(-1))
+            x.index_copy_(0, target, x.index_select(0, source))

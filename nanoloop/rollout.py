@@ -83,7 +83,8 @@ def roll_out(model, prompts, max_new_tokens, stop=(), tool=None, temperature=1.0
     lengths, stop, device = [len(ids) for ids in prompts], frozenset(stop), model.lm_head.weight.device
     rows = [torch.tensor(ids) for ids in prompts]
     idx = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)  # (B, longest prompt)
-    generation = Generation(model, idx, lengths, max_tokens=max(lengths) + max_new_tokens, **options)
+    options |= dict(max_tokens=max(lengths) + max_new_tokens, lockstep=True)  # tokens may be replaced
+    generation = Generation(model, idx, lengths, **options)
     generation.sampler = RecordingSampler(model, temperature, top_k, generator=generator)
     answers = [Answer(stop, tool) for _ in prompts]
     for drawn in generation.stream(max_new_tokens):

@@ -86,12 +86,16 @@ def test_groups_windows_and_long_prompts_in_chunks(case, monkeypatch):
 class Indexed(Injection):
     """An injection that differs from loop to loop."""
 
+    reads_loop = True
+
     def forward(self, e, s, i):
         return torch.lerp(s, e, 1 / (i + 2))
 
 
 class IndexedUpdate(LoopPart):
     """A state update that differs from loop to loop."""
+
+    reads_loop = True
 
     def forward(self, s, y, i):
         return torch.lerp(s, y, 1 / (i + 2))
@@ -260,9 +264,9 @@ def test_only_few_tokens_go_without_onednn(monkeypatch):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize('rows, runs', [([0, 2, 3, 6], [1, 2, 1]), ([4, 5], None), ([0, 6], [1, 1])], ids=str)
+@pytest.mark.parametrize('rows, runs', [([0, 2, 3, 6], [2, 2]), ([4, 5], None), ([0, 1, 4], [2, 1])], ids=str)
 def test_rows_apart_are_read_in_place(rows, runs, monkeypatch):
-    """Each run of neighbours is a view of the cache. Tokens are those of all rows together."""
+    """Each run of evenly spaced rows is a view of the cache. Tokens are those of all rows together."""
     model, seen, real = make(pos='rope', n_kv_head=1), [], kv_cache.attend
     idx = torch.randint(23, (7, 10), generator=torch.Generator().manual_seed(0))
     whole, some = (Decoder(model, 7, 10) for _ in range(2))
@@ -274,9 +278,18 @@ def test_rows_apart_are_read_in_place(rows, runs, monkeypatch):
     assert torch.allclose(x, whole.decode_one_token(idx[:, 9:])[rows], atol=1e-12)
 
 
-def test_runs_of_neighbours():
-    assert kv_cache.runs_of_neighbours([2, 3, 5]) == [slice(2, 4), slice(5, 6)]
-    assert kv_cache.runs_of_neighbours([0]) == [slice(0, 1)]
+@pytest.mark.parametrize(
+    'rows, runs',
+    [
+        ([0], [[0]]),
+        ([2, 3, 5], [[2, 3], [5]]),
+        ([2, 3, 5, 4, 7, 10], [[2, 3], [5], [4, 7, 10]]),
+        ([9, 1, 3, 5, 6], [[9], [1, 3, 5], [6]]),
+    ],
+)
+def test_rows_are_split_into_evenly_spaced_runs(rows, runs):
+    found = [[*range(run.start, run.stop, run.step)] for run in kv_cache.even_runs(rows)]
+    assert found == runs and sum(found, []) == rows
 
 
 def test_every_exit_rule_has_an_equation():

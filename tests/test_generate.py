@@ -64,7 +64,8 @@ def test_a_kept_cache_gives_what_one_pass_over_the_conversation_gives(pos, rule,
     model, lengths = gated(pos=pos, block_size=10), [3, 8]
     threshold = dividing_threshold(model, rule, IDX[0, :10]) if rule else None
     exit = EarlyExit(rule, threshold) if rule else None
-    generation = Generation(model, padded([*lengths, 1])[:2], lengths, temperature=0, early_exit=exit)
+    options = dict(temperature=0, early_exit=exit, lockstep=True)
+    generation = Generation(model, padded([*lengths, 1])[:2], lengths, **options)
     logits = recorded(generation)
     texts = converse(generation, [IDX[i, :n] for i, n in enumerate(lengths)])
     assert all(len(text) > 30 for text in texts)

@@ -571,7 +571,7 @@ def test_numbers_of_other_kinds_become_those_of_the_field():
 class Half(Injection):
     """Parameters of every kind: a matrix in a Linear, a table, a vector, a number."""
 
-    groups = {'mix.weight': 'injection'}
+    groups, reads_loop = {'mix.weight': 'injection'}, True
 
     def __init__(self, config):
         super().__init__(config)
@@ -612,6 +612,8 @@ class DyT(torch.nn.Module):
 
 class Leak(LoopPart):
     """A state update with a number of its own."""
+
+    reads_loop = True
 
     def __init__(self, config):
         super().__init__(config)
@@ -689,6 +691,12 @@ def test_a_variant_is_an_entry_of_a_table(key, entry, keys, monkeypatch):
             LoopPart,
             dict(forward=lambda self, s, y, i: [s, s][i]),
             'New.forward with loop 3: IndexE',
+        ),
+        (
+            'input_injection',
+            Injection,
+            dict(forward=lambda self, e, s, i: e + (i + 1) * s),
+            'New.forward with loop None: TypeError',
         ),
         ('state_update', LoopPart, {}, 'New.forward with loop 0: NotImplementedError'),
         ('state_init', LoopPart, dict(forward=lambda self, e, pos: e[0]), 'New.forward: '),
