@@ -462,8 +462,7 @@ def attend(q, k, v, mask, dropout):
         # on a CPU bfloat16 takes up to 5 times as long as float32 in the backward pass, and 2 to 3 times for
         # a single decoded token, so short sequences run in float32
         with torch.autocast('cpu', enabled=False):
-            y = F.scaled_dot_product_attention(upcast(q), upcast(k), upcast(v), mask, **options)
-        return y.to(q.dtype)
+            return F.scaled_dot_product_attention(*map(upcast, (q, k, v)), mask, **options).to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, mask, **options)
 
 
