@@ -226,6 +226,7 @@ def check_mode(c, decoding):
     check(decoding or c.init_from == 'scratch', 'init_from', c.init_from, expected)
     check(decoding or c.weights == 'raw', 'weights', c.weights, 'raw, or --mode=decode with --init_from')
     check(not (decoding and c.vs), 'vs', c.vs, 'nothing with --mode=decode')
+    check(not (c.json and (c.count_only or c.plan)), 'json', c.json, 'nothing where nothing is measured')
 
 
 @command
@@ -259,6 +260,7 @@ def main(argv):
     check(WORLD == 1, 'processes', WORLD, '1')
     m = setup(c)
     print(m.line)
+    append_json(c, m, [])  # a file that cannot be written ends the program here
     if decoding:
         return measure_decoding(c, m)
     fixed = ('device', 'dtype', 'compile', 'deterministic', 'seed')

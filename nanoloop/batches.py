@@ -36,7 +36,7 @@ class Batch(NamedTuple):
             return self
         tensors = (None if x is None else m.to_device(x) for x in (self.idx, self.targets, self.weights))
         idx, targets, weights = tensors  # (B, T) each
-        n_targets = int((self.targets != -1).sum())
+        n_targets = int((self.targets.numpy() != -1).sum())  # by numpy: this thread shall start no others
         return self._replace(idx=idx, targets=targets, weights=weights, n_targets=n_targets)
 
 

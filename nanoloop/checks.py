@@ -3,9 +3,7 @@ Checks of configurations: every mistake of a user raises UserError with one line
 
 The annotation of a configuration's field says which values it takes:
 
-    n_loop: Annotated[int, AtLeast(1)] = 4
     n_head: Annotated[int, AtLeast(1), Divides('n_embd')] = 12
-    norm: Choice(NORM) = 'rmsnorm'
 
 and settle_fields(self) in __post_init__ applies it. This file needs no torch: neither does preparing data.
 """
@@ -314,18 +312,20 @@ def check_call(c, position, injection, length, n_loop, loops, with_graph):
 def check_parts(model):
     """Tries the parts of a GPT's loop once. Raises RuntimeError, with the class, for a mistake of its author.
 
-    i may be any number: a user can ask for more loops than config.n_loop. None: see LoopPart.reads_loop.
+    i may be any number: a user can ask for more loops than config.n_loop. A part without reads_loop also gets
+    one that it cannot read: to compare it raises, and what is computed from it has another shape.
     """
     n_loop, e = model.config.n_loop, model.lm_head.weight.new_zeros(1, 2, model.config.n_embd)  # (1, 2, C)
-    pos = e[0, :, 0].long()  # (2,)
+    unread = {True: (), False: (e.new_zeros(2, 1, 1, 1).long(),)}  # by reads_loop
     for base, part, *args in (
-        ('LoopPart', model.start, pos),
-        *(('Injection', model.inject, e, i) for i in (0, n_loop, None)[: 3 - model.inject.reads_loop]),
-        *(('LoopPart', model.update, e, i) for i in (0, n_loop, None)[: 3 - model.update.reads_loop]),
+        ('LoopPart', model.start, e[0, :, 0].long()),  # positions (2,)
+        *(('Injection', model.inject, e, i) for i in (0, n_loop, *unread[model.inject.reads_loop])),
+        *(('LoopPart', model.update, e, i) for i in (0, n_loop, *unread[model.update.reads_loop])),
     ):
         check_settings(part, base)
         name, training = type(part).__name__, part.training
-        call = f'{name}.forward with loop {args[-1]}' if len(args) > 1 else f'{name}.forward'
+        of = f' with loop {args[-1]}' if type(args[-1]) is int else ' without reads_loop' * (len(args) > 1)
+        call = f'{name}.forward{of}'
         try:
             result = part.eval()(e, *args)
         except Exception as error:  # of any kind: it is its author's code

@@ -271,6 +271,7 @@ class Decoder:
         while batch.rows:
             batch.run_one_loop()
         done, loops, x = batch.finish()
+        self.stats.loops_taken.update(loops)
         order = torch.tensor([done.index(row) for row in rows], device=idx.device)  # (n,)
         self.loops = torch.tensor(loops, device=idx.device)[order, None]  # (n, 1)
         return x[order, None]

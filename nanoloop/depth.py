@@ -20,8 +20,8 @@ from nanoloop.machine import onednn_for
 # share of the rows that are out of the loop when coda, head and prelude run for them: for few rows these take
 # nearly as long as for many
 SHARE_TO_DRAW = 0.5
-# layers outside of the loop per layer inside, up to which rows do not wait. With more they lose on a CPU:
-# prelude and coda run more often, for fewer rows each (runs/results.md)
+# layers outside of the loop per layer inside, up to which rows do not wait. With more they lose: prelude and
+# coda run more often, for fewer rows each. Measured on a CPU only (runs/results.md)
 MOST_OUTSIDE = 0.5
 MOST_AHEAD = 64  # tokens that a row can be ahead of what has been yielded
 
@@ -46,6 +46,8 @@ class LoopBatch:
         rows: a list of k rows that are not in the loop; tokens: (k,); warm: start from the rows' last states.
         """
         decoder = self.decoder
+        if not self.rows:
+            self.memory = None
         self.positions = [*(decoder.cache.lengths[row] for row in rows), *self.positions]
         index = decoder.cache.reserve(1, rows)
         with onednn_for(len(rows)):
@@ -129,7 +131,6 @@ class LoopBatch:
                 x = decoder.run_coda(s, cache.next_index(rows, positions))  # (k, 1, C)
         if decoder.warm_start:
             decoder.last_state[at] = s[:, 0].to(decoder.last_state.dtype)
-        decoder.stats.loops_taken.update(taken)
         self.exited, self.states, self.head_inputs = [], [], []
         return rows, taken, x[:, 0]
 
@@ -137,10 +138,11 @@ class LoopBatch:
 class RowsApart:
     """Generates the next tokens of every row. A row does not wait for the others, see the module docstring.
 
-    decoder: one for which can_go_apart() is true. tokens: (B,), the last token of each
-    row, not processed yet. limit: the most tokens that a row may have generated and not yielded.
+    decoder: one for which can_go_apart() is true. tokens: (B,), the last token of each row, not processed
+    yet. limit: the most tokens that a row may have generated and not yielded.
 
-    n_yielded: number of tokens of each row that next_tokens has returned, and `tokens` before them.
+    n_yielded: number of tokens that each row has given: `tokens`, and those that next_token has returned. The
+    decoder's stats count these alone.
     """
 
     def __init__(self, decoder, sampler, tokens, limit):
@@ -148,6 +150,7 @@ class RowsApart:
         self.limit, self.starts = limit, list(decoder.cache.lengths)
         # the newest tokens of each row, (B, limit + 1): token t is in column t % (limit + 1)
         self.text = tokens[:, None].repeat(1, limit + 1)
+        self.loops = [[0] * (limit + 1) for _ in tokens]  # how many loops each of them took, lists as `text`
         self.made, self.n_yielded = [1] * len(tokens), 1  # numbers of tokens
         self.enough = math.ceil(len(tokens) * SHARE_TO_DRAW)  # rows out of the loop that end the wait
         self.waiting = list(range(len(tokens)))  # rows that are not in the loop and have their next token
@@ -161,17 +164,21 @@ class RowsApart:
                 self.draw_and_enter(most)
             else:
                 self.batch.run_one_loop()
-        token = self.text[:, self.n_yielded % self.text.size(1)]
+        column = self.n_yielded % self.text.size(1)
+        token = self.text[:, column]  # (B,)
+        self.decoder.stats.loops_taken.update(loops[column] for loops in self.loops)
         self.n_yielded += 1
         return token.clone()
 
     def draw_and_enter(self, most):
         """Draws the next tokens of rows that have left the loop. Rows with fewer than `most` enter it."""
         if self.batch.exited:
-            rows, _, x = self.batch.finish()
+            rows, taken, x = self.batch.finish()
+            columns = [self.made[row] % self.text.size(1) for row in rows]
             with onednn_for(len(rows)):
-                self.text[rows, [self.made[row] % self.text.size(1) for row in rows]] = self.sampler.sample(x)
-            for row in rows:
+                self.text[rows, columns] = self.sampler.sample(x)
+            for row, column, loops in zip(rows, columns, taken, strict=True):
+                self.loops[row][column] = loops
                 self.made[row] += 1
             self.waiting += rows
         ready = sorted(row for row in self.waiting if self.made[row] < most)
@@ -197,15 +204,16 @@ class RowsApart:
 def can_go_apart(decoder):
     """Returns whether the rows of a Decoder need not wait for each other, and gain by it.
 
-    There are several, with an early exit, and all loops compute the same: no part reads the loop's index, and
-    the first loop has a state, too.
+    There are several, with an early exit, on a CPU, and all loops compute the same: no part reads the loop's
+    index, and the first loop has a state, too.
     """
     model, c, weight = decoder.model, decoder.model.config, decoder.model.lm_head.weight
     looped_coda = c.n_coda if decoder.coda_in_loop else 0
     n_inside, n_outside = c.n_block + looped_coda, c.n_prelude + c.n_coda - looped_coda  # layers
-    gains = n_outside <= MOST_OUTSIDE * n_inside and decoder.n_rows > 1 and decoder.early_exit is not None
+    gains = n_outside <= MOST_OUTSIDE * n_inside and weight.device.type == 'cpu'
+    several = decoder.n_rows > 1 and decoder.early_exit is not None
     reads_loop = model.inject.reads_loop or model.update.reads_loop
     s_0 = model.start(
         weight.new_zeros(1, 1, c.n_embd), torch.zeros(1, dtype=torch.long, device=weight.device)
     )
-    return gains and not reads_loop and s_0 is not None
+    return gains and several and not reads_loop and s_0 is not None

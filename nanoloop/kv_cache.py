@@ -26,8 +26,8 @@ from nanoloop.checks import check
 from nanoloop.machine import keep_address, lazy_zeros, to_device
 
 PREFILL_CHUNK = 512  # most tokens of a row that are processed at once beyond block_size
-LENGTH_STEP = 32  # a compiled step sees a multiple of this many columns, so that few lengths occur; and
-MOST_LENGTHS = 8  # on a GPU, where each length is a CUDA graph of its own, at most so many lengths occur
+LENGTH_STEP = 32  # a compiled step sees a multiple of this many columns, so that few lengths occur
+MOST_LENGTHS = 8  # that occur on a GPU, where each length is a CUDA graph of its own
 
 
 class CacheIndex(NamedTuple):

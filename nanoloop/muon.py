@@ -34,7 +34,7 @@ class Muon(torch.optim.Muon):
     def step(self):
         """Makes a step, as torch's Muon with Nesterov's momentum and its original scale of the rate."""
         kind = self.param_groups[0]['params'][0].device.type
-        if choose_dtype('auto', kind)[0] != torch.float32:
+        if choose_dtype('auto', kind)[0] == torch.bfloat16:
             return super().step()
         for group in self.param_groups:
             for p in group['params']:

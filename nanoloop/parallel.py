@@ -181,7 +181,7 @@ def part_like(value, p):
     """
     if not isinstance(value, torch.Tensor) or value.dim() != p.dim() or not p.dim():
         return value
-    value = value[: len(p)]
+    value = value if len(value) == len(p) else value[: len(p)].clone()  # a view would keep all of it
     if not is_sharded(p):
         return value
     from torch.distributed.tensor import distribute_tensor

@@ -8,7 +8,7 @@ import torch
 
 
 def matmul_rate(m, size=2048):
-    """Returns the FLOP/s of square matrix products on this device, the best of several."""
+    """Returns the FLOP/s of square matrix products on a CPU, the best of several."""
     a = torch.randn(size, size, device=m.device, dtype=m.dtype)
     seconds = []
     for _ in range(8):

@@ -87,9 +87,8 @@ def train_step(training_loss, optimizers, scaler, batches, n_loop, c, m, stopped
     """Makes one optimizer step of this rank's next micro-batches. Returns a StepResult.
 
     Every target but -1 has the same weight in all micro-batches. A step whose gradient is not finite changes
-    no weight. The host does not wait for the device, except with float16, and where an optimizer needs it
-    (see step_if_finite). Returns None if stopped() became true between micro-batches. look: see
-    diagnose.Look.
+    no weight. The host does not wait for the device, unless an optimizer needs it (see step_if_finite).
+    Returns None if stopped() became true between micro-batches. look: see diagnose.Look.
     """
     micros, sums, targets_counted = c.gradient_accumulation_steps // m.world, {}, 0
     values = collections.Counter()  # of the batches

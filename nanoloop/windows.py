@@ -20,7 +20,7 @@ import torch
 from model import attend, make_window_mask
 
 BLOCK = 128  # queries and keys of a block: torch's default, for which its kernels are tuned
-MIN_LENGTH = 4 * BLOCK  # shorter rows have little to leave out, and would need compiled kernels, too
+MIN_LENGTH = 4 * BLOCK  # shorter rows have little to leave out
 HEAD_DIMS = range(16, 257)  # channels of a head: below, there is no kernel; above, the kernels are slow
 
 

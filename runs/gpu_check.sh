@@ -7,8 +7,8 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:-out-gpu-check} device=${DEVICE:-cuda}
-rm -rf "$out"
 mkdir -p "$out"
+rm -f "$out"/*.log "$out"/*.status "$out"/*.jsonl "$out"/tests.xml "$out"/table.md
 
 common=(--device="$device" --rounds=3)
 train=(--gradient_accumulation_steps=4 --compile=True --warmup=2 --steps=5)

@@ -60,14 +60,20 @@ class Row(NamedTuple):
     rate: float  # TFLOP/s
 
 
+def read_keys(argv):
+    """Returns the keys of the model above, changed by argv. Raises UserError."""
+    with contextlib.redirect_stdout(None):
+        c = configure((BenchConfig, TrainConfig, GPTConfig), [*MODEL, *argv])
+    for section in (BenchConfig, TrainConfig, GPTConfig):
+        c.build(section)  # which checks its keys
+    return c
+
+
 def measure(key, values, others, argv):
     """Returns the Machine and a Row for each value of a key, measured in turns. others: see AXES."""
     settings = []
     for value in values:
-        with contextlib.redirect_stdout(None):
-            c = configure(
-                (BenchConfig, TrainConfig, GPTConfig), [*MODEL, *others(value), *argv, f'--{key}={value}']
-            )
+        c = read_keys([*others(value), *argv, f'--{key}={value}'])
         m = setup(c)
         settings.append(Setting(c, m, str(value)))
     for _ in range(c.rounds):
@@ -150,8 +156,7 @@ def draw(axes, data, path):
 @command
 def main(argv):
     check_plotting()
-    with contextlib.redirect_stdout(None):
-        c = configure((BenchConfig, TrainConfig, GPTConfig), [*MODEL, *argv])
+    c = read_keys(argv)
     axes = {}
     for key, (values, others) in AXES.items():
         m, axes[key] = measure(key, values, others, argv)

@@ -77,6 +77,8 @@ def compare(model, rows, shares):
 
 
 def main(layers='2,2,2', n_loop=4, rows=8):
+    if n_loop not in EARLY:
+        sys.exit(f'n_loop is {n_loop}, expected one of {", ".join(map(str, EARLY))}')
     torch.set_num_threads(1)
     depth.MOST_OUTSIDE = float('inf')  # every model goes apart
     sizes = dict(zip(('n_prelude', 'n_block', 'n_coda'), map(int, layers.split(',')), strict=True))

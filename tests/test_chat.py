@@ -12,7 +12,7 @@ from nanoloop import kv_cache
 from nanoloop.chat.answer import Answer, Pieces, Policy
 from nanoloop.chat.chat_model import ChatModel
 from nanoloop.chat.conversation import Conversation, TextFormat, Turn
-from nanoloop.chat.engine import Call, Engine, Full
+from nanoloop.chat.engine import MAX_POLICIES, Call, Engine, Full
 from nanoloop.chat.rows import Rows, common_prefix
 from nanoloop.chat.settings import Settings
 from nanoloop.checks import UserError
@@ -183,8 +183,16 @@ def test_no_answer_waits_for_a_question_that_is_being_typed():
     engine = Engine(chat.model)
     answer = chat.answer(Conversation(turns=[Turn('user', 'How many?')]), GREEDY)[0]
     engine.submit(answer)
+    assert engine.waiting and engine.read_ahead(answer.policy, [1, 2, 3]) == 0
     engine.step()
     assert engine.active and engine.read_ahead(answer.policy, [1, 2, 3]) == 0
+
+
+def test_a_question_that_is_being_typed_takes_no_cache_from_another_policy():
+    engine = Engine(chat_model().model)
+    for n_loop in range(1, 5):
+        assert engine.read_ahead(Policy(n_loop), [1, 2, 3]) == (3 if n_loop <= MAX_POLICIES else 0)
+    assert list(engine.rows) == [Policy(n_loop) for n_loop in range(1, MAX_POLICIES + 1)]
 
 
 def test_a_prompt_is_rendered_as_in_training_and_loses_its_oldest_turns():

@@ -83,6 +83,7 @@ def test_a_stream_of_rows_apart_can_be_left_and_answered(rule, pos, loops_seen):
             ahead += generation.apart is not None and max(generation.apart.made) > generation.apart.n_yielded
             generation.extend(PROMPTS[:, :3], [1, 3, 2, 3, 1])
         assert torch.equal(*texts), turn
+        assert rows[0].stats == rows[1].stats  # without what was ahead and is dropped
         assert rows[0].decoder.cache.lengths == rows[1].decoder.cache.lengths
     assert ahead and any(len({*loops}) > 1 for loops in loops_seen)
 

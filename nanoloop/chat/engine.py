@@ -134,11 +134,12 @@ class Engine:
     def read_ahead(self, policy, ids):
         """Reads a prompt into a free row, for an answer that may come. Returns the number of tokens computed.
 
-        For a Call. It computes nothing while answers are generated: none waits for it.
+        For a Call. It computes nothing while answers are generated or wait, and makes no room for a policy.
         """
-        rows = None if self.active else self.rows_for(policy)
-        if rows is None:
+        answers = self.active or any(not isinstance(job, Call) for job in self.waiting)
+        if answers or (policy not in self.rows and len(self.rows) >= MAX_POLICIES):
             return 0
+        rows = self.rows_for(policy)
         before, row = rows.n_computed, rows.take(ids)
         try:
             rows.read(row, ids)
