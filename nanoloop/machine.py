@@ -199,9 +199,8 @@ def onednn_linear_is_faster(weight):
 def onednn_linear(x, weight, bias):
     """Returns F.linear(x, weight, bias) by oneDNN, up to rounding, without a gradient.
 
-    In float32 torch takes MKL, which computes a single row with one thread, at 11 to 16 GB/s of weights; this
-    one reaches 22 to 31 GB/s with two threads (384 to 768 wide, AVX-512). A compiled step keeps F.linear:
-    inductor takes this op with constant weights only.
+    In float32 torch takes MKL, which is slower for few rows (nanoloop/decode.py has a product for one row). A
+    compiled step keeps F.linear: inductor takes this op with constant weights only.
     """
     if torch.compiler.is_compiling():
         return torch.nn.functional.linear(x, weight, bias)

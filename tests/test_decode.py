@@ -1,5 +1,6 @@
 """Cached decoding and early exits against whole forward passes and token by token, at every position."""
 
+import collections
 import functools
 import itertools
 
@@ -17,7 +18,7 @@ from test_model import PAIRS, options
 from model import MLP_ACT, NORM, NORM_PLACE, POS, STATE, UPDATE, Injection, LoopPart, attend
 from nanoloop import decode, early_exit, kv_cache, machine
 from nanoloop.bench_decode import decoding_ways
-from nanoloop.decode import Decoder, OneDNNLinear, Stats, prepare_linears_
+from nanoloop.decode import Decoder, DecodingLinear, Stats, prepare_linears_
 from nanoloop.early_exit import EXIT, EarlyExit, ExitInputs, ExitRule
 from nanoloop.generate import Generation, generate, stream
 from nanoloop.kv_cache import LENGTH_STEP, KVCache
@@ -200,39 +201,46 @@ def test_cast_weights_are_what_autocast_makes_of_them():
     'keys', [dict(), dict(bias=True, tie_weights=False), dict(pos='rope', exit_gate=True)]
 )
 def test_float32_layers_that_only_decode_give_the_same_up_to_rounding(keys, monkeypatch):
-    """oneDNN's against float64: all products but the gate's, from one row to a whole prompt."""
+    """Against float64: all products but the gate's, from one row to a whole prompt."""
     if not torch.backends.cpu.get_cpu_capability().startswith('AVX'):
         pytest.skip('needs x86')
-    model, calls, real = make(double=False, **keys), [], decode.onednn_linear
-    monkeypatch.setattr(decode, 'onednn_linear', lambda *args: calls.append(args[0]) or real(*args))
+    model, calls = make(double=False, **keys), collections.Counter()
+    for function in (decode.onednn_linear, decode.multiply_row):
+
+        def counted(*args, function=function):
+            calls[function.__name__] += 1
+            return function(*args)
+
+        monkeypatch.setattr(decode, function.__name__, counted)
     prepare_linears_(model, torch.float32)
-    assert not any(isinstance(module, OneDNNLinear) for module in model.modules())  # too small
+    assert not any(isinstance(module, DecodingLinear) for module in model.modules())  # too small
     monkeypatch.setattr(machine, 'ONEDNN_MIN_WEIGHTS', 1)
     for _ in range(2):  # doing it twice is doing it once
         prepare_linears_(model, torch.float32)
     check_decoding(model, [3, 11, 5], 4, atol=1e-4)
     n_layers = 4 * SIZES['n_loop'] * SIZES['n_block'] + SIZES['n_loop'] + 4 * 2 + 1  # blocks, W[e; s], head
-    calls.clear()
-    token = IDX[:, :1]
-    logits = model(token)[0]
-    assert len(calls) == n_layers
-    assert torch.allclose(logits.double(), make(**keys)(token)[0], atol=1e-5)
+    for name, tokens in (('multiply_row', IDX[:1, :1]), ('onednn_linear', IDX[:1, :2])):
+        calls.clear()
+        logits = model(tokens)[0]
+        assert calls[name] >= n_layers - 1 and sum(calls.values()) == n_layers  # the head reads one row
+        assert torch.allclose(logits.double(), make(**keys)(tokens)[0], atol=1e-5)
     if keys.get('tie_weights', True):
         assert model.lm_head.weight is model.transformer.wte.weight
 
 
 @torch.no_grad()
 def test_a_compiled_step_gets_plain_products():
-    """inductor refuses oneDNN's op with a weight that is no constant."""
+    """inductor refuses oneDNN's op with weights that are no constants, and has its own for one row."""
     graphs = []
 
     def backend(graph, inputs):
         graphs.append(graph.code)
         return graph
 
-    layer, x = OneDNNLinear(8, 8), torch.ones(1, 8)
-    assert torch.allclose(torch.compile(layer, backend=backend, fullgraph=True)(x), layer(x))
-    assert len(graphs) == 1 and 'mkldnn' not in graphs[0]
+    layer = DecodingLinear(8, 8)
+    for x in (torch.ones(1, 8), torch.ones(3, 8)):
+        assert torch.allclose(torch.compile(layer, backend=backend, fullgraph=True)(x), layer(x))
+    assert len(graphs) == 2 and not any(op in ''.join(graphs) for op in ('mkldnn', 'bmm'))
 
 
 def test_a_single_token_attends_in_float32_on_a_cpu():
