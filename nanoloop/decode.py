@@ -26,8 +26,8 @@ from nanoloop.kv_cache import KVCache, layer_caches
 from nanoloop.machine import compile_step, onednn_for, onednn_linear, onednn_linear_is_faster
 
 
-def multiply_row(x, weight, bias):
-    """Returns F.linear(x, weight, bias) of a single row x (..., in), up to rounding, by all threads.
+def multiply_row(x, weight):
+    """Returns F.linear(x, weight), (..., out), of a single row x (..., in), up to rounding, by all threads.
 
     In float32 torch computes a single row with one thread, at 11 GB/s of weights. Here every thread has a
     part of the outputs: two threads reach 28 to 30 GB/s, oneDNN's product 18 (384 wide, AVX-512).
@@ -36,16 +36,24 @@ def multiply_row(x, weight, bias):
     parts = weight.view(n, -1, weight.size(1))  # (n, out / n, in)
     # laid out as (1, in) transposed: as (in, 1) the product takes four times as long
     y = torch.bmm(parts, x.reshape(1, -1).T.expand(n, -1, 1))  # (n, out / n, 1)
-    y = y.view(*x.shape[:-1], len(weight))
-    return y if bias is None else y + bias
+    return y.view(*x.shape[:-1], len(weight))
+
+
+# multiply_row as an operation of its own: torch.compile would replace the product by a slower sum
+multiply_row_op = torch.library.custom_op(
+    'nanoloop::multiply_row', multiply_row, mutates_args=(), schema='(Tensor x, Tensor weight) -> Tensor'
+)
+multiply_row_op.register_fake(lambda x, weight: x.new_empty(*x.shape[:-1], len(weight)))
 
 
 class DecodingLinear(torch.nn.Linear):
     """A Linear layer of a model that only decodes, in float32 on a CPU: it cannot be trained."""
 
     def forward(self, x):
-        one_row = x.numel() == x.size(-1) and not torch.compiler.is_compiling()
-        return (multiply_row if one_row else onednn_linear)(x, self.weight, self.bias)
+        if x.numel() > x.size(-1):
+            return onednn_linear(x, self.weight, self.bias)
+        y = (multiply_row_op if torch.compiler.is_compiling() else multiply_row)(x, self.weight)
+        return y if self.bias is None else y + self.bias
 
 
 def prepare_linears_(model, dtype):
