@@ -7,7 +7,7 @@ Measures training steps: time, tokens per second, model FLOPs utilisation and me
     python bench.py config/train_shakespeare_char_looped.py --vs="--n_loop=8"   two settings, taking turns
     python bench.py --mode=decode --init_from=out-quickstart                   ways to sample, taking turns
 
---json=FILE appends what is measured to a file, a JSON object per line.
+--json=FILE.jsonl appends what is measured to a file, a JSON object per line.
 
 Utilisation counts every executed layer, the loop's backward pass only for the last bptt_k iterations. It is
 taken against the device's dense peak, on a CPU against its own matrix products, measured here.
@@ -80,7 +80,7 @@ class BenchConfig:
     bandwidth: Positive | None = None  # mode=decode: GB/s of the device's memory; None = measured by a sum
     exit_threshold: NotNegative | None = None  # mode=decode: of every rule, in its own unit; None = advised
     draft_tokens: Count = 4  # mode=decode: tokens per draft of speculation, one loop each
-    json: str = ''  # append the results to this file, a JSON object per line; '' = do not
+    json: str = ''  # append the results to this file.jsonl, a JSON object per line; '' = do not
     vs: str = ''  # flags of a second setting, as in the docstring's example; '' = none
     warmup: Count = 5  # mode=train: steps between the first one, which compiles, and measuring
     rounds: Count = 5  # number of measurements; the median is printed
@@ -90,8 +90,9 @@ class BenchConfig:
         """Raises UserError for a value out of its bounds."""
         settle_fields(self)
         check(self.sequences, 'sequences', '', 'a number of rows, such as 8, or several: 1,8,64')
-        fits = not self.json or (Path(self.json).parent.is_dir() and not Path(self.json).is_dir())
-        check(fits, 'json', self.json, 'a file in a folder that exists')
+        path = Path(self.json)
+        fits = not self.json or (path.suffix == '.jsonl' and path.parent.is_dir() and not path.is_dir())
+        check(fits, 'json', self.json, 'a file with the ending .jsonl in a folder that exists')
 
 
 class Setting:

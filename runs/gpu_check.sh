@@ -42,5 +42,6 @@ measure window config/train_gpt2.py --block_size=8192 --batch_size=1 --window_pa
 measure recompute config/train_gpt2_looped.py "${train[@]}" "${tiny[@]}" --vs=--recompute=True
 measure decode config/train_gpt2_looped.py --mode=decode "${decode[@]}" "${tiny[@]}"
 
+[ -z "${TINY:-}" ] || echo 'Tiny sizes, whatever the names below say: this shows only that the commands run.'
 python runs/gpu_table.py "$out" | tee "$out/table.md"
 exit "${PIPESTATUS[0]}"

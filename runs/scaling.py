@@ -157,6 +157,8 @@ def draw(axes, data, path):
 def main(argv):
     check_plotting()
     c = read_keys(argv)
+    path = Path(c.out_dir) / 'scaling.png'
+    path.parent.mkdir(parents=True, exist_ok=True)
     axes = {}
     for key, (values, others) in AXES.items():
         m, axes[key] = measure(key, values, others, argv)
@@ -170,8 +172,6 @@ def main(argv):
     print('\n| bytes of train.bin | ms per step | s from the start to the end of step 0 |\n|---|---|---|')
     for n_bytes, (first, ms) in data.items():
         print(f'| {n_bytes:,} | {ms:.1f} | {first:.2f} |')
-    path = Path(c.out_dir) / 'scaling.png'
-    path.parent.mkdir(parents=True, exist_ok=True)
     draw(axes, data, path)
     print(f'\nwrote {path}')
 

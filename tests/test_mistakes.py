@@ -282,7 +282,8 @@ def test_what_is_plain_in_sampling_works(call, tmp, argv):
         (['--rounds=0'], 'rounds=0, expected at least 1'),
         (['--mode=sample'], "mode='sample', expected one of train, decode"),
         (['--mode=decode', '--tokens=0'], 'tokens=0, expected at least 1'),
-        (['--json=nowhere/x.jsonl'], "json='nowhere/x.jsonl', expected a file in a folder that exists"),
+        (['--json=nowhere/x.jsonl'], "json='nowhere/x.jsonl', expected a file with the ending .jsonl in a"),
+        (['--json=ckpt.pt'], "json='ckpt.pt', expected a file with the ending .jsonl"),
     ],
 )
 def test_mistakes_in_measuring_are_told(call, argv, told):
