@@ -20,8 +20,18 @@ PROMPTS = torch.randint(23, (5, 9), generator=torch.Generator().manual_seed(3))
 
 @pytest.fixture
 def loops_seen(monkeypatch):
-    """Records, for every run of a loop, the loops at which its rows are. Rows go apart in every model."""
+    """Records, for every run of a loop, the loops at which its rows are. Rows go apart in every model.
+
+    No rule is asked about no rows.
+    """
     monkeypatch.setattr(depth, 'MOST_OUTSIDE', 99)
+    rule = EarlyExit.__call__
+
+    def exits(early_exit, model, i, previous, s, x, memory):
+        assert len(s)
+        return rule(early_exit, model, i, previous, s, x, memory)
+
+    monkeypatch.setattr(EarlyExit, '__call__', exits)
     seen, real = [], LoopBatch.run_one_loop
     monkeypatch.setattr(LoopBatch, 'run_one_loop', lambda batch: seen.append([*batch.taken]) or real(batch))
     return seen

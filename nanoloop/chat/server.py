@@ -138,10 +138,7 @@ class ChatServer:
 
     async def completions(self, request):
         """Answers a conversation."""
-        asked = await asyncio.to_thread(
-            chat_request, await read_body(request), self.defaults, self.chat.config
-        )
-        self.add_system(asked.conversation)
+        asked = await self.asked(request)
         changed = Changed()
         answer, n_dropped = await asyncio.to_thread(
             self.chat.answer, asked.conversation, asked.settings, asked.stops, notify=changed.notify
@@ -163,6 +160,14 @@ class ChatServer:
         return JSONResponse(
             dict(head, object='chat.completion', choices=[choice], usage=usage_of(answer), nanoloop=extra)
         )
+
+    async def asked(self, request):
+        """Returns the ChatRequest of a request. Its conversation has a system text."""
+        asked = await asyncio.to_thread(
+            chat_request, await read_body(request), self.defaults, self.chat.config
+        )
+        self.add_system(asked.conversation)
+        return asked
 
     def add_system(self, conversation):
         """Puts the server's system text in front of a conversation that has none, not even an empty one."""
@@ -204,10 +209,7 @@ class ChatServer:
 
     async def read(self, request):
         """Reads the prompt of a request into the KV cache, and tells how many tokens it computed."""
-        asked = await asyncio.to_thread(
-            chat_request, await read_body(request), self.defaults, self.chat.config
-        )
-        self.add_system(asked.conversation)
+        asked = await self.asked(request)
         ids, _ = await asyncio.to_thread(self.chat.prompt, asked.conversation, asked.settings)
         policy = asked.settings.policy(self.chat.model)
         return await self.call(functools.partial(self.engine.read_ahead, policy, ids), request)
