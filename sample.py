@@ -85,9 +85,6 @@ class SampleConfig:
     def __post_init__(self):
         """Raises UserError for a value out of its bounds, and for values that do not go together."""
         settle_fields(self)
-        plain = not (self.exit or self.speculate)
-        check(plain or not self.compile, 'compile', True, 'False with an exit or speculate')
-        check(not (self.exit and self.speculate), 'speculate', self.speculate, '0 with an exit')
         make_early_exit(self)
         check(self.speculate or self.draft_loops == 1, 'draft_loops', self.draft_loops, '1 without speculate')
         check_lens(self)

@@ -6,17 +6,15 @@ forward pass over the tokens in view.
 
 With an early exit (nanoloop/early_exit.py) every token leaves the loop by itself, and the cache of the deeper
 loops gets copies of its last keys and values. Exits are causal: a token's number of loops depends on itself
-and on earlier tokens only. So with kv_budget = n_loop a
-prompt gives the same result in one chunk and token by token.
+and on earlier tokens only. So with kv_budget = n_loop a prompt gives the same result in one chunk and token
+by token.
 
 Shapes: n rows of T tokens each; C, V as in model.py.
 """
 
 import collections
-import functools
 import math
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 
@@ -24,6 +22,7 @@ from nanoloop.checks import check
 from nanoloop.depth import LoopBatch
 from nanoloop.kv_cache import KVCache, layer_caches
 from nanoloop.machine import compile_step, onednn_for, onednn_linear, onednn_linear_is_faster
+from nanoloop.tokens_in_loop import TokensInLoop
 
 
 def multiply_row(x, weight):
@@ -103,32 +102,6 @@ class Stats:
         return Stats(cache_bytes, loops_taken, self.drafted + other.drafted, self.accepted + other.accepted)
 
 
-class ActiveTokens(NamedTuple):
-    """Tokens that go through the loop together, n rows of T columns."""
-
-    e: torch.Tensor  # (n, T, C), the prelude's output
-    s: torch.Tensor | None  # (n, T, C), the state; None before the first loop if there is no s_0
-    memory: torch.Tensor | None  # (n, T, ...), see ExitInputs
-    running: torch.Tensor  # (n, T), False: the token has exited, or is padding
-    row: torch.Tensor  # (n, T), the token's row in idx
-    column: torch.Tensor  # (n, T), the token's column in idx
-
-    def select(self, index):
-        """Returns the tokens at an index of (n, T)."""
-        return ActiveTokens(*(x if x is None else x[index] for x in self))
-
-
-def compaction_index(running):
-    """Returns the index that drops rows without a running token and moves running tokens to the front.
-
-    running: (n, T). The index is a pair, (n', 1) and (n', T').
-    """
-    n_running = running.sum(dim=1)  # (n,)
-    rows = n_running.nonzero()[:, 0]
-    columns = running[rows].int().argsort(dim=1, descending=True, stable=True)
-    return rows[:, None], columns[:, : n_running.max()]  # the host waits for the device here
-
-
 def scatter_last(target, rows, x, counts):
     """Sets target[rows[i]] = x[i, counts[i] - 1] for every i with counts[i] > 0. x: (n, T, C)."""
     some = [i for i, count in enumerate(counts) if count]
@@ -147,7 +120,7 @@ class Decoder:
     early_exit: an EarlyExit; None = every token takes n_loop loops
     warm_start: a generated token starts its loop from the last state of the token before it, instead of
         s_0: an approximation (continuous chain of thought, Huginn)
-    compile: compile the step of one generated token; on a GPU it is a CUDA graph, see compile_step
+    compile: compile the steps of generated tokens of all rows; CUDA graphs on a GPU, see compile_step
 
     loops: the number of loops of each token of the last call, (n, T), or an int for all. stats: a Stats.
     """
@@ -160,14 +133,14 @@ class Decoder:
         check(self.n_loop >= 1, 'n_loop', n_loop, 'at least 1')
         check(1 <= budget <= self.n_loop, 'kv_budget', kv_budget, f'from 1 to n_loop={self.n_loop}')
         self.early_exit, self.warm_start, self.compile = early_exit, warm_start, compile
+        self.compiled = {}  # {method: the compiled one}
+        self.reads_loop = model.inject.reads_loop or model.update.reads_loop
         self.coda_in_loop = False  # whether coda and head run after every loop
         if early_exit is not None:
-            check(not compile, 'compile', compile, 'False with an exit')
             early_exit.check_model(model, self.n_loop)
             self.coda_in_loop = early_exit.rule.needs_logits
         n_codas = budget if self.coda_in_loop else 1
-        # a compiled step that writes to a view would copy all views of the same tensor: separate layers
-        self.cache = KVCache(model, n_rows, max_tokens, budget, n_codas, separate=compile)
+        self.cache = KVCache(model, n_rows, max_tokens, budget, n_codas, compile)
         self.stats = Stats(self.cache.bytes())
         self.last_state = model.transformer.wte.weight.new_zeros(n_rows, c.n_embd)  # for warm_start
 
@@ -192,7 +165,7 @@ class Decoder:
         n, T = idx.shape
         rows = None if rows == list(range(self.n_rows)) else rows
         counts = None if counts is not None and min(counts) == T else counts
-        compiled = self.compile and generated and rows is None
+        compiled = generated and self.compiles(rows)
         if self.early_exit is not None and T == 1 < n and counts is None:
             return self.step_with_exits(idx, rows or list(range(n)), warm=generated and self.warm_start)
         index = self.cache.reserve(T, rows, counts, compiled)
@@ -201,92 +174,100 @@ class Decoder:
             s = (self.last_state if rows is None else self.last_state[rows])[:, None]  # (n, 1, C)
         with onednn_for(n * T):
             if self.early_exit is not None:
-                s, x = self.forward_with_exits(idx, index, s, counts)
+                tokens = TokensInLoop(self, idx, index, s, counts)
+                tokens.run(0, self.n_loop)
+                (s, x), self.loops = tokens.finish(), tokens.loops
             else:
-                step = self.compiled_step if compiled else Decoder.forward_all_loops
-                s, x = step(self, idx, index, s)
+                _, s, x = self.forward(idx, index, s, self.n_loop)
                 self.stats.loops_taken[self.n_loop] += n * T if counts is None else sum(counts)
         if self.warm_start:
             scatter_last(self.last_state, rows or range(self.n_rows), s, counts or [T] * n)
         return x
 
+    def compiles(self, rows):
+        """Returns whether single tokens of rows, a list, None = all, go through compiled steps."""
+        return self.compile and rows in (None, list(range(self.n_rows)))
+
+    def step(self, function, index):
+        """Returns a method of this class as a function of the decoder and its arguments.
+
+        It is compiled if the tokens of the index go through compiled steps.
+        """
+        if not index.compiled:
+            return function
+        # not the bound method: its reference to the decoder would keep the cache until garbage is collected
+        if function not in self.compiled:
+            self.compiled[function] = compile_step(function, self.cache.device)
+        return self.compiled[function]
+
     def run_prelude(self, idx, index):
         """Returns the prelude's output e and the first state s_0 of tokens idx (n, T), (n, T, C) each."""
-        x, caches = self.model.embed(idx, index.pos), layer_caches(self.cache.prelude, index)
-        e = self.model.apply_blocks(self.model.transformer.prelude, x, index.attn_inputs, caches=caches)
-        return e, self.model.start(e, index.pos)
+        return self.step(Decoder.prelude, index)(self, idx, index)
 
-    def run_loops(self, e, s, index, start, stop):
-        """Returns the state (n, T, C) after the loops from start to stop - 1."""
-        for i in range(start, stop):
-            caches = layer_caches(self.cache.recur[i % self.cache.kv_budget], index)
-            s = self.model.iterate(e, s, i, index.attn_inputs, caches)
-        return s
+    def run_loop(self, e, s, index, i):
+        """Runs loop i alone. Returns the state after it, (n, T, C), and the head's input (n, T, C).
+
+        The latter is None if the coda does not run after every loop.
+        """
+        cache = self.cache
+        codas = cache.coda[i % len(cache.coda)] if self.coda_in_loop else None
+        # all loops share a compiled step: their caches are arguments, and so is i, where something reads it
+        layers, i = cache.recur[i % cache.kv_budget], i if self.reads_loop or not index.compiled else None
+        return self.step(Decoder.loop, index)(self, e, s, index, layers, codas, i)
 
     def run_coda(self, s, index, i=0):
         """Returns the head's input (n, T, C) for the state s after loop i.
 
         i: needed if the coda runs after every loop, with a cache for each.
         """
-        caches = layer_caches(self.cache.coda[i % len(self.cache.coda)], index)
-        return self.model.run_coda(s, index.attn_inputs, caches)
+        return self.step(Decoder.coda, index)(self, s, index, self.cache.coda[i % len(self.cache.coda)])
 
-    def forward_all_loops(self, idx, index, s=None):
-        """Runs tokens idx (n, T) through all loops. Returns their last state and the head's input, (n, T, C).
+    def forward(self, idx, index, s, n_loop):
+        """Runs tokens idx (n, T) through the first n_loop loops and the coda. s: (n, T, C), None = s_0.
 
-        s: the state to start from; None = s_0.
+        Returns the prelude's output, the state, and the head's input, (n, T, C) each.
         """
-        e, s_0 = self.run_prelude(idx, index)
-        s = self.run_loops(e, s_0 if s is None else s, index, 0, self.n_loop)
-        return s, self.run_coda(s, index)
+        return self.step(Decoder.from_start, index)(self, idx, index, s, n_loop)
 
-    @functools.cached_property
-    def compiled_step(self):
-        """forward_all_loops of single tokens, compiled, a function of the decoder and its arguments."""
-        # not the bound method: its reference to the decoder would keep the cache until garbage is collected
-        return compile_step(Decoder.forward_all_loops, self.cache.device)
+    def go_on(self, e, s, index, start):
+        """Runs the loops from `start` on and the coda. Returns the head's input (n, T, C)."""
+        return self.step(Decoder.from_loop, index)(self, e, s, index, start)[1]
 
-    def forward_with_exits(self, idx, index, s, counts):
-        """Runs tokens like forward_all_loops, but each stops at its own loop. counts: see prefill.
+    # what can be compiled: functions of tensors, called by the methods above
 
-        The tokens that are still running are compacted into a smaller batch.
-        """
-        active = self.start_active(idx, index, s, counts)
-        pos = index.pos.expand(idx.shape)  # (n, T)
-        cache_row = index.cache_rows(active.row)  # (n, T)
-        n_running = idx.numel() if counts is None else sum(counts)
-        state, self.loops = torch.zeros_like(active.e), torch.zeros_like(pos)  # (n, T, C), (n, T)
-        head_input = torch.zeros_like(active.e) if self.coda_in_loop else None  # (n, T, C)
-        active_index = index
-        for i in range(self.n_loop):
-            s = self.run_loops(active.e, active.s, active_index, i, i + 1)
-            x = self.run_coda(s, active_index, i) if self.coda_in_loop else None
-            exits, memory = self.early_exit(self.model, i, active.s, s, x, active.memory)  # exits: (n, T)
-            exits = active.running & exits if i < self.n_loop - 1 else active.running
-            active = active._replace(s=s, memory=memory)
-            at = exits.nonzero(as_tuple=True)  # two (N,); the host waits for the device here
-            if not len(at[0]):
-                continue
-            origin = active.row[at], active.column[at]
-            state[origin], self.loops[origin] = s[at], i + 1
-            if self.coda_in_loop:
-                head_input[origin] = x[at]
-            columns = pos[origin] % self.cache.capacity  # (N,)
-            last = torch.full_like(columns, i)  # (N,)
-            self.cache.copy_to_deeper_loops(cache_row[origin], columns, last, self.n_loop)
-            self.stats.loops_taken[i + 1] += len(at[0])
-            n_running -= len(at[0])
-            if not n_running:
-                break
-            active = active._replace(running=active.running & ~exits)
-            active = active.select(compaction_index(active.running))
-            pos_left = pos[active.row, active.column]  # (n', T')
-            rows_left = cache_row[active.row[:, 0], 0]  # (n',)
-            active_index = self.cache.index(rows_left, pos_left, active.running, index.visible)
-        return state, self.run_coda(state, index) if head_input is None else head_input
+    def prelude(self, idx, index):
+        """See run_prelude."""
+        x, caches = self.model.embed(idx, index.pos), layer_caches(self.cache.prelude, index)
+        e = self.model.apply_blocks(self.model.transformer.prelude, x, index.attn_inputs, caches=caches)
+        s = self.model.start(e, index.pos)
+        return (
+            e,
+            s.clone() if s is e else s,
+        )  # one tensor as two arguments would be a compiled step of its own
+
+    def loop(self, e, s, index, layers, codas, i):
+        """See run_loop. layers, codas: the caches of the loop and of the coda after it, None = no coda."""
+        s = self.model.iterate(e, s, i, index.attn_inputs, layer_caches(layers, index))
+        return s, None if codas is None else self.coda(s, index, codas)
+
+    def coda(self, s, index, layers):
+        """See run_coda. layers: the coda's caches."""
+        return self.model.run_coda(s, index.attn_inputs, layer_caches(layers, index))
+
+    def from_loop(self, e, s, index, start, stop=None):
+        """Runs the loops from start to stop - 1, and the coda. Returns state and head's input, (n, T, C)."""
+        cache = self.cache
+        for i in range(start, self.n_loop if stop is None else stop):
+            s, _ = self.loop(e, s, index, cache.recur[i % cache.kv_budget], None, i)
+        return s, self.coda(s, index, cache.coda[0])
+
+    def from_start(self, idx, index, s, n_loop):
+        """See forward."""
+        e, s_0 = self.prelude(idx, index)
+        return e, *self.from_loop(e, s_0 if s is None else s, index, 0, n_loop)
 
     def step_with_exits(self, idx, rows, warm):
-        """Runs one token of each row like forward_with_exits. Returns the head's input (n, 1, C).
+        """Runs one token of each row, which leave the loop one by one. Returns the head's input (n, 1, C).
 
         idx: (n, 1); rows: a list of n rows; warm: start from the last states.
         """
@@ -299,14 +280,3 @@ class Decoder:
         order = torch.tensor([done.index(row) for row in rows], device=idx.device)  # (n,)
         self.loops = torch.tensor(loops, device=idx.device)[order, None]  # (n, 1)
         return x[order, None]
-
-    def start_active(self, idx, index, s, counts):
-        """Returns the ActiveTokens of idx (n, T) that enter the loop. s: their state, None = s_0."""
-        (n, T), device = idx.shape, idx.device
-        e, s_0 = self.run_prelude(idx, index)
-        row = torch.arange(n, device=device)[:, None].expand(n, T)
-        column = torch.arange(T, device=device).expand(n, T)
-        running = torch.ones(n, T, dtype=torch.bool, device=device)
-        if counts is not None:
-            running = column < torch.tensor(counts, device=device)[:, None]
-        return ActiveTokens(e, s_0 if s is None else s, None, running, row, column)

@@ -14,7 +14,6 @@ import math
 
 import torch
 
-from nanoloop.kv_cache import layer_caches
 from nanoloop.machine import onednn_for
 
 # share of the rows that are out of the loop when coda, head and prelude run for them: for few rows these take
@@ -49,7 +48,7 @@ class LoopBatch:
         if not self.rows:
             self.memory = None
         self.positions = [*(decoder.cache.lengths[row] for row in rows), *self.positions]
-        index = decoder.cache.reserve(1, rows)
+        index = decoder.cache.reserve(1, rows, compiled=decoder.compiles(rows))
         with onednn_for(len(rows)):
             e, s = decoder.run_prelude(tokens[:, None], index)  # (k, 1, C) each
         if warm:
@@ -59,17 +58,17 @@ class LoopBatch:
 
     def run_one_loop(self):
         """Runs the next loop of every row. Tokens that exit leave."""
-        decoder, model, cache = self.decoder, self.decoder.model, self.decoder.cache
-        rows = [
-            taken % cache.kv_budget * decoder.n_rows + row
-            for row, taken in zip(self.rows, self.taken, strict=True)
-        ]
-        index, x = cache.next_index(rows, self.positions), None
-        i = self.taken[0] if len({*self.taken}) == 1 else None
-        with onednn_for(len(rows)):
-            s = model.iterate(self.e, self.s, i, index.attn_inputs, layer_caches(cache.recur_of_loops, index))
-            if decoder.coda_in_loop:
-                x = model.run_coda(s, index.attn_inputs, layer_caches(cache.coda_of_loops, index))
+        decoder, cache = self.decoder, self.decoder.cache
+        with onednn_for(len(self.rows)):
+            if len({*self.taken}) == 1:
+                index = cache.next_index(self.rows, self.positions, compiled=decoder.compiles(self.rows))
+                s, x = decoder.run_loop(self.e, self.s, index, self.taken[0])
+            else:
+                starts = [taken % cache.kv_budget * decoder.n_rows for taken in self.taken]
+                rows = [start + row for start, row in zip(starts, self.rows, strict=True)]
+                codas = cache.coda_of_loops if decoder.coda_in_loop else None
+                index = cache.next_index(rows, self.positions)
+                s, x = decoder.loop(self.e, self.s, index, cache.recur_of_loops, codas, None)
             exits, self.memory = self.apply_rule(s, x)
         self.s, self.taken = s, [taken + 1 for taken in self.taken]
         pairs = zip(exits, self.taken, strict=True)
@@ -128,7 +127,8 @@ class LoopBatch:
             x = torch.cat(self.head_inputs)[order]  # (k, 1, C)
         else:
             with onednn_for(len(rows)):
-                x = decoder.run_coda(s, cache.next_index(rows, positions))  # (k, 1, C)
+                index = cache.next_index(rows, positions, compiled=decoder.compiles(rows))
+                x = decoder.run_coda(s, index)  # (k, 1, C)
         if decoder.warm_start:
             decoder.last_state[at] = s[:, 0].to(decoder.last_state.dtype)
         self.exited, self.states, self.head_inputs = [], [], []
@@ -212,8 +212,7 @@ def can_go_apart(decoder):
     n_inside, n_outside = c.n_block + looped_coda, c.n_prelude + c.n_coda - looped_coda  # layers
     gains = n_outside <= MOST_OUTSIDE * n_inside and weight.device.type == 'cpu'
     several = decoder.n_rows > 1 and decoder.early_exit is not None
-    reads_loop = model.inject.reads_loop or model.update.reads_loop
     s_0 = model.start(
         weight.new_zeros(1, 1, c.n_embd), torch.zeros(1, dtype=torch.long, device=weight.device)
     )
-    return gains and several and not reads_loop and s_0 is not None
+    return gains and several and not decoder.reads_loop and s_0 is not None

@@ -169,7 +169,10 @@ class Generation:
             if self.apart.at_rest():
                 self.apart = None
         elif n := min(self.speculate, n_left, self.room()):
-            tokens = draft_and_verify(self.decoder, self.sampler, self.newest, n, self.draft_loops)
+            usual = n == self.speculate  # fewer tokens come rarely, at the end
+            tokens = draft_and_verify(
+                self.decoder, self.sampler, self.newest, n, self.draft_loops, compiled=usual
+            )
             self.recent += [self.newest, *tokens[:-1]] if self.learned else []
         else:
             self.append(self.newest)

@@ -20,6 +20,7 @@ import math
 from typing import NamedTuple
 
 import torch
+from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from model import POS, AttnInputs, attend, rope_table
 from nanoloop.checks import check
@@ -39,6 +40,7 @@ class CacheIndex(NamedTuple):
     attn_inputs: AttnInputs
     heads: torch.Tensor | None = None  # (n G T,) where cache_update writes, see head_index; None = at slices
     runs: list | None = None  # of slices that make up rows, where they are read run by run; None = at once
+    compiled: bool = False  # whether the tokens go through compiled steps
 
     @property
     def visible(self):
@@ -77,6 +79,15 @@ def head_index(rows, columns, n_heads, n_columns):
     return ((rows[:, None, None] * n_heads + head) * n_columns + columns[:, None]).flatten()
 
 
+def as_own_tensor(x):
+    """Returns a tensor of its own at the memory of x, a part of a larger one.
+
+    torch.compile does not know that the two belong together. A compiled step that writes to views of one
+    tensor would copy all of them.
+    """
+    return from_dlpack(to_dlpack(x))
+
+
 def cache_update(layer, index, k, v):
     """Writes k, v (n, G, T, D) into a layer's cache."""
     keys, values = layer  # (n_rows, G, capacity + 1, D) each
@@ -110,14 +121,14 @@ class KVCache:
     """Keys and values of n_rows rows of tokens, and how many tokens each row has.
 
     max_tokens: the most tokens that a row will have, None = any number; kv_budget: number of loops with
-    layers of their own; n_codas: 1, or kv_budget if the coda runs after every loop; separate: keys and values
-    of every layer are tensors of their own.
+    layers of their own; n_codas: 1, or kv_budget if the coda runs after every loop; compiled: compiled steps
+    write to it.
 
     prelude, recur[i], coda[i]: lists of layers. lengths: the number of tokens in each row, a list. chunk: the
     most tokens of a row that can be written at once.
     """
 
-    def __init__(self, model, n_rows, max_tokens, kv_budget, n_codas, separate=False):
+    def __init__(self, model, n_rows, max_tokens, kv_budget, n_codas, compiled=False):
         c, weight, self.model = model.config, model.lm_head.weight, model
         self.device, self.lengths, self.kv_budget = weight.device, [0] * n_rows, kv_budget
         self.max_tokens = math.inf if max_tokens is None else max_tokens
@@ -128,26 +139,23 @@ class KVCache:
 
         kind = weight.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        zeros = functools.partial(lazy_zeros, dtype=dtype, device=weight.device)
         first_coda = c.n_prelude + c.n_block * kv_budget  # among the layers
         n_layers = first_coda + c.n_coda * n_codas
         self.keys_shape = c.n_kv_head or c.n_head, self.capacity + 1  # of a row: heads, columns
-        shape = (n_rows, *self.keys_shape, c.n_embd // c.n_head)
-        if separate:
-            self.layers = [(zeros(shape), zeros(shape)) for _ in range(n_layers)]
+        shape = (n_layers, n_rows, *self.keys_shape, c.n_embd // c.n_head)
+        self.keys, self.values = (lazy_zeros(shape, dtype, weight.device) for _ in range(2))
+        self.layers = list(zip(self.keys, self.values, strict=True))
+        if compiled:
+            self.layers = [tuple(map(as_own_tensor, layer)) for layer in self.layers]
             for x in itertools.chain(*self.layers):
                 keep_address(x)
-        else:
-            self.keys, self.values = (zeros((n_layers, *shape)) for _ in range(2))
-            self.layers = list(zip(self.keys, self.values, strict=True))
         # the layers of a block's loops are neighbours
         recur, coda = self.layers[c.n_prelude : first_coda], self.layers[first_coda:]
         self.prelude = self.layers[: c.n_prelude]
         self.recur = [recur[i::kv_budget] for i in range(kv_budget)]
         self.coda = [coda[i::n_codas] for i in range(n_codas)]
-        if not separate:
-            self.recur_of_loops = self.join_loops(c.n_prelude, c.n_block, kv_budget)
-            self.coda_of_loops = self.join_loops(first_coda, c.n_coda, n_codas)
+        self.recur_of_loops = self.join_loops(c.n_prelude, c.n_block, kv_budget)
+        self.coda_of_loops = self.join_loops(first_coda, c.n_coda, n_codas)
 
     def join_loops(self, first, n_blocks, n_loops):
         """Returns for each of n_blocks blocks its layers of all loops as one, with n_loops * n_rows rows.
@@ -210,7 +218,7 @@ class KVCache:
         index = self.index(rows, pos, real, self.compiled_length(end))
         for mask in (index.attn_inputs.mask, index.attn_inputs.window_mask):
             torch._dynamo.maybe_mark_dynamic(mask, 3)  # one graph serves all lengths
-        return index
+        return index._replace(compiled=True)
 
     def compiled_length(self, end):
         """Returns how many columns a compiled step sees of the first `end`: few different numbers."""

@@ -117,9 +117,9 @@ def read_view(model, idx, n_loop, k):
         with onednn_for(piece.numel()):
             e, s = decoder.run_prelude(piece, index)
             for i in range(decoder.n_loop):
-                previous, s = s, decoder.run_loops(e, s, index, i, i + 1)
+                previous, (s, x) = s, decoder.run_loop(e, s, index, i)  # (B, T, C) each
                 change, _ = diff(ExitInputs(previous, s, None, None, None))  # (B, T)
-                loops.append((*most_likely(model, decoder.run_coda(s, index, i), k), change))
+                loops.append((*most_likely(model, x, k), change))
         pieces.append([torch.stack(x) for x in zip(*loops, strict=True)])
     return [torch.cat(x, dim=2) for x in zip(*pieces, strict=True)]
 

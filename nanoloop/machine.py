@@ -165,8 +165,11 @@ def compile_step(function, device):
 
 
 def keep_address(tensor):
-    """Tells torch.compile that a tensor stays where it is: a CUDA graph can change it in place."""
-    torch._dynamo.mark_static_address(tensor)
+    """Tells torch.compile that a tensor stays where it is: a CUDA graph can change it in place.
+
+    A call with a tensor elsewhere is not compiled anew; on a GPU a graph is recorded for it.
+    """
+    torch._dynamo.mark_static_address(tensor, guard=False)
 
 
 ONEDNN_MIN_TOKENS = 3

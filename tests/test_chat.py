@@ -117,12 +117,12 @@ def test_a_row_that_failed_is_computed_anew(monkeypatch):
     rows = Rows(model, 2)
     right, _ = rows.read(0, text)
     x, _ = rows.read(1, text[:8])
-    real = rows.decoder.run_coda
-    monkeypatch.setattr(rows.decoder, 'run_coda', lambda *args: 1 / 0)
+    real = rows.decoder.coda
+    monkeypatch.setattr(rows.decoder, 'coda', lambda *args: 1 / 0)
     for compute in (lambda: rows.append([1], [text[8]]), lambda: rows.read(1, text)):
         with pytest.raises(ZeroDivisionError):
             compute()
-    monkeypatch.setattr(rows.decoder, 'run_coda', real)
+    monkeypatch.setattr(rows.decoder, 'coda', real)
     torch.testing.assert_close(rows.read(1, text)[0], right)
 
 

@@ -137,13 +137,13 @@ def test_compiled_steps_are_the_same_steps(monkeypatch):
     rows = [Generation(model, IDX[:, :9], [3, 9, 5], compile=compile) for compile in (True, False)]
     for generation in rows:
         generation.prefill()
-    assert 'compiled_step' not in vars(rows[0].decoder)  # a prompt is not compiled
+    assert not rows[0].decoder.compiled  # a prompt is not compiled
     for token in IDX[:, 9 : 9 + steps].T:
         for generation in rows:
             generation.append(token)
         assert torch.allclose(rows[0].head_input, rows[1].head_input, atol=1e-5)
     assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 1  # for all lengths
-    assert 'compiled_step' in vars(rows[0].decoder) and 'compiled_step' not in vars(rows[1].decoder)
+    assert rows[0].decoder.compiled and not rows[1].decoder.compiled
 
 
 @torch.inference_mode()
@@ -255,13 +255,13 @@ def test_a_single_token_attends_in_float32_on_a_cpu():
 
 def test_only_few_tokens_go_without_onednn(monkeypatch):
     """With learned positions half a block is processed anew now and then."""
-    seen, model, real = [], confident(pos='learned', block_size=16), Decoder.forward_all_loops
+    seen, model, real = [], confident(pos='learned', block_size=16), Decoder.forward
 
     def recorded(self, idx, *args):
         seen.append((idx.numel(), torch.backends.mkldnn.enabled))
         return real(self, idx, *args)
 
-    monkeypatch.setattr(Decoder, 'forward_all_loops', recorded)
+    monkeypatch.setattr(Decoder, 'forward', recorded)
     list(stream(model, IDX[:1, :4], 20))
     before = torch.backends.mkldnn.enabled
     assert {(1, False), (9, before), (4, before)} == {*seen}

@@ -5,11 +5,12 @@ import itertools
 import pytest
 import torch
 from decoding import IDX, confident, dividing_threshold, expected, gated, padded
+from helpers import pairwise
 
 from model import POS
+from nanoloop import decode, kv_cache, speculation
 from nanoloop import generate as generate_file
-from nanoloop import kv_cache, speculation
-from nanoloop.decode import Decoder
+from nanoloop.decode import Decoder, Stats
 from nanoloop.early_exit import EXIT, EarlyExit
 from nanoloop.generate import Generation, Sampler, generate, stream, tokens_in_view
 from nanoloop.speculation import verify
@@ -182,8 +183,8 @@ def test_greedy_speculation_is_greedy_decoding(keys, monkeypatch):
     model, sizes = confident(**keys), set()
     dice, real = torch.Generator().manual_seed(1), speculation.draft_and_verify
 
-    def recorded(*args):
-        tokens = real(*args)
+    def recorded(*args, **options):
+        tokens = real(*args, **options)
         sizes.add(len(tokens))
         return tokens
 
@@ -196,17 +197,75 @@ def test_greedy_speculation_is_greedy_decoding(keys, monkeypatch):
     assert len(sizes) > 3  # some drafts were accepted, some were not
 
 
+def speculated(model, prompt, rule, threshold, min_loops, **options):
+    """The greedy tokens after a prompt (1, T) with an exit, and the Stats."""
+    exit = None if rule is None else EarlyExit(rule, threshold, min_loops)
+    generation = Generation(model, prompt, temperature=0, early_exit=exit, **options)
+    return torch.cat([*generation.stream(9)]), generation.stats
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    'case', pairwise(rule=EXIT, pos=POS, min_loops=(1, 2), draft_loops=(1, 2, 3)), ids=str
+)
+def test_speculation_with_exits_gives_the_tokens_of_exits_alone(case):
+    """In float64, far beyond block_size. Tokens leave in the draft, and after it."""
+    rule, min_loops, draft_loops = case['rule'], case['min_loops'], case['draft_loops']
+    model = gated(n_loop=4, pos=case['pos'])
+    threshold, stats = dividing_threshold(model, rule, IDX[0, :12]), Stats()
+    for i in range(12):
+        prompt = IDX[i % 3, i : 2 * i + 1][None]
+        plain, _ = speculated(model, prompt, rule, threshold, min_loops)
+        options = dict(speculate=3 + i % 2, draft_loops=draft_loops)
+        drafted, drafting = speculated(model, prompt, rule, threshold, min_loops, **options)
+        assert torch.equal(plain, drafted)
+        stats += drafting
+    assert min(stats.loops_taken) == min_loops and len(stats.loops_taken) > 2 - min_loops
+    assert 0 < stats.accepted
+    # all drafts of a token that leaves within draft_loops are right
+    assert stats.accepted < stats.drafted or max(stats.loops_taken) <= draft_loops
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    'rule, n_rows, speculate, parts',
+    [
+        (None, 1, 3, ['from_loop', 'from_start']),
+        ('kl', 1, 3, ['loop', 'prelude']),  # the coda is a part of the loop
+        ('diff', 3, 0, ['coda', 'loop', 'prelude']),
+    ],
+)
+def test_compiled_steps_go_with_exits_and_speculation(rule, n_rows, speculate, parts, monkeypatch):
+    """Beyond block_size, in float64. All loops share a compiled step."""
+    compiled = []
+
+    def compile_step(function, device):
+        def count(graph, inputs):
+            compiled.append(function.__name__)
+            return graph.forward
+
+        return torch.compile(function, backend=count)
+
+    monkeypatch.setattr(decode, 'compile_step', compile_step)
+    monkeypatch.setattr(kv_cache, 'LENGTH_STEP', 8)
+    torch._dynamo.reset()
+    model, idx = confident(double=True, exit_gate=True, n_coda=1), IDX[:n_rows, :9]
+    threshold = dividing_threshold(model, rule, IDX[0, :12]) if rule else None
+    plain, stats = speculated(model, idx, rule, threshold, 1)
+    options = dict(compile=True, speculate=speculate, draft_loops=2 if speculate else 1)
+    tokens, compiled_stats = speculated(model, idx, rule, threshold, 1, **options)
+    assert torch.equal(plain, tokens) and (speculate or stats == compiled_stats)
+    assert sorted(compiled) == parts
+
+
 REFUSED = [
     (dict(speculate=2), 2, 'speculate=2, expected 0 for several rows'),
-    (dict(speculate=2, compile=True), 1, 'compile=True, expected False with speculate=2'),
     (dict(speculate=2, n_loop=1), 1, 'speculate=2, expected 0 with n_loop=1'),
     (dict(speculate=-1), 1, 'speculate=-1, expected at least 0'),
     (dict(speculate=2, kv_budget=2), 1, 'speculate=2, expected 0 with kv_budget=2'),
     (dict(speculate=2, warm_start=True), 1, 'speculate=2, expected 0 with warm_start'),
-    (dict(speculate=2, early_exit=EarlyExit('diff', 0.1)), 1, 'speculate=2, expected 0 with an exit'),
     (dict(speculate=2, draft_loops=4), 1, 'draft_loops=4, expected at least 1, below n_loop=4'),
     (dict(speculate=2, draft_loops=0), 1, 'draft_loops=0, expected at least 1, below n_loop=4'),
-    (dict(early_exit=EarlyExit('diff', 0.1), compile=True), 1, 'compile=True, expected False with an exit'),
     (dict(early_exit=EarlyExit('diff', 0.1, 5)), 1, 'min_loops=5, expected at most n_loop=4'),
     (dict(early_exit=EarlyExit('gate', 0.5)), 1, "exit='gate', expected kl or diff: the model has no exit"),
     (dict(n_loop=0), 1, 'n_loop=0, expected at least 1'),
