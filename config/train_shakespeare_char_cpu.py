@@ -1,35 +1,37 @@
-# Tiny Shakespeare by characters, plain, of nanoGPT's CPU size (4 layers, 128 wide, context 64, batch 12).
-# expect: validation loss 1.86 on the whole split (seeds 1337, 1, 2: 1.858, 1.869, 1.839), 30 s on 2 CPU cores
+# Tiny Shakespeare by characters, plain: to the loss of nanoGPT's CPU recipe, 1.886, in as little time as it takes.
+# expect: validation loss 1.87 on the whole split (seeds 1337, 1, 2: 1.878, 1.871, 1.869), 14 s on 2 CPU cores
 #   python data/shakespeare_char/prepare.py
 #   python train.py config/train_shakespeare_char_cpu.py
 
 out_dir = 'out-shakespeare-char-cpu'
 dataset = 'shakespeare_char'
-max_iters = 200
-eval_interval = 200
+max_iters = 160
+eval_interval = 160
 eval_at_start = False  # one evaluation, at the end
 eval_iters = 0  # over the whole split
 log_interval = 50
 
 block_size = 64
-batch_size = 24
+batch_size = 20
 
-# plain: all layers inside a loop that runs once
-n_prelude, n_block, n_coda, n_loop = 0, 4, 0, 1
+# plain: all layers inside a loop that runs once. nanoGPT's recipe has 4 layers, 128 wide, and 12 rows
+n_prelude, n_block, n_coda, n_loop = 0, 3, 0, 1
 input_injection = 'passthrough'
 norm = 'layernorm'
 norm_loop = False
-n_head = 4
-n_embd = 128
+n_head = 6
+n_embd = 96
+window_pattern = 'SSL'  # only the last layer sees all of the context: the others learn faster from few tokens
+window_size = 3
 pos = 'rope'  # with qk_norm it bears three times nanoGPT's learning rate
 qk_norm = True
 mlp = 'relu2'
 
-optimizer = 'muon'  # of the blocks' matrices; it needs half of AdamW's tokens here
+optimizer = 'muon'  # of the blocks' matrices; it needs half of AdamW's tokens
 matrix_lr = 0.02
 learning_rate = 8e-3  # of the embedding and the norms
 min_lr = 0.0
 lr_schedule = 'linear'
-warmdown_frac = 0.8
-warmup_iters = 5
+warmdown_frac = 1.0
+warmup_iters = 1
 beta1 = 0.9

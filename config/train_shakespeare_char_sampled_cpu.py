@@ -21,6 +21,7 @@ input_injection = 'inject'
 norm, norm_loop = 'rmsnorm', True
 n_head = 6
 n_embd = 192
+window_pattern, window_size = 'L', None
 dropout = 0.1
 mlp = 'gelu'
 

@@ -28,20 +28,22 @@ def decoding_ways(model, n_rows, draft_tokens=4, exit_threshold=None, compile=Fa
     """Returns {name: options of Generation} of all ways the model supports. None = without a cache.
 
     draft_tokens: tokens per draft of speculation. exit_threshold: threshold of every early exit rule; None =
-    the rule's advised one.
+    the rule's advised one. compile: compiled steps, too.
     """
-    ways = {RECOMPUTING: None, 'cached': {}}
-    if compile:
-        ways['compiled'] = dict(compile=True)
+    ways = {'cached': {}}
     if model.config.n_loop > 1:
         ways['kv_budget=1'] = dict(kv_budget=1)
+        drafts = {f'speculate={draft_tokens}': dict(speculate=draft_tokens)} if n_rows == 1 else {}
+        ways |= drafts
         for name, rule in EXIT.items():
             threshold = rule.advised if exit_threshold is None else exit_threshold
             if model.exit_gate is not None or not rule.needs_gate:
-                ways[f'exit={name} at {threshold:g}'] = dict(early_exit=EarlyExit(name, threshold))
-        if n_rows == 1:
-            ways[f'speculate={draft_tokens}'] = dict(speculate=draft_tokens)
-    return ways
+                exit = f'exit={name} at {threshold:g}', dict(early_exit=EarlyExit(name, threshold))
+                ways |= dict([exit]) | {f'{exit[0]}, {draft}': exit[1] | drafts[draft] for draft in drafts}
+    if compile:
+        compiled = {f'{name}, compiled': options | dict(compile=True) for name, options in ways.items()}
+        ways |= dict(compiled=compiled.pop('cached, compiled')) | compiled
+    return {RECOMPUTING: None} | ways
 
 
 def recompute(model, idx, max_new_tokens):
@@ -140,9 +142,10 @@ def summarize_timings(timings, n_tokens, n_rows, n_loop, step_bytes, bandwidth):
 def print_timings(rows, say):
     """Prints the table of summarize_timings."""
     columns = f'{"tokens/s":>9} {"ratio":>6} {"first, ms":>9} {"mbu":>6} {"cache, MiB":>10} {"loops":>6}'
-    say(f'{"decoding":22} {columns}')
+    width = max(len(row['name']) for row in rows)
+    say(f'{"decoding":{width}} {columns}')
     for row in rows:
         mbu = '-' if row['mbu'] is None else f'{row["mbu"]:.1%}'
         size = '-' if row['cache_mib'] is None else f'{row["cache_mib"]:.2f}'
         speed = f'{row["tokens_per_s"]:9.1f} {row["ratio"]:6.2f} {row["first_ms"]:9.1f}'
-        say(f'{row["name"]:22} {speed} {mbu:>6} {size:>10} {row["loops"]:6.2f}')
+        say(f'{row["name"]:{width}} {speed} {mbu:>6} {size:>10} {row["loops"]:6.2f}')

@@ -1,6 +1,6 @@
 """
 Times config/train_shakespeare_char_cpu.py, the whole process with an empty compile cache, in turns with a
-plain eager float32 loop of its shape, nanoGPT's CPU recipe: 2,000 steps, 9 evaluations of 2 x EVAL_ITERS.
+plain eager float32 loop of nanoGPT's CPU recipe: 2,000 steps, 9 evaluations of 2 x EVAL_ITERS batches.
 
     python tests/speed_shakespeare.py --rounds=3
 """
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = 'config/train_shakespeare_char_cpu.py'
-STEPS, EVALUATIONS, EVAL_ITERS = 2000, 9, 200
+STEPS, EVALUATIONS, EVAL_ITERS = 2000, 9, 20
 
 
 class Plain(nn.Module):
@@ -60,12 +60,12 @@ def plain_seconds(steps=200):
     return per_step, (time.perf_counter() - start) / steps
 
 
-def our_seconds():
+def our_seconds(dtype):
     """(seconds of the whole process, its validation loss)."""
     with tempfile.TemporaryDirectory() as folder:
         env = dict(os.environ, TORCHINDUCTOR_CACHE_DIR=f'{folder}/cache')
         start = time.perf_counter()
-        command = [sys.executable, 'train.py', CONFIG, f'--out_dir={folder}/out']
+        command = [sys.executable, 'train.py', CONFIG, f'--out_dir={folder}/out', f'--dtype={dtype}']
         out = subprocess.run(command, env=env, cwd=ROOT, check=True, capture_output=True, text=True).stdout
         line = next(line for line in out.splitlines() if line.startswith('step '))
         return time.perf_counter() - start, float(line.split('val loss ')[1].split(',')[0])
@@ -74,9 +74,10 @@ def our_seconds():
 if __name__ == '__main__':
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument('--rounds', type=int, default=3)
-    ratios = []
-    for _ in range(parser.parse_args().rounds):
-        (step, evaluated), (ours, loss) = plain_seconds(), our_seconds()
+    parser.add_argument('--dtype', default='auto', help='of our run')
+    args, ratios = parser.parse_args(), []
+    for _ in range(args.rounds):
+        (step, evaluated), (ours, loss) = plain_seconds(), our_seconds(args.dtype)
         plain = STEPS * step + EVALUATIONS * 2 * EVAL_ITERS * evaluated
         ratios.append(plain / ours)
         print(

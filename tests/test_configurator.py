@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Annotated
 
 import pytest
+from helpers import script
 
 import configurator
 from bench import BenchConfig
@@ -445,6 +446,14 @@ def test_a_file_that_is_no_script_says_so(name, tmp_path):
     run = subprocess.run([sys.executable, ROOT / name], cwd=tmp_path, capture_output=True, text=True)
     expected = 'is no script: see train.py, sample.py, bench.py, export.py and plot.py\n'
     assert run.returncode == 1 and run.stderr == f'{name.split("/")[-1]} {expected}'
+
+
+def test_garbage_is_collected_rarely_and_not_at_the_end(tmp_path):
+    (tmp_path / 'sitecustomize.py').write_text(
+        "import gc\ngc.freeze = lambda: print('at the end', gc.get_threshold()[0])"
+    )
+    out = script('plot.py', '--help', PYTHONPATH=str(tmp_path)).communicate()[0]
+    assert out.endswith('at the end 50000\n')
 
 
 def test_printing_goes_on_without_a_reader():

@@ -7,7 +7,7 @@ from nanoloop import muon
 from nanoloop.muon import Muon, orthogonalise
 
 COEFFICIENTS = (3.4445, -4.775, 2.0315)  # published, kellerjordan.github.io/posts/muon
-SHAPES = [(6, 6), (4, 12), (12, 4)]
+SHAPES = [(6, 6), (5, 8), (4, 12), (12, 4)]
 
 
 @pytest.mark.parametrize('shape', SHAPES)
