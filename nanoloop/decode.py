@@ -38,20 +38,29 @@ def multiply_row(x, weight):
     return y.view(*x.shape[:-1], len(weight))
 
 
-# multiply_row as an operation of its own: torch.compile would replace the product by a slower sum
-multiply_row_op = torch.library.custom_op(
-    'nanoloop::multiply_row', multiply_row, mutates_args=(), schema='(Tensor x, Tensor weight) -> Tensor'
-)
-multiply_row_op.register_fake(lambda x, weight: x.new_empty(*x.shape[:-1], len(weight)))
+def as_operation(function, schema):
+    """Returns a product of x and a weight as an operation of its own, which torch.compile takes as it is.
+
+    It would replace that of a row by a slower sum; and oneDNN's it takes with constant weights only.
+    """
+    name = f'nanoloop::{function.__name__}'
+    operation = torch.library.custom_op(name, function, mutates_args=(), schema=schema)
+    operation.register_fake(lambda x, weight, bias=None: x.new_empty(*x.shape[:-1], len(weight)))
+    return operation
+
+
+multiply_row_op = as_operation(multiply_row, '(Tensor x, Tensor weight) -> Tensor')
+onednn_linear_op = as_operation(onednn_linear, '(Tensor x, Tensor weight, Tensor? bias) -> Tensor')
 
 
 class DecodingLinear(torch.nn.Linear):
     """A Linear layer of a model that only decodes, in float32 on a CPU: it cannot be trained."""
 
     def forward(self, x):
+        compiling = torch.compiler.is_compiling()
         if x.numel() > x.size(-1):
-            return onednn_linear(x, self.weight, self.bias)
-        y = (multiply_row_op if torch.compiler.is_compiling() else multiply_row)(x, self.weight)
+            return (onednn_linear_op if compiling else onednn_linear)(x, self.weight, self.bias)
+        y = (multiply_row_op if compiling else multiply_row)(x, self.weight)
         return y if self.bias is None else y + self.bias
 
 

@@ -202,11 +202,8 @@ def onednn_linear_is_faster(weight):
 def onednn_linear(x, weight, bias):
     """Returns F.linear(x, weight, bias) by oneDNN, up to rounding, without a gradient.
 
-    In float32 torch takes MKL, which is slower for few rows (nanoloop/decode.py has a product for one row). A
-    compiled step keeps F.linear: inductor takes this op with constant weights only.
+    In float32 torch takes MKL, which is slower for few rows (nanoloop/decode.py has a product for one row).
     """
-    if torch.compiler.is_compiling():
-        return torch.nn.functional.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], '')
 
 

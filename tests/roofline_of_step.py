@@ -4,11 +4,13 @@ Where an eager float32 training step stands against the matrix products in it, a
     python tests/roofline_of_step.py [--rounds=7] [--key=value ...]      keys of bench.py: --n_embd=192, ...
 
 The steps, in turns: a plain GPT of torch's functions, as nanoGPT computes it (fused attention, AdamW); ours,
-eager; ours, compiled. Then a profile of the plain step by kinds of operations, and the floor: the products of
-the step, each alone at its own shape, the best of 20 or more calls, and attention as profiled. With torch's
-products and attention a step can hardly be faster than the floor.
+eager; ours, compiled. Then a profile of the plain step by kinds of operations, and two floors: the products
+of the step, each alone at its own shape, the best of 20 or more calls, and attention as profiled. The first
+one has torch's products; the second one has for each product the faster of torch's and oneDNN's, both in the
+layouts that they like best. A step of these products and this attention can hardly be faster.
 """
 
+import functools
 import math
 import statistics
 import sys
@@ -27,7 +29,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench import BenchConfig, Setting
 from model import GPTConfig
-from nanoloop.machine import setup
+from nanoloop.machine import onednn_linear, setup
 from train import TrainConfig
 
 MODEL = (
@@ -112,18 +114,26 @@ def profiled(plain):
 
 
 def seconds_of_products(products, rounds):
-    """Returns (seconds, FLOPs) of the products of a step, each alone at its own shape."""
-    total, flops = 0.0, 0
+    """Returns (seconds, seconds, FLOPs) of the products of a step, each alone at its own shape.
+
+    The seconds are those of torch's products, and of the faster of torch's and oneDNN's.
+    """
+    total, fastest, flops = 0.0, 0.0, 0
     for (name, shapes), calls in products.items():
         a, b = (torch.randn(shape) for shape in eval(shapes)[-2:] if len(shape) > 1)  # noqa: S307
-        function, seconds = getattr(torch, name), []
+        functions = [functools.partial(getattr(torch, name), a, b)]
+        if name == 'mm':
+            functions.append(functools.partial(onednn_linear, a, b.T.contiguous(), None))
+        seconds = [[] for _ in functions]
         for _ in range(max(20, 3 * rounds)):
-            start = time.perf_counter()
-            function(a, b)
-            seconds.append(time.perf_counter() - start)
-        total += calls * min(seconds)
+            for function, times in zip(functions, seconds, strict=True):  # in turns
+                start = time.perf_counter()
+                function()
+                times.append(time.perf_counter() - start)
+        best = [min(times) for times in seconds]
+        total, fastest = total + calls * best[0], fastest + calls * min(best)
         flops += calls * 2 * math.prod(a.shape) * b.shape[-1]
-    return total, flops
+    return total, fastest, flops
 
 
 @command
@@ -151,12 +161,14 @@ def main(argv):
     ms, products = profiled(plain)
     whole = sum(ms.values())
     print('the plain step, profiled: ' + ', '.join(f'{kind} {n / whole:.1%}' for kind, n in ms.most_common()))
-    seconds, flops = seconds_of_products(products, c.rounds)
-    floor = 1000 * seconds + ms['attention']
-    print(
-        f'floor: products {1000 * seconds:.1f} ms ({flops / seconds / 1e12:.3f} TFLOP/s), attention '
-        f'{ms["attention"]:.1f} ms: plain / floor {1000 * statistics.median(plain.seconds) / floor:.3f}'
-    )
+    *both, flops = seconds_of_products(products, c.rounds)
+    for of, seconds in zip(("torch's", "the faster of torch's and oneDNN's"), both, strict=True):
+        floor = 1000 * seconds + ms['attention']
+        print(
+            f'floor: products, {of}, {1000 * seconds:.1f} ms ({flops / seconds / 1e12:.3f} TFLOP/s), '
+            f'attention {ms["attention"]:.1f} ms: plain / floor '
+            f'{1000 * statistics.median(plain.seconds) / floor:.3f}'
+        )
 
 
 if __name__ == '__main__':

@@ -79,23 +79,30 @@ def speeds(model, rows, tokens=120, rounds=5):
     """Prints the speed with exits and speculation, with all loops and with one."""
     generator = torch.Generator().manual_seed(0)
     idx = torch.randint(model.config.vocab_size, (rows, 8), generator=generator)
-    ways = {'all loops': {}, 'one loop': dict(n_loop=1), 'diff 0.1': dict(early_exit=EarlyExit('diff', 0.1))}
+    exit = dict(early_exit=EarlyExit('diff', 0.1))
+    ways = {'all loops': {}, 'one loop': dict(n_loop=1), 'diff 0.1': exit}
     if rows == 1:
         ways |= {f'speculate {k}': dict(speculate=k) for k in (4, 8)}
+        ways |= {f'speculate {k}, diff 0.1': exit | dict(speculate=k) for k in (4, 8)}
+    ways |= {f'{name}, compiled': options | dict(compile=True) for name, options in ways.items()}
     ways = {name: dict(n_loop=LOOPS) | options for name, options in ways.items()}
     timings = time_decoding(model, idx, tokens, ways, rounds)
     t = {name: statistics.median(timing.seconds) for name, timing in timings.items()}
     for name, seconds in t.items():
         times = t['all loops'] / seconds
-        print(f'{rows:2} rows, {name:12} {rows * tokens / seconds:7.1f} tokens/s, {times:.2f} times')
+        print(f'{rows:2} rows, {name:32} {rows * tokens / seconds:7.1f} tokens/s, {times:.2f} times')
     loops = timings['diff 0.1'].stats.mean_loops
     skipped = (LOOPS - loops) * (t['all loops'] - t['one loop']) / (LOOPS - 1)
     saved = (t['all loops'] - t['diff 0.1']) / skipped
     print(f'{rows:2} rows, diff 0.1: {loops:.2f} loops, {saved:.0%} of the skipped time is saved')
     if rows == 1:
-        names = ('all loops', 'speculate 4', 'speculate 8')
-        plain, *drafted = (generate(model, idx, tokens, temperature=0, **ways[name]) for name in names)
-        print(f'speculation gives the same text: {all(torch.equal(plain, ids) for ids in drafted)}')
+        for names in (
+            ('all loops', 'speculate 4', 'speculate 8'),
+            ('diff 0.1', 'speculate 4, diff 0.1', 'speculate 8, diff 0.1, compiled'),
+        ):
+            plain, *drafted = (generate(model, idx, tokens, temperature=0, **ways[name]) for name in names)
+            same = all(torch.equal(plain, ids) for ids in drafted)
+            print(f'{", ".join(names)}: the same text: {same}')
 
 
 def of_a_trained_model(name):

@@ -241,8 +241,9 @@ def test_a_compiled_step_has_products_that_inductor_takes():
     for x in (torch.ones(1, 8), torch.ones(3, 8)):
         assert torch.allclose(torch.compile(layer, backend=backend, fullgraph=True)(x), layer(x))
     row, rows = graphs
-    assert 'nanoloop.multiply_row' in row and 'mkldnn' not in rows
+    assert 'nanoloop.multiply_row' in row and 'nanoloop.onednn_linear' in rows
     torch.library.opcheck(decode.multiply_row_op, (torch.ones(1, 1, 8), torch.ones(6, 8)))
+    torch.library.opcheck(decode.onednn_linear_op, (torch.ones(1, 3, 8), torch.ones(6, 8), torch.ones(6)))
 
 
 def test_a_single_token_attends_in_float32_on_a_cpu():
