@@ -22,7 +22,7 @@ from nanoloop.checks import check
 from nanoloop.depth import LoopBatch
 from nanoloop.kv_cache import KVCache, layer_caches
 from nanoloop.machine import compile_step, onednn_for, onednn_linear, onednn_linear_is_faster
-from nanoloop.tokens_in_loop import TokensInLoop
+from nanoloop.tokens_in_loop import start_tokens
 
 
 def multiply_row(x, weight):
@@ -183,7 +183,7 @@ class Decoder:
             s = (self.last_state if rows is None else self.last_state[rows])[:, None]  # (n, 1, C)
         with onednn_for(n * T):
             if self.early_exit is not None:
-                tokens = TokensInLoop(self, idx, index, s, counts)
+                tokens = start_tokens(self, idx, index, s, counts)
                 tokens.run(0, self.n_loop)
                 (s, x), self.loops = tokens.finish(), tokens.loops
             else:

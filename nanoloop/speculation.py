@@ -12,7 +12,7 @@ import torch
 
 from nanoloop.checks import check
 from nanoloop.machine import onednn_for
-from nanoloop.tokens_in_loop import TokensInLoop
+from nanoloop.tokens_in_loop import join_tokens, start_tokens
 
 
 def check_speculation(model, n_rows, speculate, draft_loops, n_loop=None, kv_budget=None, warm_start=False,
@@ -77,14 +77,14 @@ def draft_by_exits(decoder, idx, index, draft_loops):
 
     Returns its TokensInLoop and the head's input (1, 1, C).
     """
-    tokens = TokensInLoop(decoder, idx, index)
+    tokens = start_tokens(decoder, idx, index)
     tokens.run(0, draft_loops)
     return tokens, tokens.draft()
 
 
 def verify_by_exits(decoder, loops, index, draft_loops):
     """Does what verify_tokens does where tokens exit. loops: the TokensInLoop of n tokens."""
-    tokens = TokensInLoop.join(loops, index)
+    tokens = join_tokens(loops, index)
     tokens.run(draft_loops, decoder.n_loop)
     return tokens.finish()[1]
 

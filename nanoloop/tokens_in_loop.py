@@ -7,9 +7,12 @@ loops gets copies of the last keys and values of a token that has left.
 Shapes: n rows of T tokens; C as in model.py.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+
+from nanoloop.kv_cache import CacheIndex
 
 
 class ActiveTokens(NamedTuple):
@@ -38,55 +41,29 @@ def compaction_index(running):
     return rows[:, None], columns[:, : n_running.max()]  # the host waits for the device here
 
 
+@dataclass
 class TokensInLoop:
-    """Tokens idx (n, T) that run through the loop, and leave it by the early exit of a Decoder.
+    """Tokens (n, T) that run through the loop of a Decoder, and leave it by its early exit."""
 
-    index: their CacheIndex; s: the state to start from, (n, T, C), None = s_0; counts: see Decoder.prefill
+    decoder: object  # the Decoder
+    index: CacheIndex  # of all tokens
+    pos: torch.Tensor  # (n, T), their positions
+    cache_row: torch.Tensor  # (n, T), their rows of the cache
+    state: torch.Tensor  # (n, T, C), the last state of the tokens that have left
+    loops: torch.Tensor  # (n, T), how many loops each of these took, 0 while it runs
+    head_input: torch.Tensor | None  # (n, T, C) of these, if the coda runs after every loop
+    active: ActiveTokens | None  # the tokens that are still running; None = no token
+    n_running: int  # their number
+    active_index: CacheIndex = None  # of these
+    newest_x: torch.Tensor | None = None  # what the coda after their last loop returned, if it runs
 
-    state: (n, T, C), the last state of the tokens that have left; loops: (n, T), how many loops each of them
-    took, 0 while it runs; head_input: (n, T, C), if the coda runs after every loop, else None. active: the
-    ActiveTokens that are still running, None = no token; newest_x: their head's input after the last loop.
-    """
+    def __post_init__(self):
+        self.active_index = self.active_index or self.index
 
-    def __init__(self, decoder, idx, index, s=None, counts=None):
-        (n, T), device, self.decoder, self.index = idx.shape, idx.device, decoder, index
-        e, s_0 = decoder.run_prelude(idx, index)
-        row = torch.arange(n, device=device)[:, None].expand(n, T)
-        column = torch.arange(T, device=device).expand(n, T)
-        running = torch.ones(n, T, dtype=torch.bool, device=device)
-        if counts is not None:
-            running = column < torch.tensor(counts, device=device)[:, None]
-        self.active = ActiveTokens(e, s_0 if s is None else s, None, running, row, column)
-        self.active_index, self.n_running = index, idx.numel() if counts is None else sum(counts)
-        self.state, self.loops = torch.zeros_like(e), torch.zeros_like(column)
-        self.head_input, self.newest_x = torch.zeros_like(e) if decoder.coda_in_loop else None, None
-        self.pos = index.pos.expand(idx.shape)  # (n, T)
-        self.cache_row = index.cache_rows(row)  # (n, T)
-
-    @classmethod
-    def join(cls, parts, index):
-        """Returns single tokens of one row, which have taken the same loops so far, side by side.
-
-        parts: a list of T TokensInLoop of one token each; index: the CacheIndex of all.
-        """
-        joined = cls.__new__(cls)
-        joined.decoder, joined.index = parts[0].decoder, index
-        for name in ('state', 'loops', 'head_input', 'pos', 'cache_row'):
-            fields = [getattr(part, name) for part in parts]  # (1, 1, ...) each
-            setattr(joined, name, None if fields[0] is None else torch.cat(fields, dim=1))
-        running = [j for j, part in enumerate(parts) if part.active]
-        joined.n_running, joined.active = len(running), None
-        if running:
-            fields = zip(*(parts[j].active for j in running), strict=True)
-            active = ActiveTokens(*(None if x[0] is None else torch.cat(x, dim=1) for x in fields))
-            column = torch.tensor([running], device=index.pos.device)  # (1, T')
-            joined.set_active(active._replace(column=column), all_run=len(running) == len(parts))
-        return joined
-
-    def set_active(self, active, all_run=False):
-        """Lets `active` run on. all_run: it is all tokens, in their order."""
+    def set_active(self, active):
+        """Lets only `active` run on, n_running tokens and padding."""
         self.active, self.active_index = active, self.index
-        if not all_run:
+        if self.n_running < self.loops.numel():
             pos = self.pos[active.row, active.column]  # (n', T')
             rows = self.cache_row[active.row[:, 0], 0]  # (n',)
             self.active_index = self.decoder.cache.index(rows, pos, active.running, self.index.visible)
@@ -135,3 +112,46 @@ class TokensInLoop:
         if self.head_input is not None:
             return self.state, self.head_input
         return self.state, self.decoder.run_coda(self.state, self.index)
+
+
+def start_tokens(decoder, idx, index, s=None, counts=None):
+    """Runs the prelude of tokens idx (n, T). Returns them as TokensInLoop, before the first loop.
+
+    index: their CacheIndex; s: the state to start from, (n, T, C), None = s_0; counts: see Decoder.prefill
+    """
+    (n, T), device = idx.shape, idx.device
+    e, s_0 = decoder.run_prelude(idx, index)
+    row = torch.arange(n, device=device)[:, None].expand(n, T)
+    column = torch.arange(T, device=device).expand(n, T)
+    running, n_running = torch.ones(n, T, dtype=torch.bool, device=device), n * T
+    if counts is not None:
+        running, n_running = column < torch.tensor(counts, device=device)[:, None], sum(counts)
+    return TokensInLoop(
+        decoder,
+        index,
+        pos=index.pos.expand(n, T),
+        cache_row=index.cache_rows(row),
+        state=torch.zeros_like(e),
+        loops=torch.zeros_like(column),
+        head_input=torch.zeros_like(e) if decoder.coda_in_loop else None,
+        active=ActiveTokens(e, s_0 if s is None else s, None, running, row, column),
+        n_running=n_running,
+    )
+
+
+def join_tokens(parts, index):
+    """Returns single tokens of one row, which have run the same loops so far, side by side.
+
+    parts: a list of T TokensInLoop of one token each; index: the CacheIndex of all.
+    """
+    names = ('pos', 'cache_row', 'state', 'loops', 'head_input')
+    fields = {name: [getattr(part, name) for part in parts] for name in names}  # (1, 1, ...) each
+    fields = {name: None if x[0] is None else torch.cat(x, dim=1) for name, x in fields.items()}
+    columns = [j for j, part in enumerate(parts) if part.active]
+    joined = TokensInLoop(parts[0].decoder, index, **fields, active=None, n_running=len(columns))
+    if columns:
+        running = zip(*(parts[j].active for j in columns), strict=True)
+        active = ActiveTokens(*(None if x[0] is None else torch.cat(x, dim=1) for x in running))
+        column = torch.tensor([columns], device=index.pos.device)  # (1, T')
+        joined.set_active(active._replace(column=column))
+    return joined
