@@ -146,7 +146,7 @@ def to_device(tensor, device):
 
 
 def compile_step(function, device):
-    """Returns the function compiled, for one that is called once per generated token and returns tensors.
+    """Returns the function compiled: one that is called for every token, and returns a tensor or a tuple.
 
     On a GPU it runs as a CUDA graph: the host launches the whole step at once, and not its hundreds of small
     kernels one by one. A graph is recorded for every new shape of the arguments, in the second call with it.
@@ -157,9 +157,13 @@ def compile_step(function, device):
         return torch.compile(function, options={'cpp_wrapper': device.type == 'cpu'})
     compiled = torch.compile(function, mode='reduce-overhead')  # torch's name of CUDA graphs
 
+    def copy(x):  # the next call overwrites a graph's results
+        return x.clone() if torch.is_tensor(x) else x
+
     def step(*args):
         torch.compiler.cudagraph_mark_step_begin()  # the results of the call before are not needed any more
-        return tuple(x.clone() for x in compiled(*args))  # the next call overwrites a graph's results
+        x = compiled(*args)
+        return tuple(map(copy, x)) if isinstance(x, tuple) else copy(x)
 
     return step
 

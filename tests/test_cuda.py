@@ -209,6 +209,21 @@ def test_a_compiled_step_of_decoding_equals_an_eager_one(dtype):
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize('exit', [None, EarlyExit('diff', 0.5), EarlyExit('kl', 0.1)])
+@pytest.mark.parametrize('rows, speculate', [(1, 3), (3, 0)])
+@torch._inductor.config.patch({'triton.cudagraph_or_error': True})
+def test_compiled_exits_and_drafts_give_the_tokens_of_eager_ones(exit, rows, speculate):
+    """In float64, greedy."""
+    model = make(n_loop=6).double().eval()
+    options = dict(temperature=0, early_exit=exit, speculate=speculate)
+    both = []
+    for compile in (True, False):
+        generation = Generation(model, tokens(rows, 10), compile=compile, **options)
+        both.append(torch.stack([*generation.stream(40)]))  # (40, rows)
+    assert torch.equal(*both)
+
+
+@torch.inference_mode()
 @pytest.mark.parametrize('rule', ['kl', 'diff'])
 def test_exits_of_a_gpu_are_those_of_a_cpu(rule):
     """In float64, with a threshold at which tokens take unlike numbers of loops."""

@@ -147,7 +147,8 @@ def test_compiled_steps_are_the_same_steps(monkeypatch):
 
 
 @torch.inference_mode()
-def test_a_compiled_step_changes_and_copies_nothing_large_that_could_move(monkeypatch):
+@pytest.mark.parametrize('exit, n_steps', [(None, 1), (EarlyExit('diff', 0.0), 3)])
+def test_a_compiled_step_changes_and_copies_nothing_large_that_could_move(exit, n_steps, monkeypatch):
     """Else torch would run it without a CUDA graph, or copy the weights for every token."""
     steps = []
 
@@ -164,15 +165,18 @@ def test_a_compiled_step_changes_and_copies_nothing_large_that_could_move(monkey
     model = make(double=False, **keys)
     prepare_linears_(model, torch.bfloat16)
     with autocast('cpu', torch.bfloat16):
-        generation = Generation(model, IDX[:, :9], compile=True)
+        generation = Generation(model, IDX[:, :9], early_exit=exit, compile=True)
         for _ in generation.stream(3):
             pass
-    (inputs, static, written), *others = steps
-    assert not others and len(written) == 2 * model.config.depth and written <= static
-    moving = [x for i, x in enumerate(inputs) if torch.is_tensor(x) and i not in static]
-    assert max(x.numel() for x in moving) <= len(IDX) * LENGTH_STEP  # a mask
-    weights = {p.data_ptr() for p in model.parameters()}
-    assert sum(isinstance(inputs[i], torch.Tensor) for i in static) <= len(weights) + len(written) + 1
+    assert len(steps) == n_steps  # with an exit: prelude, a loop for both loops, coda
+    n_layers = model.config.depth if exit is None else len(model.blocks())
+    assert sum(len(written) for _, _, written in steps) == 2 * n_layers
+    for inputs, static, written in steps:
+        assert written <= static
+        moving = [x for i, x in enumerate(inputs) if torch.is_tensor(x) and i not in static]
+        assert max(x.numel() for x in moving) <= len(IDX) * LENGTH_STEP  # a mask
+        weights = {p.data_ptr() for p in model.parameters()}
+        assert sum(isinstance(inputs[i], torch.Tensor) for i in static) <= len(weights) + len(written) + 1
 
 
 @pytest.mark.parametrize('device, lengths', [('cpu', 32), ('meta', 8)])

@@ -262,10 +262,11 @@ def test_a_gpu_gets_tensors_from_pinned_memory_without_waiting():
 def test_a_compiled_step_of_a_gpu_is_a_graph_whose_results_are_copied(monkeypatch):
     options, graph = [], (torch.ones(2), torch.zeros(3))
     monkeypatch.setattr(torch, 'compile', lambda function, **keys: options.append(keys) or function)
-    results = machine.compile_step(lambda: graph, torch.device('cuda'))()
+    step = machine.compile_step(lambda result: result, torch.device('cuda'))
     assert options == [dict(mode='reduce-overhead')]
-    for copy, x in zip(results, graph, strict=True):
+    for copy, x in zip((*step(graph), step(graph[0])), (*graph, graph[0]), strict=True):
         assert torch.equal(copy, x) and copy.data_ptr() != x.data_ptr()
+    assert step((graph[0], None))[1] is None
 
 
 # -----------------------------------------------------------------------------
