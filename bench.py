@@ -80,6 +80,7 @@ class BenchConfig:
     bandwidth: Positive | None = None  # mode=decode: GB/s of the device's memory; None = measured by a sum
     exit_threshold: NotNegative | None = None  # mode=decode: of every rule, in its own unit; None = advised
     draft_tokens: Count = 4  # mode=decode: tokens per draft of speculation, one loop each
+    combined: bool = False  # mode=decode: also exits with drafts; with compile=True every way compiled, too
     json: str = ''  # append the results to this file.jsonl, a JSON object per line; '' = do not
     vs: str = ''  # flags of a second setting, as in the docstring's example; '' = none
     warmup: Count = 5  # mode=train: steps between the first one, which compiles, and measuring
@@ -183,7 +184,7 @@ def measure_decoding(c, m):
     print(f'memory bandwidth: {bandwidth / 1e9:.1f} GB/s, {how}')
     for n_rows in read_numbers(c.sequences):
         prompts = torch.randint(model.config.vocab_size, (n_rows, c.prompt), device=m.device)
-        ways = decoding_ways(model, n_rows, c.draft_tokens, c.exit_threshold, c.compile)
+        ways = decoding_ways(model, n_rows, c.draft_tokens, c.exit_threshold, c.compile, c.combined)
         with m.autocast():
             timings = time_decoding(model, prompts, c.tokens, ways, c.rounds)
         step_bytes = bytes_per_step(model, n_rows, range(c.prompt + 1, c.prompt + max(c.tokens, 2)))

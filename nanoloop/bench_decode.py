@@ -24,25 +24,27 @@ class Timing:
     stats: Stats | None = None  # of the last round; None without a cache
 
 
-def decoding_ways(model, n_rows, draft_tokens=4, exit_threshold=None, compile=False):
+def decoding_ways(model, n_rows, draft_tokens=4, exit_threshold=None, compile=False, combined=False):
     """Returns {name: options of Generation} of all ways the model supports. None = without a cache.
 
     draft_tokens: tokens per draft of speculation. exit_threshold: threshold of every early exit rule; None =
-    the rule's advised one. compile: compiled steps, too.
+    the rule's advised one. combined: exits with speculation, and, with compile, every way compiled.
     """
-    ways = {'cached': {}}
-    if model.config.n_loop > 1:
-        ways['kv_budget=1'] = dict(kv_budget=1)
-        drafts = {f'speculate={draft_tokens}': dict(speculate=draft_tokens)} if n_rows == 1 else {}
-        ways |= drafts
-        for name, rule in EXIT.items():
-            threshold = rule.advised if exit_threshold is None else exit_threshold
-            if model.exit_gate is not None or not rule.needs_gate:
-                exit = f'exit={name} at {threshold:g}', dict(early_exit=EarlyExit(name, threshold))
-                ways |= dict([exit]) | {f'{exit[0]}, {draft}': exit[1] | drafts[draft] for draft in drafts}
+    ways, looped = {'cached': {}}, model.config.n_loop > 1
+    drafts = {f'speculate={draft_tokens}': dict(speculate=draft_tokens)} if looped and n_rows == 1 else {}
+    if looped:
+        ways |= {'kv_budget=1': dict(kv_budget=1)} | drafts
+    for name, rule in EXIT.items() if looped else ():
+        threshold = rule.advised if exit_threshold is None else exit_threshold
+        if model.exit_gate is not None or not rule.needs_gate:
+            way, options = f'exit={name} at {threshold:g}', dict(early_exit=EarlyExit(name, threshold))
+            ways[way] = options
+            if combined:
+                ways |= {f'{way}, {draft}': options | drafts[draft] for draft in drafts}
     if compile:
-        compiled = {f'{name}, compiled': options | dict(compile=True) for name, options in ways.items()}
-        ways |= dict(compiled=compiled.pop('cached, compiled')) | compiled
+        others = {name: options for name, options in ways.items() if combined and options}
+        ways['compiled'] = dict(compile=True)
+        ways |= {f'{name}, compiled': options | dict(compile=True) for name, options in others.items()}
     return {RECOMPUTING: None} | ways
 
 

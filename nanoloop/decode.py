@@ -41,7 +41,7 @@ def multiply_row(x, weight):
 def as_operation(function, schema):
     """Returns a product of x and a weight as an operation of its own, which torch.compile takes as it is.
 
-    It would replace that of a row by a slower sum; and oneDNN's it takes with constant weights only.
+    It would replace a row's product by a slower sum, and takes oneDNN's with constant weights only.
     """
     name = f'nanoloop::{function.__name__}'
     operation = torch.library.custom_op(name, function, mutates_args=(), schema=schema)
@@ -129,9 +129,11 @@ class Decoder:
     early_exit: an EarlyExit; None = every token takes n_loop loops
     warm_start: a generated token starts its loop from the last state of the token before it, instead of
         s_0: an approximation (continuous chain of thought, Huginn)
-    compile: compile the steps of generated tokens of all rows; CUDA graphs on a GPU, see compile_step
+    compile: compile the steps of generated tokens, as CUDA graphs on a GPU, see compile_step; a step of some
+        of the rows alone is not compiled
 
-    loops: the number of loops of each token of the last call, (n, T), or an int for all. stats: a Stats.
+    loops: the number of loops of each token of the last prefill or decode_one_token, (n, T), or an int for
+    all. stats: a Stats.
     """
 
     def __init__(self, model, n_rows, max_tokens=None, n_loop=None, kv_budget=None, early_exit=None,
@@ -211,7 +213,8 @@ class Decoder:
 
     def run_prelude(self, idx, index):
         """Returns the prelude's output e and the first state s_0 of tokens idx (n, T), (n, T, C) each."""
-        return self.step(Decoder.prelude, index)(self, idx, index)
+        e, s = self.step(Decoder.prelude, index)(self, idx, index)
+        return e, s.clone() if s is e else s  # one tensor as two arguments would be compiled anew
 
     def run_loop(self, e, s, index, i):
         """Runs loop i alone. Returns the state after it, (n, T, C), and the head's input (n, T, C).
@@ -224,12 +227,9 @@ class Decoder:
         layers, i = cache.recur[i % cache.kv_budget], i if self.reads_loop or not index.compiled else None
         return self.step(Decoder.loop, index)(self, e, s, index, layers, codas, i)
 
-    def run_coda(self, s, index, i=0):
-        """Returns the head's input (n, T, C) for the state s after loop i.
-
-        i: needed if the coda runs after every loop, with a cache for each.
-        """
-        return self.step(Decoder.coda, index)(self, s, index, self.cache.coda[i % len(self.cache.coda)])
+    def run_coda(self, s, index):
+        """Returns the head's input (n, T, C) for the state s after the last loop."""
+        return self.step(Decoder.coda, index)(self, s, index, self.cache.coda[0])
 
     def forward(self, idx, index, s, n_loop):
         """Runs tokens idx (n, T) through the first n_loop loops and the coda. s: (n, T, C), None = s_0.
@@ -242,17 +242,13 @@ class Decoder:
         """Runs the loops from `start` on and the coda. Returns the head's input (n, T, C)."""
         return self.step(Decoder.from_loop, index)(self, e, s, index, start)[1]
 
-    # what can be compiled: functions of tensors, called by the methods above
+    # what can be compiled
 
     def prelude(self, idx, index):
         """See run_prelude."""
         x, caches = self.model.embed(idx, index.pos), layer_caches(self.cache.prelude, index)
         e = self.model.apply_blocks(self.model.transformer.prelude, x, index.attn_inputs, caches=caches)
-        s = self.model.start(e, index.pos)
-        return (
-            e,
-            s.clone() if s is e else s,
-        )  # one tensor as two arguments would be a compiled step of its own
+        return e, self.model.start(e, index.pos)
 
     def loop(self, e, s, index, layers, codas, i):
         """See run_loop. layers, codas: the caches of the loop and of the coda after it, None = no coda."""

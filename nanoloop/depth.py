@@ -204,13 +204,13 @@ class RowsApart:
 def can_go_apart(decoder):
     """Returns whether the rows of a Decoder need not wait for each other, and gain by it.
 
-    There are several, with an early exit, on a CPU, and all loops compute the same: no part reads the loop's
-    index, and the first loop has a state, too.
+    There are several, with an early exit, on a CPU, without compiled steps, which are for all rows, and all
+    loops compute the same: no part reads the loop's index, and the first loop has a state, too.
     """
     model, c, weight = decoder.model, decoder.model.config, decoder.model.lm_head.weight
     looped_coda = c.n_coda if decoder.coda_in_loop else 0
     n_inside, n_outside = c.n_block + looped_coda, c.n_prelude + c.n_coda - looped_coda  # layers
-    gains = n_outside <= MOST_OUTSIDE * n_inside and weight.device.type == 'cpu'
+    gains = n_outside <= MOST_OUTSIDE * n_inside and weight.device.type == 'cpu' and not decoder.compile
     several = decoder.n_rows > 1 and decoder.early_exit is not None
     s_0 = model.start(
         weight.new_zeros(1, 1, c.n_embd), torch.zeros(1, dtype=torch.long, device=weight.device)

@@ -169,7 +169,7 @@ class Generation:
             if self.apart.at_rest():
                 self.apart = None
         elif n := min(self.speculate, n_left, self.room()):
-            usual = n == self.speculate  # fewer tokens come rarely, at the end
+            usual = n == self.speculate  # fewer come rarely: at the end, or before a row restarts
             tokens = draft_and_verify(
                 self.decoder, self.sampler, self.newest, n, self.draft_loops, compiled=usual
             )

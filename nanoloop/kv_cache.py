@@ -1,8 +1,8 @@
 """
 The KV cache of a looped model: keys and values of every executed block, so that no token is computed twice.
 
-A layer's cache is a pair (keys, values), each (n_rows, G, capacity + 1, D). A token at position p is in
-column p % capacity. The last column is for padding, and is never read.
+A layer's cache is a pair (keys, values), each (n_rows, G, columns, D). A token at position p is in column
+p % capacity. Column `capacity` is for padding, and is never read.
 
 There is a layer for every executed block, n_prelude + n_loop n_block + n_coda in all. With kv_budget = m
 loop i uses the layers of loop i mod m. m = n_loop is exact. A smaller m is an approximation, which needs
@@ -72,7 +72,7 @@ def even_runs(rows):
 def head_index(rows, columns, n_heads, n_columns):
     """Returns where keys at rows (n,) and columns (n, T) are in a layer that is seen as (..., D), (n G T,).
 
-    n_heads, n_columns: G and capacity + 1. torch copies whole vectors (D,) several times as fast as it writes
+    n_heads, n_columns: of the cache. torch copies whole vectors (D,) several times as fast as it writes
     to two indexed dimensions.
     """
     head = torch.arange(n_heads, device=columns.device)[:, None]  # (G, 1)
@@ -90,7 +90,7 @@ def as_own_tensor(x):
 
 def cache_update(layer, index, k, v):
     """Writes k, v (n, G, T, D) into a layer's cache."""
-    keys, values = layer  # (n_rows, G, capacity + 1, D) each
+    keys, values = layer  # (n_rows, G, columns, D) each
     if index.heads is None:
         keys[index.rows, :, index.columns], values[index.rows, :, index.columns] = k, v
         return
@@ -141,7 +141,10 @@ class KVCache:
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         first_coda = c.n_prelude + c.n_block * kv_budget  # among the layers
         n_layers = first_coda + c.n_coda * n_codas
-        self.keys_shape = c.n_kv_head or c.n_head, self.capacity + 1  # of a row: heads, columns
+        columns = self.capacity + 1
+        if compiled:  # a multiple of 8: each layer begins at a multiple of 16 bytes, as compiled steps assume
+            columns = math.ceil(columns / 8) * 8
+        self.keys_shape = c.n_kv_head or c.n_head, columns  # of a row
         shape = (n_layers, n_rows, *self.keys_shape, c.n_embd // c.n_head)
         self.keys, self.values = (lazy_zeros(shape, dtype, weight.device) for _ in range(2))
         self.layers = list(zip(self.keys, self.values, strict=True))
@@ -277,6 +280,6 @@ class KVCache:
         columns = columns[token, None]  # (M, 1)
         source, target = (head_index(y, columns, *self.keys_shape) for y in (source, target))  # (M G,)
         of_loops = self.recur_of_loops + (self.coda_of_loops if len(self.coda) > 1 else [])
-        for x in itertools.chain(*of_loops):  # (kv_budget * n_rows, G, capacity + 1, D)
+        for x in itertools.chain(*of_loops):  # (kv_budget * n_rows, G, columns, D)
             x = x.view(-1, x.size(-1))
             x.index_copy_(0, target, x.index_select(0, source))

@@ -14,6 +14,14 @@ from nanoloop.machine import choose_dtype
 LONG = 3  # a matrix (m, n) is long from n = LONG m on
 
 
+def factor_of(gram, coefficients):
+    """Returns a I + b gram + c gram^2, (m, m). gram: (m, m)."""
+    a, b, c = coefficients
+    factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)  # (m, m)
+    factor.diagonal().add_(a)
+    return factor
+
+
 def orthogonalise(x, coefficients, steps, eps):
     """Returns x (m, n) with all its singular values near 1, in the precision of x: float32 or float64.
 
@@ -21,21 +29,23 @@ def orthogonalise(x, coefficients, steps, eps):
     coefficients (a, b, c) give singular values between 0.7 and 1.2 after 5 steps.
 
     A step is a product P x with P = a I + b (x x^T) + c (x x^T)^2, (m, m), after which x x^T is P (x x^T) P.
-    So of a long x only the product of all P is multiplied by x: 0.5 to 0.7 of the time.
+    So of a long x only the product of all P is multiplied by x: 0.5 to 0.75 of the time, and in float32 an
+    error of up to 1e-3 in 5 steps. More steps would lose more, and go one by one.
     """
     a, b, c = coefficients
     wide = x if len(x) <= x.size(1) else x.T  # (m, n) with m <= n: x x^T is the smaller product
     wide = wide / wide.norm().clamp(min=eps)
-    if wide.size(1) < LONG * len(wide):
+    if wide.size(1) < LONG * len(wide) or steps > 5:
         for _ in range(steps):
             gram = wide @ wide.T  # (m, m)
             wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)  # (m, n)
     else:
-        gram, product = wide @ wide.T, torch.eye(len(wide), dtype=x.dtype, device=x.device)  # (m, m) each
-        for _ in range(steps):
-            factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)  # (m, m)
-            factor.diagonal().add_(a)
-            gram, product = factor @ gram @ factor, factor @ product
+        gram = wide @ wide.T  # (m, m)
+        product = factor = factor_of(gram, coefficients)  # (m, m) each
+        for _ in range(steps - 1):
+            gram = factor @ gram @ factor  # (m, m)
+            factor = factor_of(gram, coefficients)  # (m, m)
+            product = factor @ product  # (m, m)
         wide = product @ wide  # (m, n)
     return wide if wide.shape == x.shape else wide.T
 

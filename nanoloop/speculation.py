@@ -3,7 +3,8 @@ Speculation: tokens are drafted with few loops of the model and then verified to
 
 Greedy decoding gives the same tokens as without speculation, sampling the same distribution. It is faster,
 because several tokens at once take hardly longer than one. Verification continues from the states of the
-draft: prelude and first loops are not computed again.
+draft: prelude and first loops are not computed again. With an early exit a token is verified with the loops
+that it takes by itself; it can leave the loop during the draft.
 
 Reference: speculative decoding, arXiv:2211.17192.
 """
@@ -32,7 +33,8 @@ def draft_and_verify(decoder, sampler, token, n, draft_loops, compiled=False):
     """Returns the tokens that follow token (1,), 1 to n of them, a list of (1,).
 
     token: not in the decoder's cache yet. Afterwards it is, and so are the returned tokens except the last.
-    compiled: n tokens are verified by a compiled step, if the decoder has any. Each n has a step of its own.
+    compiled: n tokens are verified by a compiled step, if the decoder has any; with an exit as long as all of
+    them run. Each n has a step of its own.
     """
     cache, with_exits = decoder.cache, decoder.early_exit is not None
     draft, verified = (draft_token, verify_tokens) if not with_exits else (draft_by_exits, verify_by_exits)

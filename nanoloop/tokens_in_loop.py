@@ -46,16 +46,16 @@ class TokensInLoop:
     """Tokens (n, T) that run through the loop of a Decoder, and leave it by its early exit."""
 
     decoder: object  # the Decoder
-    index: CacheIndex  # of all tokens
+    index: CacheIndex  # of all the tokens
     pos: torch.Tensor  # (n, T), their positions
     cache_row: torch.Tensor  # (n, T), their rows of the cache
     state: torch.Tensor  # (n, T, C), the last state of the tokens that have left
     loops: torch.Tensor  # (n, T), how many loops each of these took, 0 while it runs
-    head_input: torch.Tensor | None  # (n, T, C) of these, if the coda runs after every loop
+    head_input: torch.Tensor | None  # (n, T, C), of the same tokens; None = the coda runs at the end only
     active: ActiveTokens | None  # the tokens that are still running; None = no token
-    n_running: int  # their number
-    active_index: CacheIndex = None  # of these
-    newest_x: torch.Tensor | None = None  # what the coda after their last loop returned, if it runs
+    n_running: int  # number of tokens that are still running
+    active_index: CacheIndex = None  # of the active tokens
+    newest_x: torch.Tensor | None = None  # head's input after the newest loop, of the tokens that ran it
 
     def __post_init__(self):
         self.active_index = self.active_index or self.index
@@ -105,7 +105,7 @@ class TokensInLoop:
         """Returns the head's input (1, 1, C) of a single token after its last loop, left or not."""
         if self.head_input is None:
             return self.decoder.run_coda(self.active.s if self.active else self.state, self.index)
-        return self.newest_x if self.active else self.head_input
+        return self.newest_x
 
     def finish(self):
         """Returns the last states and the head's inputs of all tokens, (n, T, C) each. All have left."""

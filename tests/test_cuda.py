@@ -209,8 +209,9 @@ def test_a_compiled_step_of_decoding_equals_an_eager_one(dtype):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize('exit', [None, EarlyExit('diff', 0.5), EarlyExit('kl', 0.1)])
-@pytest.mark.parametrize('rows, speculate', [(1, 3), (3, 0)])
+@pytest.mark.parametrize(
+    'exit, rows, speculate', [(None, 1, 3), (EarlyExit('kl', 0.1), 1, 3), (EarlyExit('diff', 0.5), 3, 0)]
+)
 @torch._inductor.config.patch({'triton.cudagraph_or_error': True})
 def test_compiled_exits_and_drafts_give_the_tokens_of_eager_ones(exit, rows, speculate):
     """In float64, greedy."""

@@ -120,6 +120,9 @@ def test_every_loop_knows_its_index(monkeypatch):
     check_exits(gated(**keys), 'diff')
     model = confident(double=True, **keys)
     plain = generate(model, IDX[:1, :5], 20, temperature=0)
+    exit = EarlyExit('diff', 0.0)  # with an exit, all loops share a compiled step if they can
+    monkeypatch.setattr(decode, 'compile_step', lambda function, device: function)
+    assert torch.equal(plain, generate(model, IDX[:1, :5], 20, temperature=0, early_exit=exit, compile=True))
     for draft_loops in (1, 2, 3):
         drafted = generate(model, IDX[:1, :5], 20, temperature=0, speculate=3, draft_loops=draft_loops)
         assert torch.equal(plain, drafted)
@@ -177,6 +180,15 @@ def test_a_compiled_step_changes_and_copies_nothing_large_that_could_move(exit, 
         assert max(x.numel() for x in moving) <= len(IDX) * LENGTH_STEP  # a mask
         weights = {p.data_ptr() for p in model.parameters()}
         assert sum(isinstance(inputs[i], torch.Tensor) for i in static) <= len(weights) + len(written) + 1
+
+
+def test_the_layers_of_compiled_steps_are_tensors_of_their_own_in_one_memory():
+    """Of views a step would copy all. Its vector instructions want layers that begin at 16 bytes."""
+    cache = KVCache(make(double=False, n_kv_head=1), 1, 20, 2, 1, compiled=True)
+    cache.layers[3][0].fill_(1.0)
+    assert cache.keys[3].eq(1).all() and cache.keys.sum() == cache.keys[3].numel()
+    for x in itertools.chain(*cache.layers):
+        assert x.untyped_storage().nbytes() == x.nbytes and x.data_ptr() % 16 == 0
 
 
 @pytest.mark.parametrize('device, lengths', [('cpu', 32), ('meta', 8)])

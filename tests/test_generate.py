@@ -209,10 +209,12 @@ def speculated(model, prompt, rule, threshold, min_loops, **options):
     'case', pairwise(rule=EXIT, pos=POS, min_loops=(1, 2), draft_loops=(1, 2, 3)), ids=str
 )
 def test_speculation_with_exits_gives_the_tokens_of_exits_alone(case):
-    """In float64, far beyond block_size. Tokens leave in the draft, and after it."""
+    """In float64, far beyond block_size. Tokens leave in the draft, if they may, and after it."""
     rule, min_loops, draft_loops = case['rule'], case['min_loops'], case['draft_loops']
-    model = gated(n_loop=4, pos=case['pos'])
-    threshold, stats = dividing_threshold(model, rule, IDX[0, :12]), Stats()
+    model, stats, last = gated(n_loop=4, pos=case['pos']), Stats(), max(min_loops, draft_loops)
+    values = torch.tensor(expected(model, IDX[0, :12], rule=rule).values)[:, min_loops - 1 : last]
+    nearest = values.amax(1) if EXIT[rule].above else values.amin(1)  # of a token, to leaving by then
+    threshold = nearest.median().item()
     for i in range(12):
         prompt = IDX[i % 3, i : 2 * i + 1][None]
         plain, _ = speculated(model, prompt, rule, threshold, min_loops)
@@ -220,10 +222,8 @@ def test_speculation_with_exits_gives_the_tokens_of_exits_alone(case):
         drafted, drafting = speculated(model, prompt, rule, threshold, min_loops, **options)
         assert torch.equal(plain, drafted)
         stats += drafting
-    assert min(stats.loops_taken) == min_loops and len(stats.loops_taken) > 2 - min_loops
-    assert 0 < stats.accepted
-    # all drafts of a token that leaves within draft_loops are right
-    assert stats.accepted < stats.drafted or max(stats.loops_taken) <= draft_loops
+    assert min(stats.loops_taken) <= last < max(stats.loops_taken)
+    assert 0 < stats.accepted < stats.drafted
 
 
 @torch.inference_mode()
@@ -233,6 +233,7 @@ def test_speculation_with_exits_gives_the_tokens_of_exits_alone(case):
         (None, 1, 3, ['from_loop', 'from_start']),
         ('kl', 1, 3, ['loop', 'prelude']),  # the coda is a part of the loop
         ('diff', 3, 0, ['coda', 'loop', 'prelude']),
+        ('never', 1, 3, ['coda', 'coda', 'loop', 'loop', 'prelude']),  # of a draft, and of its verification
     ],
 )
 def test_compiled_steps_go_with_exits_and_speculation(rule, n_rows, speculate, parts, monkeypatch):
@@ -250,11 +251,13 @@ def test_compiled_steps_go_with_exits_and_speculation(rule, n_rows, speculate, p
     monkeypatch.setattr(kv_cache, 'LENGTH_STEP', 8)
     torch._dynamo.reset()
     model, idx = confident(double=True, exit_gate=True, n_coda=1), IDX[:n_rows, :9]
-    threshold = dividing_threshold(model, rule, IDX[0, :12]) if rule else None
+    threshold = dividing_threshold(model, rule, IDX[0, :12]) if rule in EXIT else 0.0
+    rule = 'diff' if rule == 'never' else rule
     plain, stats = speculated(model, idx, rule, threshold, 1)
     options = dict(compile=True, speculate=speculate, draft_loops=2 if speculate else 1)
     tokens, compiled_stats = speculated(model, idx, rule, threshold, 1, **options)
-    assert torch.equal(plain, tokens) and (speculate or stats == compiled_stats)
+    assert torch.equal(plain, tokens)
+    assert speculate or stats.loops_taken == compiled_stats.loops_taken
     assert sorted(compiled) == parts
 
 
