@@ -79,6 +79,7 @@ CASES += [(name, *pair) for name in ('train_flt', 'train_looped_nanochat') for p
 def test_flops_of_every_recipe_equal_torchs_counter(name, bptt_k, rows, monkeypatch):
     monkeypatch.setattr(model_file, 'maybe_checkpoint', lambda again, f, *args: f(*args))
     small = ['--n_loop=3', '--block_size=32', '--vocab_size=70', '--window_pattern=L', '--n_block=3']
+    small += ['--window_size=None']
     small += ['--size=1'] if name == 'train_looped_nanochat' else ['--n_embd=24', '--n_head=2']
     truncated = not build(f'config/{name}.py', *small, '--bptt_k=None').inject.needs_full_bptt
     model = build(f'config/{name}.py', *small, f'--bptt_k={bptt_k if truncated else None}')

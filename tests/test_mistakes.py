@@ -155,8 +155,6 @@ SAMPLE = [
     (['--start=a<|abc|>'], "not know: '<' '>' '|'; this tokenizer has no special tokens"),
     (['--start=a<'], "characters that the tokenizer does not know: '<'\n"),
     (['--exit=gate'], "exit='gate', expected kl or diff: the model has no exit gate"),
-    (['--exit=gate', '--compile=True'], 'compile=True, expected False with an exit or speculate'),
-    (['--exit=kl', '--speculate=2'], 'speculate=2, expected 0 with an exit'),
     (['--start=Zebra'], "characters that the tokenizer does not know: 'Z' 'r'"),
     (['--start=FILE:{tmp}/nowhere.txt'], "nowhere.txt' cannot be read: No such file"),
     (['--start=FILE:{tmp}'], 'cannot be read: Is a directory'),
@@ -171,8 +169,6 @@ SAMPLE = [
     (['--exit=entropy'], "exit='entropy', expected one of '', kl, diff, gate"),
     (['--min_loops=2'], 'min_loops=2, expected 1 without an exit'),
     (['--draft_loops=2'], 'draft_loops=2, expected 1 without speculate'),
-    (['--compile=True', '--speculate=2'], 'compile=True, expected False with an exit or speculate'),
-    (['--compile=True', '--exit=kl', '--exit_threshold=1'], 'compile=True, expected False with an exit or'),
     (['--init_from=ouro:x'], "model='ouro:x', expected a folder with config.json"),
     (['--exit=diff'], 'exit_threshold=None, expected a number with exit=diff: try 0.1'),
     (['--exit_threshold=0.1'], 'exit_threshold=0.1, expected None without an exit'),
@@ -185,7 +181,6 @@ SAMPLE = [
     (['--speculate=-1'], 'speculate=-1, expected at least 0'),
     (['--speculate=3', '--draft_loops=2'], 'draft_loops=2, expected at least 1, below n_loop=2'),
     (['--speculate=3', '--kv_budget=1'], 'speculate=3, expected 0 with kv_budget=1'),
-    (['--speculate=3', '--exit=diff', '--exit_threshold=1'], 'speculate=3, expected 0 with an exit'),
     (['--speculate=3', '--warm_start=True'], 'speculate=3, expected 0 with warm_start'),
 ]
 FINE = [  # what looks odd but is plain

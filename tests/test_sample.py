@@ -252,26 +252,23 @@ def test_bench_measures_no_weights_but_in_decoding(call, flags, tmp_path):
 def test_bench_sets_ways_of_decoding_side_by_side(call, flags, tmp_path):
     call(train.main, *flags, '--exit_gate=True', '--max_iters=2')
     options = [f'--init_from={tmp_path}/out', '--device=cpu', '--compile=False', '--dtype=float32']
-    status, out, err = call(bench.main, '--mode=decode', *options, '--tokens=6', '--rounds=1')
+    status, out, err = call(
+        bench.main, '--mode=decode', *options, '--tokens=6', '--rounds=1', '--combined=True'
+    )
     assert status == 0, err
     assert f'{tmp_path}/out/ckpt.pt, step 2: ' in out and 'compile: False' in out
     table = out[out.index('decoding ') :].splitlines()[1:]
-    names = [
-        'recomputing all',
-        'cached',
-        'kv_budget=1',
-        'exit=kl at 0.001',
-        'exit=diff at 0.1',
-        'exit=gate at 0.5',
-    ]
-    assert [line[:22].strip() for line in table] == [*names, 'speculate=4']
+    names, exits = ['recomputing all', 'cached', 'kv_budget=1'], ['kl at 0.001', 'diff at 0.1', 'gate at 0.5']
+    combined = [f'exit={exit}{draft}' for exit in exits for draft in ('', ', speculate=4')]
+    assert [line.split('  ')[0] for line in table] == [*names, 'speculate=4', *combined]
+    names += [f'exit={exit}' for exit in exits]
     assert 'GB/s, measured' in out and float(table[1].split()[2]) == 1.0
     more = ['--sequences=2,3', '--prompt=5', '--bandwidth=100']
     out = call(bench.main, '--mode=decode', *options, '--tokens=6', '--rounds=1', *more)[1]
     assert 'bandwidth: 100.0 GB/s, as given' in out and '3 rows, a prompt of 5 tokens, a step reads' in out
     for table in out.split('decoding ')[1:]:
         lines = [line for line in table.splitlines()[1:] if not line.endswith('values)')]
-        assert [line[:22].strip() for line in lines] == names
+        assert [line.split('  ')[0] for line in lines] == names
         assert ['%' in line for line in lines[:3]] == [False, True, True]
     status, _, err = call(bench.main, '--mode=decode', *options, '--sequences=')
     assert status == 2 and "sequences='', expected a number of rows" in err
