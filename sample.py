@@ -187,7 +187,7 @@ def main(argv):
     options['generator'] = torch.Generator(device).manual_seed(c.seed)
     options['max_tokens'] = len(prompt) + c.max_new_tokens
     if compile:
-        print_error('compiling the step of a token, which pays from about 10,000 tokens on')
+        print_error('compiling the steps of a token, which pays from about 10,000 tokens on')
     one_by_one = c.stream or c.speculate
     batches = [1] * c.num_samples if one_by_one else [c.num_samples]
     began, n_tokens, stats = time.perf_counter(), 0, Stats()

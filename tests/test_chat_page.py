@@ -150,7 +150,7 @@ def fake(page, *bodies):
 
 
 def test_an_answer_grows_before_it_ends_and_says_what_it_took(served, page):
-    served.delay_s = 0.03
+    served.delay_s = 0.06
     start(page, 'What is this?')
     body, lengths = page.locator('.answer .body'), set()
     while page.locator(ENDED).count() == 0:
