@@ -7,7 +7,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
-gc.freeze()  # saves a seventh of the time: torch's million objects need not be looked at again and again
+gc.freeze()  # torch's million objects need not be looked at again and again
 gc.set_threshold(50_000)
 
 
