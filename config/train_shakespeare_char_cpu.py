@@ -1,5 +1,5 @@
 # Tiny Shakespeare by characters, plain: to the loss of nanoGPT's CPU recipe, 1.886, in little time.
-# expect: validation loss 1.87 on the whole split (seeds 1337, 1, 2: 1.881, 1.865, 1.864), 13 s on 2 CPU cores
+# expect: validation loss 1.87 on the whole split (seeds 1337, 1, 2: 1.881, 1.865, 1.864), 14 s on 2 CPU cores
 #   python data/shakespeare_char/prepare.py
 #   python train.py config/train_shakespeare_char_cpu.py
 

@@ -131,11 +131,12 @@ def test_tokens_of_rows_apart_cannot_be_replaced():
         (dict(n_prelude=1, n_coda=1), 2, False),
         (dict(n_prelude=0, n_coda=0, input_injection='add', state_init='none'), 2, False),
         (dict(n_prelude=0, n_coda=0, lockstep=True), 2, False),
+        (dict(n_prelude=0, n_coda=0, compile=True), 2, False),
         (dict(n_prelude=0, n_coda=0, pos='learned', warm_start=True), 2, False),
     ],
 )
 def test_rows_go_apart_where_that_is_possible_and_pays(keys, n_rows, apart):
-    options = {key: keys[key] for key in ('lockstep', 'warm_start') if key in keys}
+    options = {key: keys[key] for key in ('lockstep', 'warm_start', 'compile') if key in keys}
     model = gated(**{key: value for key, value in keys.items() if key not in options})
     for exit in (None, EarlyExit('diff', 0.1)):
         generation = Generation(model, PROMPTS[:n_rows], early_exit=exit, **options)
