@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
@@ -139,13 +140,13 @@ def test_an_endless_loop_ends(monkeypatch):
     assert time.monotonic() - start < 30
 
 
-def descendants():
-    """The processes whose environment says that they were started by this test."""
+def descendants(folder):
+    """The processes whose environment says that they were started with a temporary directory in folder."""
     found = []
     for pid in filter(str.isdigit, os.listdir('/proc')):
         try:
             with open(f'/proc/{pid}/environ', 'rb') as file:
-                if b'PYTHONHASHSEED=0\0PYTHONUTF8=1\0' in file.read():
+                if f'HOME={folder}'.encode() in file.read():
                     found.append(pid)
         except OSError:
             pass
@@ -153,14 +154,17 @@ def descendants():
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
-def test_a_fork_bomb_starts_nothing():
-    before, forks = (
-        descendants(),
-        'for _ in range(6):\n    try:\n        os.fork()\n    except OSError:\n        pass\n',
-    )
+def test_a_fork_bomb_starts_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))  # other tests start such processes, too
+    forks = 'for _ in range(6):\n    try:\n        os.fork()\n    except OSError:\n        pass\n'
     assert judge(f'import os\n{forks}{RIGHT}') is True  # as it starts nothing, it is right
     assert judge(f'import os\nwhile True:\n    os.fork()\n{RIGHT}') is False
-    assert descendants() == before
+    assert descendants(tmp_path) == []
+    with subprocess.Popen(['sleep', '60'], env=dict(HOME=f'{tmp_path}/a')) as seen:
+        while seen.poll() is None and descendants(tmp_path) != [str(seen.pid)]:
+            time.sleep(0.01)
+        seen.kill()
+    assert seen.returncode == -9  # not of its own: it was found
 
 
 KERNEL = """
