@@ -17,7 +17,7 @@ To add a variant, add an entry to a table below. CONTRIBUTING.md shows one of ea
 
 References: nanoGPT, github.com/karpathy/nanoGPT; nanoLOOP and looped nanochat, github.com/LoopedLMs;
 FLT and LT, github.com/FuRuF-11/FullyLoopedTransformer; Huginn, arXiv:2502.05171; Ouro, arXiv:2510.25741;
-RMSNorm, arXiv:1910.07467; RoPE, arXiv:2104.09864.
+RMSNorm, arXiv:1910.07467; RoPE, arXiv:2104.09864; hashed n-grams, arXiv:2412.09871.
 
 Shapes: B rows of a batch, T positions, C = n_embd, H heads, G = n_kv_head, D = C / H, V = vocab_size, R loops
 that are read out.
@@ -59,11 +59,12 @@ def rms_norm(x, config):
 # norms, activations, positions
 
 
-NORM = {  # config -> a module; its constructor sets the initial values of its parameters
-    'layernorm': lambda c: nn.LayerNorm(c.n_embd, eps=c.norm_eps or 1e-5, bias=c.bias),
-    'rmsnorm': lambda c: nn.RMSNorm(c.n_embd, eps=c.norm_eps or 1e-6),
-    'rmsnorm_fixed': lambda c: nn.RMSNorm(c.n_embd, eps=c.norm_eps or 1e-6, elementwise_affine=False),
-}
+# fmt: off
+NORM = dict(  # config -> a module; its constructor sets the initial values of its parameters
+    layernorm=lambda c: nn.LayerNorm(c.n_embd, eps=c.norm_eps or 1e-5, bias=c.bias),
+    rmsnorm=lambda c: nn.RMSNorm(c.n_embd, eps=c.norm_eps or 1e-6),
+    rmsnorm_fixed=lambda c: nn.RMSNorm(c.n_embd, eps=c.norm_eps or 1e-6, elementwise_affine=False))
+# fmt: on
 
 
 def make_norm(config, exists, absent=identity):
@@ -331,7 +332,7 @@ def truncated(std):
     return functools.partial(nn.init.trunc_normal_, std=std, a=-3 * std, b=3 * std)
 
 
-InitRules = namedtuple('InitRules', 'wte wpe c_attn c_fc c_proj concat exit_gate lm_head bias')
+InitRules = namedtuple('InitRules', 'wte wpe ngrams c_attn c_fc c_proj concat exit_gate lm_head bias')
 
 
 def init_rules(rest, **parts):
@@ -349,20 +350,18 @@ def huginn(c):
         for up in weight.chunk(MLP_ACT[c.mlp].n_parts)[1:]:
             low(up)
 
-    return init_rules(wide, c_proj=low, c_fc=c_fc)
+    return init_rules(wide, c_proj=low, c_fc=c_fc, ngrams=nn.init.zeros_)
 
 
 # config -> {part: a function that fills its weight}; biases start at 0. Embedding and head can be tied where
 # they have the same rule. With nanochat's and norm_place=pre every block starts as the identity.
 # fmt: off
-INIT = {
-    'gpt2': lambda c: init_rules(
-        normal(0.02), c_proj=normal(0.02 / math.sqrt(2 * c.depth)), concat=nn.init.eye_),
-    'nanochat': lambda c: init_rules(
-        normal(0.02), wte=normal(1.0), lm_head=normal(0.001), concat=nn.init.eye_,
-        c_attn=uniform(c.n_embd**-0.5), c_fc=uniform(c.n_embd**-0.5), c_proj=nn.init.zeros_),
-    'huginn': huginn,
-}
+INIT = dict(
+    gpt2=lambda c: init_rules(normal(0.02), concat=nn.init.eye_, ngrams=nn.init.zeros_,
+                              c_proj=normal(0.02 / math.sqrt(2 * c.depth))),
+    nanochat=lambda c: init_rules(
+        normal(0.02), wte=normal(1.0), lm_head=normal(0.001), concat=nn.init.eye_, ngrams=nn.init.zeros_,
+        c_attn=uniform(c.n_embd**-0.5), c_fc=uniform(c.n_embd**-0.5), c_proj=nn.init.zeros_), huginn=huginn)
 # fmt: on
 
 # -----------------------------------------------------------------------------
@@ -411,6 +410,8 @@ class GPTConfig:
     tie_weights: bool = True  # the head uses the embedding's weight
     softcap: Positive | None = None  # logits become softcap * tanh(logits / softcap); None = no cap
     emb_scale: Positive = 1.0  # factor of the token embedding; 1 = none
+    n_gram: Annotated[Count, checks.AtMost('block_size')] = 1  # embeds runs of 2 to n_gram tokens; 1 = none
+    n_gram_rows: Count = 16384  # rows of the table of these runs, which share them by a hash
     exit_gate: bool = False  # linear layer that predicts from the state whether to exit after a loop
     init: Choice(INIT) = 'gpt2'  # scheme of the initial weights
     recompute: bool = False  # activation checkpointing of every loop: less memory for more time
@@ -427,6 +428,23 @@ class GPTConfig:
 
 
 # -----------------------------------------------------------------------------
+# embeddings of n-grams
+
+
+def hash_ngrams(idx, earlier, n_rows):
+    """Returns the table's rows of the runs of 2, 3, ... N tokens that end at idx (B, T), (N - 1, B, T).
+
+    earlier: N - 1 tensors (B, T): the token before idx, the one before that, ...; -1 = there is none. A run
+    has row (a r + t + 1) mod n_rows, where t is its first token and r the row of the others; a single token's
+    is its id. With `a` near the golden section of n_rows few pairs of a small vocabulary share a row
+    (Fibonacci hashing; Knuth, The Art of Computer Programming, 6.4).
+    """
+    a = round(0.618034 * n_rows) | 1  # odd: it has no factor in common with a power of two
+    rows = itertools.accumulate((idx, *earlier), lambda row, token: (a * row + token + 1) % n_rows)
+    return torch.stack([*rows][1:])
+
+
+# -----------------------------------------------------------------------------
 # a block
 
 
@@ -437,9 +455,8 @@ def rope_table(pos, width, base):
     return angle.cos(), angle.sin()
 
 
-def apply_rope(x, rope):
+def apply_rope(x, cos, sin):
     """Rotates channels i and i + D / 2 of every head by the position. x and the result: (B, H, T, D)."""
-    cos, sin = rope
     a, b = x.chunk(2, dim=-1)  # (B, H, T, D / 2) each
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
@@ -502,11 +519,10 @@ class CausalSelfAttention(nn.Module):
         qkv = qkv.view(B, T, H + 2 * G, C // H).transpose(1, 2)  # (B, H + 2 G, T, D)
         # queries and keys stay one tensor until they are rotated and normed: one call for both
         qk, v = qkv.split([H + G, G], dim=1)  # (B, H + G, T, D), (B, G, T, D)
-        qk = qk if rope is None else apply_rope(qk, rope)
+        qk = qk if rope is None else apply_rope(qk, *rope)
         q, k = self.qk_norm(qk).split([H, G], dim=1)  # (B, H, T, D), (B, G, T, D)
         y = attend(q, k, v, mask, self.dropout if self.training else 0.0)  # (B, H, T, D)
-        y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C), heads side by side
-        return F.dropout(y, self.dropout) if self.training else y
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))  # (B, T, C), heads side by side
 
 
 class MLP(nn.Module):
@@ -516,22 +532,21 @@ class MLP(nn.Module):
         hidden = config.n_hidden or default(config.n_embd)
         self.c_fc = nn.Linear(config.n_embd, n_parts * hidden, bias=config.bias)  # swiglu: gate, up
         self.c_proj = nn.Linear(hidden, config.n_embd, bias=config.bias)
-        self.dropout = config.dropout
 
     def forward(self, x):
-        y = self.c_proj(self.act(self.c_fc(x)))  # (B, T, C)
-        return F.dropout(y, self.dropout) if self.training else y
+        return self.c_proj(self.act(self.c_fc(x)))  # (B, T, C)
 
 
 class Block(nn.Module):
-    """Computes x = out(x + res_scale post(f(pre(x)))), first with attention, then with the MLP as f.
+    """Computes x = out(x + res_scale post(dropout(f(pre(x))))), with attention and then with the MLP as f.
 
     state_hook: Injection.block_hook for blocks that use the loop's state, else None; set by GPT.
     """
 
     def __init__(self, config, windowed):
         super().__init__()
-        self.windowed, self.res_scale, self.state_hook = windowed, config.res_scale, None
+        self.windowed, self.dropout, self.state_hook = windowed, config.dropout, None
+        self.res_scale = config.res_scale
         norm, place = functools.partial(make_norm, config), NORM_PLACE[config.norm_place]
         self.ln_1, self.attn = norm(place.pre), CausalSelfAttention(config)
         self.ln_2, self.mlp = norm(place.pre), MLP(config)
@@ -541,9 +556,10 @@ class Block(nn.Module):
     def forward(self, x, rope=None, mask=None, state=None, attend=attend):
         """Returns (B, T, C). x, state: (B, T, C); rope, mask, attend: see AttnInputs."""
         x, query_source = (x, None) if state is None else self.state_hook(x, state)
-        y = self.post_1(self.attn(self.ln_1(x), rope, mask, query_source, attend).to(x.dtype))
+        y = self.attn(self.ln_1(x), rope, mask, query_source, attend)
+        y = self.post_1(F.dropout(y, self.dropout, self.training).to(x.dtype))
         x = self.out_1(torch.add(x, y, alpha=self.res_scale))  # under autocast y comes in the low precision
-        y = self.post_2(self.mlp(self.ln_2(x)).to(x.dtype))
+        y = self.post_2(F.dropout(self.mlp(self.ln_2(x)), self.dropout, self.training).to(x.dtype))
         return self.out_2(torch.add(x, y, alpha=self.res_scale))
 
 
@@ -573,15 +589,13 @@ class GPT(nn.Module):
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(c.vocab_size, c.n_embd),
             wpe=nn.Embedding(c.block_size, c.n_embd) if POS[c.pos].learned else None,
+            ngrams=nn.Embedding(c.n_gram_rows, c.n_embd) if c.n_gram > 1 else None,
             norm_emb=norm(c.norm_emb), drop=nn.Dropout(c.dropout),
             prelude=layers(c.n_prelude), recur=layers(c.n_block), coda=layers(c.n_coda),
-            ln_f=norm(c.norm_final),
-        ))
+            ln_f=norm(c.norm_final)))
         # fmt: on
-        self.start = STATE[c.state_init](c)
-        self.inject = INJECT[c.input_injection](c)
-        self.norm_recur = norm(c.norm_loop)
-        self.update = UPDATE[c.state_update](c)
+        self.start, self.inject = STATE[c.state_init](c), INJECT[c.input_injection](c)
+        self.norm_recur, self.update = norm(c.norm_loop), UPDATE[c.state_update](c)
         self.exit_gate = nn.Linear(c.n_embd, 1) if c.exit_gate else None
         self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
         if c.tie_weights:
@@ -601,21 +615,19 @@ class GPT(nn.Module):
         if it has one, else by its constructor. Every other weight follows its rule of INIT, and biases start
         at 0. It may be called again, for example after to_empty().
         """
-        rules, ruled = INIT[self.config.init](self.config), set()
+        rules = INIT[self.config.init](self.config)
         own = {p for m in self.modules() if hasattr(m, 'init') or hasattr(m, 'entry') for p in m.parameters()}
-        for name, module in self.named_modules():
+        for name, p in self.named_parameters():  # a tied head is there once, as the embedding
+            part = name.split('.')[-2 if name.endswith('.weight') else -1]
+            if p not in own and part not in rules:
+                raise RuntimeError(f'no rule says how {name} starts, see INIT')
+            if p not in own:
+                rules[part](p)
+        for module in self.modules():
             if hasattr(module, 'init'):
                 module.init(rules)
             elif hasattr(module, 'entry'):
-                for p, fresh in zip(module.parameters(), module.entry(self.config).parameters(), strict=True):
-                    p.copy_(fresh)
-            for key, p in module.named_parameters(recurse=False):
-                part = name.rpartition('.')[2] if key == 'weight' else key
-                if p not in own and p not in ruled:  # a tied head is ruled already, as the embedding
-                    if part not in rules:
-                        raise RuntimeError(f'no rule says how {name}.{key} starts, see INIT')
-                    rules[part](p)
-                    ruled.add(p)
+                module.load_state_dict(module.entry(self.config).state_dict())
 
     def blocks(self):
         """Returns every block once, in the order of first use."""
@@ -630,9 +642,15 @@ class GPT(nn.Module):
         masks = {window: make_mask(pos, window) for window in windows if len(pos) - 1 > window}
         return AttnInputs(rope, *map(masks.get, windows), attend)
 
-    def embed(self, idx, pos):
-        """Returns the prelude's input (B, T, C). idx: (B, T) token ids; pos: (T,) or (B, T) positions."""
-        x = self.config.emb_scale * self.transformer.wte(idx)
+    def embed(self, idx, pos, earlier=None):
+        """Returns the prelude's input (B, T, C). idx: (B, T) token ids; pos: (T,) or (B, T) positions.
+
+        earlier: the n_gram - 1 tokens before each, see hash_ngrams; None = those of idx, from position 0 on.
+        """
+        x, ngrams, T = self.config.emb_scale * self.transformer.wte(idx), self.transformer.ngrams, idx.size(1)
+        if ngrams is not None:
+            earlier = earlier or [F.pad(idx, (k, 0), value=-1)[:, :T] for k in range(1, self.config.n_gram)]
+            x = x + ngrams(hash_ngrams(idx, earlier, len(ngrams.weight))).sum(dim=0)
         if self.transformer.wpe is not None:
             x = x + self.transformer.wpe(pos)
         return self.transformer.drop(self.transformer.norm_emb(x))

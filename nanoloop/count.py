@@ -18,7 +18,7 @@ def sections(model):
     t = model.transformer
     # fmt: off
     parts = dict(
-        embedding=[t.wte, t.wpe],
+        embedding=[t.wte, t.wpe, t.ngrams],
         prelude=[*t.prelude, model.start],
         inject=[model.inject, model.update],  # what a loop has beside its blocks
         recur=t.recur,

@@ -246,7 +246,8 @@ class Decoder:
 
     def prelude(self, idx, index):
         """See run_prelude."""
-        x, caches = self.model.embed(idx, index.pos), layer_caches(self.cache.prelude, index)
+        x = self.model.embed(idx, index.pos, self.cache.earlier_tokens(idx, index))
+        caches = layer_caches(self.cache.prelude, index)
         e = self.model.apply_blocks(self.model.transformer.prelude, x, index.attn_inputs, caches=caches)
         return e, self.model.start(e, index.pos)
 

@@ -124,8 +124,9 @@ class KVCache:
     layers of their own; n_codas: 1, or kv_budget if the coda runs after every loop; compiled: compiled steps
     write to it.
 
-    prelude, recur[i], coda[i]: lists of layers. lengths: the number of tokens in each row, a list. chunk: the
-    most tokens of a row that can be written at once.
+    prelude, recur[i], coda[i]: lists of layers. tokens: the ids in the columns of all rows, for n-grams.
+    lengths: the number of tokens in each row, a list. chunk: the most tokens of a row that can be written at
+    once.
     """
 
     def __init__(self, model, n_rows, max_tokens, kv_budget, n_codas, compiled=False):
@@ -148,9 +149,11 @@ class KVCache:
         shape = (n_layers, n_rows, *self.keys_shape, c.n_embd // c.n_head)
         self.keys, self.values = (lazy_zeros(shape, dtype, weight.device) for _ in range(2))
         self.layers = list(zip(self.keys, self.values, strict=True))
+        shape = (n_rows if c.n_gram > 1 else 0, columns)
+        self.tokens = torch.zeros(shape, dtype=torch.long, device=weight.device)
         if compiled:
             self.layers = [tuple(map(as_own_tensor, layer)) for layer in self.layers]
-            for x in itertools.chain(*self.layers):
+            for x in (*itertools.chain(*self.layers), self.tokens):
                 keep_address(x)
         # the layers of a block's loops are neighbours
         recur, coda = self.layers[c.n_prelude : first_coda], self.layers[first_coda:]
@@ -168,6 +171,12 @@ class KVCache:
         starts = [first + block * n_loops for block in range(n_blocks)]
         both = (self.keys, self.values)
         return [tuple(x[start : start + n_loops].flatten(0, 1) for x in both) for start in starts]
+
+    def copy_rows(self, old):
+        """Takes over the rows of another cache, which has fewer, as the first ones."""
+        n = len(old.lengths)
+        self.keys[:, :n], self.values[:, :n] = old.keys, old.values
+        self.tokens[:n], self.lengths[:n] = old.tokens, old.lengths
 
     def bytes(self):
         """Returns the size of all keys and values."""
@@ -264,6 +273,16 @@ class KVCache:
         distance = (pos - torch.arange(visible, device=pos.device)) % self.capacity  # (..., T, S)
         mask = (distance <= pos) & (distance < c.block_size)
         return AttnInputs(rope, mask, mask & (distance <= window) if self.windowed else mask)
+
+    def earlier_tokens(self, idx, index):
+        """Stores tokens idx (n, T). Returns the n_gram - 1 tokens before each, see GPT.embed."""
+        n_gram, pos = self.model.config.n_gram, index.pos  # pos: (T,) or (n, T)
+        if n_gram == 1:
+            return None
+        rows = index.cache_rows(torch.arange(len(idx), device=self.device)[:, None])  # (n, 1)
+        self.tokens[rows, pos if isinstance(index.columns, slice) else index.columns] = idx
+        steps = range(1, n_gram)
+        return [torch.where(pos < k, -1, self.tokens[rows, (pos - k) % self.capacity]) for k in steps]
 
     def copy_to_deeper_loops(self, rows, columns, last, n_loop):
         """Copies what the last loop of tokens computed to the loops after it.

@@ -76,7 +76,7 @@ class Group(NamedTuple):
 GROUPS = {
     'matrices': Group(('c_attn', 'c_fc', 'c_proj'), 'matrix_lr'),
     'injection': Group(lr_key='matrix_lr'),  # not decayed: most schemes of INIT start it as [I 0]
-    'embedding': Group(('wte', 'wpe'), 'embedding_lr'),
+    'embedding': Group(('wte', 'wpe', 'ngrams'), 'embedding_lr'),
     'head': Group(('lm_head',), 'head_lr'),
     'gate': Group(('exit_gate',)),
     'vectors': Group(),

@@ -117,28 +117,43 @@ def score_rows(model, rows, loops, m):
         pos = pad([row.pos for row in rows], 0, m)  # (n, T)
         branch = pad([row.branch for row in rows], PADDING, m)  # (n, T)
         attn_inputs = branched_attn_inputs(model, pos, branch)
+        earlier = earlier_tokens(idx, pos, branch, model.config.n_gram)
     else:
         pos = torch.arange(idx.size(1), device=idx.device)  # (T,)
-        attn_inputs = model.attn_inputs(pos)
+        attn_inputs, earlier = model.attn_inputs(pos), None
     # (K,), where scored tokens are predicted, in the flattened batch
     places = join([i * idx.size(1) + row.columns for i, row in enumerate(rows)], m)
     targets = join([row.targets for row in rows], m)  # (K,)
     ces, tops = {}, {}
     with m.autocast():
-        for n, s in states_after(model, idx, pos, attn_inputs, loops):
+        for n, s in states_after(model, model.embed(idx, pos, earlier), pos, attn_inputs, loops):
             x = model.run_coda(s, attn_inputs).flatten(0, 1)[places]  # (K, C)
             ces[n], tops[n] = read_head(model, x, targets)
     return tuple(np.stack([x[n] for n in loops]) for x in (ces, tops))
 
 
-def states_after(model, idx, pos, attn_inputs, loops):
-    """Yields (n, the state (n_rows, T, C) after n loops) for the given numbers of loops, in rising order."""
-    e = model.apply_blocks(model.transformer.prelude, model.embed(idx, pos), attn_inputs)
+def states_after(model, x, pos, attn_inputs, loops):
+    """Yields (n, the state (n_rows, T, C) after n loops) for the given numbers of loops, in rising order.
+
+    x: what model.embed returned, (n_rows, T, C).
+    """
+    e = model.apply_blocks(model.transformer.prelude, x, attn_inputs)
     s = model.start(e, pos)
     for n in range(1, max(loops) + 1):
         s = model.iterate(e, s, n - 1, attn_inputs)
         if n in loops:
             yield n, s
+
+
+def earlier_tokens(idx, pos, branch, n_gram):
+    """Returns the n_gram - 1 tokens before each in its text, (n, T) tensors, see GPT.embed. (n, T) each."""
+    earlier, columns = [], torch.arange(idx.size(1), device=idx.device)  # columns: (T,)
+    for k in range(1, n_gram):
+        # k columns before it is a token of its branch; else it is in the common beginning, column = position
+        near = F.pad(branch, (k, 0), value=PADDING)[:, : len(columns)] == branch  # (n, T)
+        source = torch.where(near, columns - k, pos - k)  # (n, T)
+        earlier.append(torch.where(source < 0, -1, idx.gather(1, source.clamp(min=0))))
+    return earlier
 
 
 def branched_attn_inputs(model, pos, branch):

@@ -104,8 +104,8 @@ def test_loops_that_do_nothing_are_seen_as_such():
     assert model.training and found['kl/loop_00'] > 0  # of dropout in the loop, not in the readout
     model.transformer.drop.p = 0.0
     for block in model.blocks():
-        block.attn.dropout = block.mlp.dropout = 0.0
-    model.transformer.coda[0].mlp.dropout = 0.5
+        block.attn.dropout = block.dropout = 0.0
+    model.transformer.coda[0].dropout = 0.5
     found = diagnose(TrainingLoss(model, TrainConfig()), IDX[:, :-1], IDX[:, 1:], 4)
     assert max(abs(found[f'kl/loop_{k:02d}']) for k in range(4)) < 1e-6
 

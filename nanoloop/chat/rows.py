@@ -73,9 +73,8 @@ class Rows:
     def grow(self, n_rows):
         """Makes the cache one of n_rows rows. What the rows have is copied."""
         old, self.decoder = self.decoder.cache, self.make_decoder(n_rows=n_rows)
-        cache, n_old = self.decoder.cache, len(old.lengths)
-        cache.keys[:, :n_old], cache.values[:, :n_old] = old.keys, old.values
-        cache.lengths[:n_old] = old.lengths
+        n_old = len(old.lengths)
+        self.decoder.cache.copy_rows(old)
         self.free += range(n_old, n_rows)
         self.ids += [[] for _ in range(n_old, n_rows)]
         self.n_prompt += [0] * (n_rows - n_old)
