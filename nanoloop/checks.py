@@ -256,8 +256,7 @@ def check_options(config, key, bound):
     for option in sorted(options - set(used)):
         if not hasattr(type(config), option):
             raise RuntimeError(f'options of an entry of {key}: there is no key {option}')
-        default = getattr(type(config), option)
-        got = getattr(config, option)
+        default, got = getattr(type(config), option), getattr(config, option)
         check(got == default, option, got, f'{default} with {key}={getattr(config, key)!r}')
 
 
@@ -274,7 +273,6 @@ def check_model(c, injection, position, init):
     head_width = c.n_embd // c.n_head
     truncated = c.bptt_k is not None and c.bptt_k < c.n_loop
     lost = f'with {c.input_injection} the prelude would get no gradient'
-    one_scale = init['wte'] is init['lm_head']
     # fmt: off
     for holds, key, expected in (
         (not position.rotary or head_width % 2 == 0, 'pos',
@@ -285,10 +283,12 @@ def check_model(c, injection, position, init):
          f'None or at least n_loop={c.n_loop}: {lost}'),
         (c.window_size is None or 'S' in c.window_pattern, 'window_size',
          'None without an S in window_pattern'),
-        (one_scale or not c.tie_weights, 'init',
+        (init['wte'] is init['lm_head'] or not c.tie_weights, 'init',
          'another with tie_weights: its embedding and its head start at different scales'),
         (c.emb_scale == 1 or position.learned or not c.norm_emb, 'emb_scale',
          '1 with norm_emb, which undoes it'),
+        (c.n_gram > 1 or c.n_gram_rows == type(c).n_gram_rows, 'n_gram_rows',
+         f'{type(c).n_gram_rows} with n_gram=1, which has no table'),
     ):
         check(holds, key, getattr(c, key), expected)
     # fmt: on

@@ -12,6 +12,7 @@ from model import GPT, POS, GPTConfig, attend
 from nanoloop.generate import tokens_in_view
 
 SIZES = dict(block_size=12, vocab_size=23, n_head=2, n_embd=12, n_prelude=1, n_block=2, n_coda=1, n_loop=2)
+SIZES.update(n_gram=3, n_gram_rows=40)  # tokens depend on the two before them, wherever these are stored
 IDX = torch.randint(23, (3, 40), generator=torch.Generator().manual_seed(0))
 
 
@@ -95,9 +96,10 @@ def token_by_token(model, row, n_loop, rule=None, threshold=None, budget=None, w
     for t, token in enumerate(row):
         pos = torch.tensor([t])
         inputs = model.attn_inputs(pos)
-        e = model.apply_blocks(
-            m.prelude, model.embed(token.view(1, 1), pos), inputs, None, stores(m.prelude, 0)
-        )
+        text = torch.cat((torch.full((c.n_gram - 1,), -1), row))  # -1: there is no token
+        before = [text[t + c.n_gram - 1 - k].view(1, 1) for k in range(1, c.n_gram)]
+        x = model.embed(token.view(1, 1), pos, before)
+        e = model.apply_blocks(m.prelude, x, inputs, None, stores(m.prelude, 0))
         s, p, g = model.start(e, pos) if t < warm else s, [], []
         values.append([])
         for i in range(n_loop):

@@ -257,6 +257,12 @@ def by_hand(weights, c, idx, n_loop=None, cut=None, until='logits'):
     sizes = dict(prelude=c.n_prelude, recur=c.n_block, coda=c.n_coda)
     order = [f'transformer.{section}.{i}.' for section, n in sizes.items() for i in range(n)]
     x = c.emb_scale * weights['transformer.wte.weight'][idx]
+    for b, t in itertools.product(range(len(idx)), range(idx.size(1))):
+        row = idx[b, t].item()
+        for before in range(1, c.n_gram):
+            token = idx[b, t - before].item() if t >= before else -1
+            row = (row * (round(0.618034 * c.n_gram_rows) | 1) + token + 1) % c.n_gram_rows
+            x[b, t] += weights['transformer.ngrams.weight'][row]
     if 'wpe' in POS[c.pos]:
         x = x + weights['transformer.wpe.weight'][: idx.size(1)]
     e = norm(x, 'transformer.norm_emb', c.norm_emb)

@@ -68,7 +68,7 @@ EXTRAS = [
     dict(window_pattern='LS', window_size=12),
     dict(window_pattern='S', window_size=3, n_kv_head=1),
     dict(qk_norm=True, softcap=4.0, norm_emb=True),
-    dict(bias=True, block_size=1, emb_scale=2.0),
+    dict(bias=True, block_size=1, n_gram=1, emb_scale=2.0),
     dict(n_prelude=0, n_coda=0),
 ]
 LENGTHS = ([9, 9, 9], [2, 12, 14], [13, 30, 1])
@@ -173,7 +173,7 @@ def test_a_compiled_step_changes_and_copies_nothing_large_that_could_move(exit, 
             pass
     assert len(steps) == n_steps  # with an exit: prelude, a loop for both loops, coda
     n_layers = model.config.depth if exit is None else len(model.blocks())
-    assert sum(len(written) for _, _, written in steps) == 2 * n_layers
+    assert sum(len(written) for _, _, written in steps) == 2 * n_layers + 1  # keys, values; ids
     for inputs, static, written in steps:
         assert written <= static
         moving = [x for i, x in enumerate(inputs) if torch.is_tensor(x) and i not in static]

@@ -27,6 +27,7 @@ from model import (
     Injection,
     LoopPart,
     NormPlace,
+    hash_ngrams,
 )
 from nanoloop.checkpoint import load_checkpoint
 from nanoloop.count import flops, parameters, sections
@@ -72,6 +73,7 @@ def options(**entries):
 def test_logits_equal_the_equations_written_out(injection, state, place):
     first = PAIRS.index((injection, state)) + 5 * list(NORM_PLACE).index(place)
     rich = dict(norm_emb=True, qk_norm=True, n_kv_head=1, tie_weights=False, softcap=3.0)
+    rich.update(n_gram=3, n_gram_rows=40)
     plain = dict(
         norm_loop=False, norm_final=False, bias=True, window_pattern='LSS', window_size=5, emb_scale=2.5
     )
@@ -98,6 +100,7 @@ def test_every_accepted_combination_works(injection, state, place):
         keys = dict(
             input_injection=injection, state_init=state, norm_place=place, pos=pos, mlp=mlp, bias=True
         )
+        keys.update(n_gram=3, n_gram_rows=4)  # so few that all rows occur
         keys.update(norm=list(NORM)[i % len(NORM)], init=list(INIT)[i % len(INIT)], tie_weights=False)
         keys.update(state_update=list(UPDATE)[i % len(UPDATE)])
         model = GPT(GPTConfig(**SIZES | keys))
@@ -118,6 +121,19 @@ def test_every_accepted_combination_works(injection, state, place):
         hook.remove()
         TrainingLoss(model, TrainConfig())(*tokens(), n_loop=3)[0].backward()
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters()), keys
+
+
+def test_pairs_of_characters_have_rows_of_their_own_and_runs_end_where_the_text_begins():
+    ids = torch.arange(65)
+    rows = hash_ngrams(ids[:, None], [ids[None]], 16384)[0]  # of all 65^2 pairs
+    assert len(rows.unique()) == 65**2 and 0 <= rows.min() and rows.max() < 16384
+    model = make(n_gram=3)
+    texts = torch.tensor([[5, 7, 1, 2, 3], [7, 7, 1, 2, 3], [5, 8, 1, 2, 3], [0, 0, 1, 2, 3]])
+    x = model.embed(texts, torch.arange(5))  # (4, 5, C)
+    for other in (1, 2, 3):
+        differs = (x[0] != x[other]).any(-1).tolist()
+        assert differs == [texts[0, 0] != texts[other, 0], True, True, other != 1, False], other
+    assert not torch.equal(x[3, 1], model.embed(texts[3:, 1:], torch.arange(4))[0, 0])  # 0 is not no token
 
 
 def test_long_contexts_take_the_kernel_and_agree():
@@ -528,6 +544,8 @@ def test_compiled_equals_eager():
             ).items()
         ],
         (dict(norm_emb=True, emb_scale=2.0, pos='rope'), 'emb_scale=2.0, expected 1 with norm_emb'),
+        (dict(n_gram_rows=9), 'n_gram_rows=9, expected 16384 with n_gram=1'),
+        (dict(n_gram=17), 'n_gram=17, expected at most block_size=16'),
         (dict(dropout=-0.1), 'dropout=-0.1, expected at least 0'),
         (dict(vocab_size=0), 'vocab_size=0, expected at least 1'),
         (
