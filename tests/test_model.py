@@ -545,7 +545,7 @@ def test_compiled_equals_eager():
         ],
         (dict(norm_emb=True, emb_scale=2.0, pos='rope'), 'emb_scale=2.0, expected 1 with norm_emb'),
         (dict(n_gram_rows=9), 'n_gram_rows=9, expected 16384 with n_gram=1'),
-        (dict(n_gram=17), 'n_gram=17, expected at most block_size=16'),
+        (dict(n_gram=17, block_size=16), 'n_gram=17, expected at most block_size=16'),
         (dict(dropout=-0.1), 'dropout=-0.1, expected at least 0'),
         (dict(vocab_size=0), 'vocab_size=0, expected at least 1'),
         (
