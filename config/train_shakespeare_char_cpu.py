@@ -5,23 +5,26 @@
 
 out_dir = 'out-shakespeare-char-cpu'
 dataset = 'shakespeare_char'
-max_iters = 160
-eval_interval = 160
+max_iters = 80
+eval_interval = 80
 eval_at_start = False  # one evaluation, at the end
 eval_iters = 0  # over the whole split
-log_interval = 50
+log_interval = 20
 
 block_size = 64
 batch_size = 20
 
 # plain: all layers inside a loop that runs once. nanoGPT's recipe has 4 layers, 128 wide, and 12 rows
-n_prelude, n_block, n_coda, n_loop = 0, 3, 0, 1
+n_prelude, n_block, n_coda, n_loop = 0, 2, 0, 1
 input_injection = 'passthrough'
 norm = 'layernorm'
 norm_loop = False
-n_head = 6
-n_embd = 96
-window_pattern = 'SSL'  # only the last layer sees all of the context: the others learn faster from few tokens
+n_head = 4
+n_embd = 64
+n_gram = 4  # runs of 2, 3 and 4 characters have embeddings, which learn from few tokens
+n_gram_rows = 32768
+tie_weights = False
+window_pattern = 'SL'  # the first layer sees 3 earlier characters: it learns faster from few tokens
 window_size = 3
 pos = 'rope'  # with qk_norm it bears three times nanoGPT's learning rate
 qk_norm = True
@@ -29,7 +32,7 @@ mlp = 'relu2'
 
 optimizer = 'muon'  # of the blocks' matrices; it needs half of AdamW's tokens
 matrix_lr = 0.02
-learning_rate = 8e-3  # of the embedding and the norms
+learning_rate = 16e-3  # of the embeddings, the head and the norms
 min_lr = 0.0
 lr_schedule = 'linear'
 warmdown_frac = 1.0
