@@ -5,14 +5,14 @@
 
 out_dir = 'out-shakespeare-char-cpu'
 dataset = 'shakespeare_char'
-max_iters = 80
-eval_interval = 80
+max_iters = 36
+eval_interval = 36
 eval_at_start = False  # one evaluation, at the end
 eval_iters = 0  # over the whole split
-log_interval = 20
+log_interval = 10
 
 block_size = 64
-batch_size = 20
+batch_size = 40
 
 # plain: all layers inside a loop that runs once. nanoGPT's recipe has 4 layers, 128 wide, and 12 rows
 n_prelude, n_block, n_coda, n_loop = 0, 2, 0, 1
@@ -37,4 +37,4 @@ min_lr = 0.0
 lr_schedule = 'linear'
 warmdown_frac = 1.0
 warmup_iters = 1
-beta1 = 0.9
+beta1 = 0.8
