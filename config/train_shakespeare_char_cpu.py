@@ -5,8 +5,8 @@
 
 out_dir = 'out-shakespeare-char-cpu'
 dataset = 'shakespeare_char'
-max_iters = 36
-eval_interval = 36
+max_iters = 40
+eval_interval = 40
 eval_at_start = False  # one evaluation, at the end
 eval_iters = 0  # over the whole split
 log_interval = 10
