@@ -68,7 +68,7 @@ EXTRAS = [
     dict(window_pattern='LS', window_size=12),
     dict(window_pattern='S', window_size=3, n_kv_head=1),
     dict(qk_norm=True, softcap=4.0, norm_emb=True),
-    dict(bias=True, block_size=1, n_gram=1, emb_scale=2.0),
+    dict(bias=True, block_size=1, n_gram=1, n_gram_rows=16384, emb_scale=2.0),
     dict(n_prelude=0, n_coda=0),
 ]
 LENGTHS = ([9, 9, 9], [2, 12, 14], [13, 30, 1])

@@ -327,7 +327,7 @@ def chi_square(counts, p):
 @pytest.mark.parametrize('options', [dict(), dict(temperature=0.7, top_k=4, top_p=0.8)], ids=str)
 def test_speculation_draws_from_the_models_distribution(options):
     """block_size 1 makes the model a Markov chain: the transitions of one long stream."""
-    model = confident(block_size=1, n_gram=1, vocab_size=6)
+    model = confident(block_size=1, n_gram=1, n_gram_rows=16384, vocab_size=6)
     generator = torch.Generator().manual_seed(0)
     start = torch.zeros(1, 1, dtype=torch.long)
     chain = generate(model, start, 800, generator=generator, speculate=4, **options)[0].tolist()
