@@ -475,7 +475,7 @@ def attend(q, k, v, mask, dropout):
     # under torch.compile with a symbolic T the condition alone would be a SymBool, which the call refuses
     causal = True if mask is None and q.size(2) == k.size(2) else False
     options = dict(dropout_p=dropout, is_causal=causal, enable_gqa=q.size(1) != k.size(1))
-    if q.device.type == 'cpu' and q.size(2) <= 256:
+    if q.device.type == 'cpu' and q.size(2) <= 256 and (torch.is_autocast_enabled('cpu') or q.itemsize != 4):
         # on a CPU bfloat16 takes up to 5 times as long as float32 in the backward pass, and 2 to 3 times for
         # a single decoded token, so short sequences run in float32
         with torch.autocast('cpu', enabled=False):
@@ -557,9 +557,9 @@ class Block(nn.Module):
         """Returns (B, T, C). x, state: (B, T, C); rope, mask, attend: see AttnInputs."""
         x, query_source = (x, None) if state is None else self.state_hook(x, state)
         y = self.attn(self.ln_1(x), rope, mask, query_source, attend)
-        y = self.post_1(F.dropout(y, self.dropout, self.training).to(x.dtype))
+        y = self.post_1(torch.dropout(y, self.dropout, self.training).to(x.dtype))
         x = self.out_1(torch.add(x, y, alpha=self.res_scale))  # under autocast y comes in the low precision
-        y = self.post_2(F.dropout(self.mlp(self.ln_2(x)), self.dropout, self.training).to(x.dtype))
+        y = self.post_2(torch.dropout(self.mlp(self.ln_2(x)), self.dropout, self.training).to(x.dtype))
         return self.out_2(torch.add(x, y, alpha=self.res_scale))
 
 
