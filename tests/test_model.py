@@ -316,7 +316,8 @@ def test_dropout_acts_everywhere_in_training_and_nowhere_else(monkeypatch):
         return dropout(x, p, training, *args)
 
     monkeypatch.setattr(F, 'scaled_dot_product_attention', attention)
-    monkeypatch.setattr(F, 'dropout', drop)
+    monkeypatch.setattr(F, 'dropout', drop)  # of the embedding
+    monkeypatch.setattr(torch, 'dropout', drop)  # of the blocks
     model = make(dropout=0.3, n_loop=2)
     layers = model.config.depth
     expected = make(n_loop=2)(*tokens())[0]
