@@ -409,9 +409,9 @@ class GPTConfig:
     window_size: Window | None = None  # earlier tokens that a layer S sees; None = block_size // 2
     tie_weights: bool = True  # the head uses the embedding's weight
     softcap: Positive | None = None  # logits become softcap * tanh(logits / softcap); None = no cap
-    emb_scale: Positive = 1.0  # factor of the token embedding; 1 = none
+    emb_scale: Positive = 1.0  # factor of the token embedding, not of the n-grams'; 1 = none
     n_gram: Annotated[Count, checks.AtMost('block_size')] = 1  # embeds runs of 2 to n_gram tokens; 1 = none
-    n_gram_rows: Count = 16384  # rows of the table of these runs, which share them by a hash
+    n_gram_rows: Annotated[Count, checks.Divides(2**40)] = 16384  # rows of their table, a power of two
     exit_gate: bool = False  # linear layer that predicts from the state whether to exit after a loop
     init: Choice(INIT) = 'gpt2'  # scheme of the initial weights
     recompute: bool = False  # activation checkpointing of every loop: less memory for more time
@@ -439,7 +439,7 @@ def hash_ngrams(idx, earlier, n_rows):
     is its id. With `a` near the golden section of n_rows few pairs of a small vocabulary share a row
     (Fibonacci hashing; Knuth, The Art of Computer Programming, 6.4).
     """
-    a = round(0.618034 * n_rows) | 1  # odd: it has no factor in common with a power of two
+    a = round(0.618034 * n_rows) | 1  # odd: it has no factor in common with n_rows, a power of two
     rows = itertools.accumulate((idx, *earlier), lambda row, token: (a * row + token + 1) % n_rows)
     return torch.stack([*rows][1:])
 
@@ -645,7 +645,8 @@ class GPT(nn.Module):
     def embed(self, idx, pos, earlier=None):
         """Returns the prelude's input (B, T, C). idx: (B, T) token ids; pos: (T,) or (B, T) positions.
 
-        earlier: the n_gram - 1 tokens before each, see hash_ngrams; None = those of idx, from position 0 on.
+        earlier: the n_gram - 1 tokens before each, see hash_ngrams. None: idx begins at position 0, and they
+        are taken from it.
         """
         x, ngrams, T = self.config.emb_scale * self.transformer.wte(idx), self.transformer.ngrams, idx.size(1)
         if ngrams is not None:

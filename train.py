@@ -114,7 +114,7 @@ class TrainConfig:
     optimizer: Choice(OPTIMIZER) = 'adamw'  # muon: block and injection matrices, AdamW: rest
     learning_rate: NotNegative = 6e-4  # peak learning rate, reached after the warm-up
     matrix_lr: NotNegative | None = None  # rate of block and injection matrices; None = learning_rate
-    embedding_lr: NotNegative | None = None  # rate of token and position embeddings; None = learning_rate
+    embedding_lr: NotNegative | None = None  # rate of all embeddings; None = learning_rate
     head_lr: NotNegative | None = None  # rate of the head, needs tie_weights=False; None = learning_rate
     lr_width: Count | None = None  # multiply AdamW's rates by sqrt(lr_width / n_embd); None = off
     max_iters: Size = 600000  # number of training steps

@@ -22,7 +22,7 @@ norm_loop = False
 n_head = 4
 n_embd = 64
 n_gram = 4  # runs of 2, 3 and 4 characters have embeddings, which learn from few tokens: 2.1M parameters
-n_gram_rows = 32768
+n_gram_rows = 32768  # without them: --n_gram=1 --n_gram_rows=16384
 tie_weights = False
 window_pattern = 'SL'  # the first layer sees 3 earlier characters: it learns faster from few tokens
 window_size = 3

@@ -285,7 +285,7 @@ def check_model(c, injection, position, init):
          'None without an S in window_pattern'),
         (init['wte'] is init['lm_head'] or not c.tie_weights, 'init',
          'another with tie_weights: its embedding and its head start at different scales'),
-        (c.emb_scale == 1 or position.learned or not c.norm_emb, 'emb_scale',
+        (c.emb_scale == 1 or position.learned or c.n_gram > 1 or not c.norm_emb, 'emb_scale',
          '1 with norm_emb, which undoes it'),
         (c.n_gram > 1 or c.n_gram_rows == type(c).n_gram_rows, 'n_gram_rows',
          f'{type(c).n_gram_rows} with n_gram=1, which has no table'),

@@ -34,7 +34,7 @@ def multiply_row(x, weight):
     n_outputs, n_inputs = weight.shape
     n = math.gcd(torch.get_num_threads(), n_outputs)
     # (n, in, 1), laid out as (1, in) transposed: as (in, 1) the product takes four times as long
-    columns = x.reshape(-1).as_strided((n, n_inputs, 1), (0, 1, n_inputs))
+    columns = x.reshape(-1).contiguous().as_strided((n, n_inputs, 1), (0, 1, n_inputs))
     y = torch.bmm(weight.view(n, -1, n_inputs), columns)  # (n, out / n, in) -> (n, out / n, 1)
     return y.view(x.shape[:-1] + (n_outputs,))
 

@@ -12,7 +12,8 @@ Diagnostics of a training step: how the loop's state moves, and where the gradie
     grad_norm/block_BB/loop_KK     L2 norm of the loss's gradient at the output of block B in loop K, and at
     ... /attn/loop_KK, /mlp/...    the outputs of its attention and its MLP
     grad_norm/block_BB/attn, /mlp  L2 norm of the step's gradient, after clipping, of a block's weights
-    grad_norm/embed, /lm_head      the same of the embedding's and the head's weights
+    grad_norm/embed, /lm_head      the same of the token embedding's and the head's weights
+    grad_norm/ngrams               the same of the embeddings of n-grams, if there are any
 
 Blocks are counted through prelude, loop and coda. Source of the names: FLT's base_check,
 github.com/FuRuF-11/FullyLoopedTransformer.
@@ -61,6 +62,8 @@ class Look:
 def weight_grad_norms(model):
     """Returns {name: L2 norm of the gradient of a part's weights}."""
     parts = {'embed': model.transformer.wte, 'lm_head': model.lm_head}
+    if model.transformer.ngrams is not None:
+        parts['ngrams'] = model.transformer.ngrams
     for i, block in enumerate(model.blocks()):
         parts |= {f'block_{i:02d}/attn': block.attn, f'block_{i:02d}/mlp': block.mlp}
     norms = {}

@@ -124,9 +124,9 @@ class KVCache:
     layers of their own; n_codas: 1, or kv_budget if the coda runs after every loop; compiled: compiled steps
     write to it.
 
-    prelude, recur[i], coda[i]: lists of layers. tokens: the ids in the columns of all rows, for n-grams.
-    lengths: the number of tokens in each row, a list. chunk: the most tokens of a row that can be written at
-    once.
+    prelude, recur[i], coda[i]: lists of layers. tokens: (n_rows, columns), the ids, for n-grams; no
+    rows with n_gram = 1. lengths: the number of tokens in each row, a list. chunk: the most tokens of a row
+    that can be written at once.
     """
 
     def __init__(self, model, n_rows, max_tokens, kv_budget, n_codas, compiled=False):
@@ -134,7 +134,8 @@ class KVCache:
         self.device, self.lengths, self.kv_budget = weight.device, [0] * n_rows, kv_budget
         self.max_tokens = math.inf if max_tokens is None else max_tokens
         self.chunk = PREFILL_CHUNK
-        # a chunk's first token still sees block_size keys after the whole chunk has been written
+        # a chunk's first token still sees block_size keys, and n_gram - 1 earlier ids, after the whole chunk
+        # has been written
         self.capacity = min(self.max_tokens, c.block_size + (0 if POS[c.pos].learned else self.chunk - 1))
         self.windowed = any(block.windowed for block in model.blocks())
 

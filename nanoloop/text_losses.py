@@ -146,7 +146,7 @@ def states_after(model, x, pos, attn_inputs, loops):
 
 
 def earlier_tokens(idx, pos, branch, n_gram):
-    """Returns the n_gram - 1 tokens before each in its text, (n, T) tensors, see GPT.embed. (n, T) each."""
+    """Returns the n_gram - 1 tokens before each in its text, see GPT.embed. All are (n, T)."""
     earlier, columns = [], torch.arange(idx.size(1), device=idx.device)  # columns: (T,)
     for k in range(1, n_gram):
         # k columns before it is a token of its branch; else it is in the common beginning, column = position

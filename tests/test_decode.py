@@ -258,6 +258,8 @@ def test_a_compiled_step_has_products_that_inductor_takes():
         assert torch.allclose(torch.compile(layer, backend=backend, fullgraph=True)(x), layer(x))
     row, rows = graphs
     assert 'nanoloop.multiply_row' in row and 'nanoloop.onednn_linear' in rows
+    apart, weight = torch.arange(16.0).view(1, 1, 16)[..., ::2], torch.ones(6, 8)
+    assert torch.equal(decode.multiply_row(apart, weight), apart @ weight.T)
     torch.library.opcheck(decode.multiply_row_op, (torch.ones(1, 1, 8), torch.ones(6, 8)))
     torch.library.opcheck(decode.onednn_linear_op, (torch.ones(1, 3, 8), torch.ones(6, 8), torch.ones(6)))
 

@@ -73,7 +73,7 @@ def options(**entries):
 def test_logits_equal_the_equations_written_out(injection, state, place):
     first = PAIRS.index((injection, state)) + 5 * list(NORM_PLACE).index(place)
     rich = dict(norm_emb=True, qk_norm=True, n_kv_head=1, tie_weights=False, softcap=3.0)
-    rich.update(n_gram=3, n_gram_rows=40)
+    rich.update(n_gram=3, n_gram_rows=64)
     plain = dict(
         norm_loop=False, norm_final=False, bias=True, window_pattern='LSS', window_size=5, emb_scale=2.5
     )
@@ -545,7 +545,8 @@ def test_compiled_equals_eager():
             ).items()
         ],
         (dict(norm_emb=True, emb_scale=2.0, pos='rope'), 'emb_scale=2.0, expected 1 with norm_emb'),
-        (dict(n_gram_rows=9), 'n_gram_rows=9, expected 16384 with n_gram=1'),
+        (dict(n_gram_rows=8), 'n_gram_rows=8, expected 16384 with n_gram=1'),
+        (dict(n_gram=2, n_gram_rows=12), 'n_gram_rows=12, expected at least 1 and a divisor of'),
         (dict(n_gram=17, block_size=16), 'n_gram=17, expected at most block_size=16'),
         (dict(dropout=-0.1), 'dropout=-0.1, expected at least 0'),
         (dict(vocab_size=0), 'vocab_size=0, expected at least 1'),

@@ -18,7 +18,7 @@ from nanoloop.text_losses import batches, common_prefix, pack
 from nanoloop.uncertainty import mean_and_error, ratio_and_error
 
 SIZES = dict(block_size=16, vocab_size=23, n_head=2, n_embd=12, n_prelude=1, n_block=2, n_coda=1, n_loop=3)
-SIZES.update(n_gram=4, n_gram_rows=40)
+SIZES.update(n_gram=4, n_gram_rows=64)
 MODELS = [
     dict(pos='rope'),
     dict(pos='learned'),
