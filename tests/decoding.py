@@ -12,7 +12,7 @@ from model import GPT, POS, GPTConfig, attend
 from nanoloop.generate import tokens_in_view
 
 SIZES = dict(block_size=12, vocab_size=23, n_head=2, n_embd=12, n_prelude=1, n_block=2, n_coda=1, n_loop=2)
-SIZES.update(n_gram=3, n_gram_rows=64)  # tokens depend on the two before them, wherever these are stored
+SIZES.update(n_gram=3, n_gram_rows=16)  # tokens depend on the two before them, wherever these are stored
 IDX = torch.randint(23, (3, 40), generator=torch.Generator().manual_seed(0))
 
 

@@ -250,7 +250,7 @@ def test_compiled_steps_go_with_exits_and_speculation(rule, n_rows, speculate, p
     monkeypatch.setattr(decode, 'compile_step', compile_step)
     monkeypatch.setattr(kv_cache, 'LENGTH_STEP', 8)
     torch._dynamo.reset()
-    model, idx = confident(double=True, exit_gate=True, n_coda=1), IDX[:n_rows, :9]
+    model, idx = confident(double=True, exit_gate=True, n_coda=1, n_gram_rows=128), IDX[:n_rows, :9]
     threshold = dividing_threshold(model, rule, IDX[0, :12]) if rule in EXIT else 0.0
     rule = 'diff' if rule == 'never' else rule
     plain, stats = speculated(model, idx, rule, threshold, 1)
