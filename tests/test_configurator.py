@@ -437,12 +437,12 @@ def test_a_path_may_begin_with_the_home_folder(tmp_path, monkeypatch):
     assert read('--to=~/e', keys=(ExportConfig,)).to == f'{home}/e'
 
 
-NO_SCRIPTS = 'model.py configurator.py nanoloop/generate.py nanoloop/nanoloop.py'.split()
+NO_SCRIPTS = 'model.py configurator.py nanoloop/generate.py'.split()
 
 
 @pytest.mark.parametrize('name', NO_SCRIPTS)
 def test_a_file_that_is_no_script_says_so(name, tmp_path):
-    """generate.py imports the model first, machine.py a part of nanoloop."""
+    """generate.py imports the model first."""
     run = subprocess.run([sys.executable, ROOT / name], cwd=tmp_path, capture_output=True, text=True)
     expected = 'is no script: see train.py, sample.py, bench.py, export.py and plot.py\n'
     assert run.returncode == 1 and run.stderr == f'{name.split("/")[-1]} {expected}'

@@ -72,7 +72,7 @@ RECIPES = sorted(path.stem for path in (ROOT / 'config').glob('train_*.py'))
 
 COUNTED = [(None, 1), (2, 1), (9, 3), (2, 2)]  # bptt_k, and the loops that are read
 CASES = [(name, *COUNTED[i % 4]) for i, name in enumerate(RECIPES)]
-CASES += [(name, *pair) for name in ('train_flt', 'train_looped_nanochat') for pair in COUNTED]
+CASES += [('train_flt', *pair) for pair in COUNTED]
 
 
 @pytest.mark.parametrize('name, bptt_k, rows', sorted(set(CASES), key=str))

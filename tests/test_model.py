@@ -85,7 +85,7 @@ def test_logits_equal_the_equations_written_out(injection, state, place):
         )
         keys.update(options(update=UPDATE[update], state=STATE[state], pos=POS[kind['pos']]))
         model = make(double=True, **keys, **(rich, plain)[i % 2])
-        for n_loop in (1, 2, 5):
+        for n_loop in (1, 3):
             logits, _ = model(*tokens(), n_loop=n_loop)
             expected = by_hand(model.state_dict(), model.config, tokens()[0], n_loop)
             assert torch.allclose(logits, expected, atol=1e-10, rtol=1e-10)
@@ -95,8 +95,8 @@ def test_logits_equal_the_equations_written_out(injection, state, place):
 @pytest.mark.parametrize('injection, state', PAIRS)
 def test_every_accepted_combination_works(injection, state, place):
     """Every parameter is initialised, optimised and gets a gradient, and no position sees a later one."""
-    first = (PAIRS.index((injection, state)) + list(NORM_PLACE).index(place)) % 4
-    for i, (pos, mlp) in list(enumerate(itertools.product(POS, MLP_ACT)))[first::4]:
+    first = (PAIRS.index((injection, state)) + list(NORM_PLACE).index(place)) % 6
+    for i, (pos, mlp) in list(enumerate(itertools.product(POS, MLP_ACT)))[first::6]:
         keys = dict(
             input_injection=injection, state_init=state, norm_place=place, pos=pos, mlp=mlp, bias=True
         )
