@@ -35,7 +35,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 from nanoloop import checks
-from nanoloop.checks import Choice, Count, Fraction, Positive, Share, Size, Window
+from nanoloop.checks import Choice, Count, Fraction, Positive, PowerOfTwo, Share, Size, Window
 
 HEAD_CHUNK = 2**25  # most logits that cross_entropy computes at once, 128 MiB in float32
 
@@ -411,7 +411,7 @@ class GPTConfig:
     softcap: Positive | None = None  # logits become softcap * tanh(logits / softcap); None = no cap
     emb_scale: Positive = 1.0  # factor of the token embedding, not of the n-grams'; 1 = none
     n_gram: Annotated[Count, checks.AtMost('block_size')] = 1  # embeds runs of 2 to n_gram tokens; 1 = none
-    n_gram_rows: Annotated[Count, checks.Divides(2**40)] = 16384  # rows of their table, a power of two
+    n_gram_rows: PowerOfTwo = 16384  # rows of their table, a power of two
     exit_gate: bool = False  # linear layer that predicts from the state whether to exit after a loop
     init: Choice(INIT) = 'gpt2'  # scheme of the initial weights
     recompute: bool = False  # activation checkpointing of every loop: less memory for more time

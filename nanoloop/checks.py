@@ -81,27 +81,22 @@ class Divides(Bound):
     words, compare = 'a divisor of', lambda value, limit: limit % value == 0
 
 
-class Letters:
-    """A text that is not empty and has these letters only."""
+class Satisfies:
+    """A value for which test(value) is true. words: what such a value is."""
 
-    def __init__(self, letters):
-        self.letters = letters
-
-    def holds(self, value, config):
-        return len(value) > 0 and set(value) <= set(self.letters)
-
-    def expected(self, config):
-        return f'letters {" and ".join(self.letters)}'
-
-
-class NotEmpty:
-    """A text that is not empty."""
+    def __init__(self, words, test):
+        self.words, self.test = words, test
 
     def holds(self, value, config):
-        return value != ''
+        return self.test(value)
 
     def expected(self, config):
-        return 'a name or a path'
+        return self.words
+
+
+def Letters(letters):  # noqa: N802, it stands where a type stands
+    """Returns the bound of a text that is not empty and has these letters only."""
+    return Satisfies(f'letters {" and ".join(letters)}', lambda text: set() < set(text) <= set(letters))
 
 
 class OneOf:
@@ -141,8 +136,9 @@ def Choice(table, aliases=None):  # noqa: N802, it stands where a type stands
     return Annotated[str, OneOf(table, aliases)]
 
 
-Name = Annotated[str, NotEmpty()]
+Name = Annotated[str, Satisfies('a name or a path', lambda text: text != '')]
 Count = Annotated[int, AtLeast(1)]
+PowerOfTwo = Annotated[Count, Satisfies('a power of two', lambda n: n & (n - 1) == 0)]
 Size = Annotated[int, AtLeast(0)]
 Positive = Annotated[float, Above(0)]
 NotNegative = Annotated[float, AtLeast(0)]

@@ -546,7 +546,7 @@ def test_compiled_equals_eager():
         ],
         (dict(norm_emb=True, emb_scale=2.0, pos='rope'), 'emb_scale=2.0, expected 1 with norm_emb'),
         (dict(n_gram_rows=8), 'n_gram_rows=8, expected 16384 with n_gram=1'),
-        (dict(n_gram=2, n_gram_rows=12), 'n_gram_rows=12, expected at least 1 and a divisor of'),
+        (dict(n_gram=2, n_gram_rows=12), 'n_gram_rows=12, expected a power of two'),
         (dict(n_gram=17, block_size=16), 'n_gram=17, expected at most block_size=16'),
         (dict(dropout=-0.1), 'dropout=-0.1, expected at least 0'),
         (dict(vocab_size=0), 'vocab_size=0, expected at least 1'),
