@@ -157,8 +157,9 @@ def find_file(name):
         if path.is_file():
             return path
     recipes = {path.stem: f'config/{path.name}' for path in (ROOT / 'config').glob('*.py')}
-    similar = difflib.get_close_matches(Path(name).stem, recipes, n=1)
-    hint = f'did you mean {recipes[similar[0]]}?' if similar else 'flags look like --key=value'
+    similar = [recipes[stem] for stem in difflib.get_close_matches(Path(name).stem, recipes, n=1)]
+    meant = [f'--{name}'] if re.match(r'\w+=', name) else similar
+    hint = f'did you mean {meant[0]}?' if meant else 'flags look like --key=value'
     raise UserError(f'there is no config file {name} ({hint})')
 
 

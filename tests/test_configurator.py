@@ -154,6 +154,7 @@ def test_changes_are_printed_and_only_by_rank_0(tmp_path, capsys, monkeypatch):
             'there is no config file config/train_fl.py (did you mean config/train_flt.py?)',
         ),
         (['quickstart'], 'there is no config file quickstart (did you mean config/quickstart.py?)'),
+        (['n_loop=2'], 'there is no config file n_loop=2 (did you mean --n_loop=2?)'),
     ],
 )
 def test_a_wrong_command_line_is_refused(argv, message):
