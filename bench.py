@@ -60,6 +60,7 @@ from nanoloop.optimizer import make_optimizers
 from nanoloop.plan import GPUS, describe_plan, plan_run
 from nanoloop.rates import matmul_rate, read_rate
 from nanoloop.run_folder import git_commit
+from nanoloop.sizes import check_sizes
 from nanoloop.training_step import train_step
 from train import TrainConfig
 
@@ -103,7 +104,9 @@ class Setting:
         self.c, self.m, self.name, self.seconds = c, m, name, []
         memory_before = forget_peak(m)  # of another setting
         torch.manual_seed(c.seed)
-        self.model = GPT(c.build(GPTConfig)).to(m.device)
+        config = c.build(GPTConfig)
+        check_sizes(c, m, config)
+        self.model = GPT(config).to(m.device)
         if m.compile:
             for block in self.model.blocks():
                 block.compile()

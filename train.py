@@ -33,7 +33,6 @@ from nanoloop.checkpoint import WEIGHTS, checkpoint_paths, configure_checkpoint
 from nanoloop.checks import (
     AtLeast,
     AtMost,
-    Below,
     Choice,
     Count,
     Name,
@@ -141,7 +140,7 @@ class TrainConfig:
     compile: CompileMode = 'auto'  # the blocks; auto = if it pays off
     backend: str = 'auto'  # of torch.distributed: auto, nccl or gloo
     shard: bool = False  # FSDP2: each process keeps a share of weights, gradients and optimizer state
-    seed: Annotated[int, AtLeast(0), Below(2**63)] = 1337  # seed of weights, batches, dropout and noise
+    seed: Size = 1337  # seed of weights, batches, dropout and noise
     deterministic: bool = False  # use deterministic kernels only, slower on a GPU
     peak_flops: Annotated[float, AtLeast(1)] | None = None  # FLOP/s of one device, for mfu; None = look it up
 
@@ -204,7 +203,7 @@ class Trainer:
         idle = not (self.resuming or self.last_step) and checkpoint_paths(out_dir)
         check(not idle, self.limit, self.c[self.limit], f'one step or more: {out_dir} holds an earlier run')
         self.lock = open_out_dir(out_dir, self.say)
-        if self.resuming and (text := quarantine_broken(out_dir)):
+        if self.resuming and (text := quarantine_broken(out_dir, self.state["path"])):
             again = f'up to {2 * self.state["config"]["eval_interval"]} steps are made again'
             self.say(f'{text}; the run goes on from prev.pt at step {self.step}, {again}')
         self.log = Log(self.c, self.state, self.say)

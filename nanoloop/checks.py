@@ -233,6 +233,7 @@ def check_field(config, key, hint):
     """Raises UserError if the value of a field is out of its bounds."""
     types, bounds = split_hint(hint)
     value = getattr(config, key)
+    check(type(value) is not int or abs(value) < 2**63, key, value, 'an integer of 64 bits')
     for bound in bounds if value is not None else ():
         if not bound.holds(value, config):
             # a limit that another field sets is shown alone, numbers together: at least 0 and below 1

@@ -21,7 +21,8 @@ import torch
 from nanoloop.checks import check
 from nanoloop.depth import LoopBatch
 from nanoloop.kv_cache import KVCache, layer_caches
-from nanoloop.machine import compile_step, onednn_for, onednn_linear, onednn_linear_is_faster
+from nanoloop.machine import compile_step
+from nanoloop.onednn import onednn_for, onednn_linear, onednn_linear_is_faster
 from nanoloop.tokens_in_loop import start_tokens
 
 

@@ -14,7 +14,7 @@ import math
 
 import torch
 
-from nanoloop.machine import onednn_for
+from nanoloop.onednn import onednn_for
 
 # share of the rows that are out of the loop when coda, head and prelude run for them: for few rows these take
 # nearly as long as for many

@@ -23,7 +23,7 @@ from model import POS, upcast
 from nanoloop.checks import check
 from nanoloop.decode import Decoder, scatter_last
 from nanoloop.depth import MOST_AHEAD, RowsApart, can_go_apart
-from nanoloop.machine import onednn_for
+from nanoloop.onednn import onednn_for
 from nanoloop.speculation import check_speculation, draft_and_verify
 
 

@@ -17,7 +17,7 @@ from model import HEAD_CHUNK, POS, upcast
 from nanoloop.decode import Decoder
 from nanoloop.early_exit import EXIT, EarlyExit, ExitInputs, diff
 from nanoloop.generate import tokens_in_view
-from nanoloop.machine import onednn_for
+from nanoloop.onednn import onednn_for
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 The machine that a script runs on: device, precision, compilation, peak FLOP/s and memory.
 """
 
-import contextlib
 import functools
 import math
 import mmap
@@ -141,7 +140,9 @@ def lazy_zeros(shape, dtype, device):
 def to_device(tensor, device):
     """Returns a CPU tensor's copy on the device. On a GPU the host does not wait for it."""
     if torch.device(device).type == 'cuda':
-        return tensor.pin_memory().to(device, non_blocking=True)
+        return (
+            tensor.contiguous().pin_memory().to(device, non_blocking=True)
+        )  # an expanded one has no pinned copy
     return tensor.to(device)
 
 
@@ -174,41 +175,6 @@ def keep_address(tensor):
     A call with a tensor elsewhere is not compiled anew; on a GPU a graph is recorded for it.
     """
     torch._dynamo.mark_static_address(tensor, guard=False)
-
-
-ONEDNN_MIN_TOKENS = 3
-
-
-@contextlib.contextmanager
-def onednn_for(n_tokens):
-    """Switches oneDNN off for fewer than ONEDNN_MIN_TOKENS tokens, while the block runs.
-
-    On a CPU matrix products of a single bfloat16 token are then 1.5 times as fast.
-    """
-    before = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = before and n_tokens >= ONEDNN_MIN_TOKENS
-    try:
-        yield
-    finally:
-        torch.backends.mkldnn.enabled = before
-
-
-ONEDNN_MIN_WEIGHTS = 2**17  # 384 x 384 gain, 384 x 128 lose
-
-
-def onednn_linear_is_faster(weight):
-    """Returns whether onednn_linear can multiply by a weight, and gains: on x86, in float32."""
-    exists = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, '_linear_pointwise')
-    x86 = weight.device.type == 'cpu' and torch.backends.cpu.get_cpu_capability().startswith('AVX')
-    return exists and x86 and weight.dtype == torch.float32 and weight.numel() >= ONEDNN_MIN_WEIGHTS
-
-
-def onednn_linear(x, weight, bias):
-    """Returns F.linear(x, weight, bias) by oneDNN, up to rounding, without a gradient.
-
-    In float32 torch takes MKL, which is slower for few rows (nanoloop/decode.py has a product for one row).
-    """
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], '')
 
 
 # -----------------------------------------------------------------------------
@@ -253,6 +219,13 @@ def peak_memory(m):
         return torch.cuda.max_memory_allocated(m.device)
     unit = 1 if sys.platform == 'darwin' else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def total_memory(m):
+    """Returns the bytes of memory that a device has: on a CPU, and with MPS, those of the computer."""
+    if m.kind == 'cuda':
+        return torch.cuda.get_device_properties(m.device).total_memory
+    return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
 
 
 # -----------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from nanoloop.growth import plan_growth
 from nanoloop.objective import check_loops
 from nanoloop.parallel import max_over_ranks
 from nanoloop.run_folder import check_out_dir, earlier_runs
+from nanoloop.sizes import check_sizes
 from nanoloop.text_files import count
 
 
@@ -54,6 +55,7 @@ def pretraining(c, m, checkpoint, stopped, say):
     config = settle_config(c, meta, checkpoint)
     sizes = c.block_size, c.vocab_size
     splits = {name: open_split(folder, meta, name, *sizes) for name in ('train', 'val')}
+    check_sizes(c, m, config)
     # only now is memory taken: what a user can get wrong has been refused before
     model = build_model(c, m, config, checkpoint)
     say(describe(folder, meta))

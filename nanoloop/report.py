@@ -11,6 +11,7 @@ import torch
 
 from nanoloop.datasets import name_source
 from nanoloop.generate import stream
+from nanoloop.objective import growth_steps
 from nanoloop.parallel import whole_weights
 from nanoloop.rates import matmul_rate
 from nanoloop.tokenizer import make_tokenizer
@@ -124,6 +125,15 @@ def describe_cost(m, flops, steps):
         yield 'for a CPU this is large: python train.py config/quickstart.py takes minutes in all'
 
 
+# key: (another key, the only value of that with which the key has an effect)
+USED_WITH = {
+    'beta': ('objective', 'exit'),
+    'gate_ahead': ('objective', 'gate'),
+    'warmdown_frac': ('lr_schedule', 'linear'),
+    **dict.fromkeys(('lr_schedule', 'lr_decay_iters', 'min_lr'), ('decay_lr', True)),
+}
+
+
 def doubtful_keys(c, rule, last_step, left, random_weights):
     """Yields warnings about keys that may be mistakes.
 
@@ -135,8 +145,13 @@ def doubtful_keys(c, rule, last_step, left, random_weights):
     if c.exit_gate and not rule.trains_gate:
         yield f'warning: objective={c.objective} does not train the exit gate'
     if not rule.trains_model and random_weights:
-        left = 'leaves the model as it began, at random; see --init_from=PATH'
-        yield f'warning: objective={c.objective} {left}'
+        result = 'leaves the model as it began, at random; see --init_from=PATH'
+        yield f'warning: objective={c.objective} {result}'
+    if growth_steps(c) > last_step and left:
+        yield f'warning: loop_warmup={c.loop_warmup}: the last step, {last_step}, comes before all loops'
+    for key, (other, used) in USED_WITH.items():
+        if key in c.given and c[other] != used:
+            yield f'warning: {key}={c[key]!r} changes nothing with {other}={c[other]!r}'
     if last_step < c.max_iters:
         yield f'max_flops={c.max_flops:.4g} are spent after {last_step:,} steps'
 

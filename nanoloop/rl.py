@@ -32,6 +32,7 @@ from nanoloop.pretraining import Task, build_model, check_micro_batches, origin,
 from nanoloop.questions import find_questions
 from nanoloop.randomness import random_sequence
 from nanoloop.rollout import roll_out
+from nanoloop.sizes import check_sizes
 
 
 @dataclass
@@ -71,6 +72,7 @@ def reinforcement(c, m, checkpoint, stopped, say):
     config = settle_config(c, dict(tokenizer=tokenizer.spec), checkpoint)
     check(config.dropout == 0, 'dropout', config.dropout, '0 with rl_task: answers are sampled without it')
     questions = find_questions(c, tokenizer, config)
+    check_sizes(c, m, config)
     model = build_model(c, m, config, checkpoint)
     say(questions.describe())
     if c.loop_sampling != 'fixed':
@@ -129,7 +131,7 @@ def make_batch(model, questions, c, m, step, micro):
     idx[:, : n - 1] = rollouts.ids[:, :-1]
     targets[:, : n - 1] = rollouts.ids[:, 1:].where(rollouts.sampled[:, 1:], -1)
     values = describe_answers(rollouts, rewards) | {'rollout_ms': 1000 * (time.monotonic() - began)}
-    weights = advantages[:, None].expand(-1, T)
+    weights = advantages[:, None].repeat(1, T)
     return Batch(idx, targets, batch_seed(c, step, number), weights, values)
 
 

@@ -10,8 +10,6 @@ from pathlib import Path
 
 import torch
 
-from nanoloop.checkpoint import read_checkpoint
-from nanoloop.checks import UserError
 from nanoloop.files import reason_of, replace_file, sync, sync_folder
 from nanoloop.parallel import whole_state
 
@@ -80,16 +78,14 @@ def replace_by_link(source, target):
     new.unlink(missing_ok=True)  # os.replace of a file by itself does nothing and leaves `new` behind
 
 
-def quarantine_broken(out_dir):
-    """Renames a ckpt.pt that cannot be read: the next save would put it in the place of a good prev.pt.
+def quarantine_broken(out_dir, read):
+    """Renames a broken ckpt.pt: the next save would put it in the place of a good prev.pt.
 
-    Returns a text that says so, '' if it can be read.
+    read: the path of the checkpoint that could be read instead. Returns a text that says so, '' if none is
+    broken.
     """
     path = out_dir / 'ckpt.pt'
-    try:
-        read_checkpoint(path)
-    except UserError:
-        if path.exists():
-            os.replace(path, f'{path}.broken')
-            return f'{path} is broken: it is now {path}.broken'
-    return ''
+    if Path(read).name == path.name or not path.exists():
+        return ''
+    os.replace(path, f'{path}.broken')
+    return f'{path} is broken: it is now {path}.broken'

@@ -12,7 +12,7 @@ Reference: speculative decoding, arXiv:2211.17192.
 import torch
 
 from nanoloop.checks import check
-from nanoloop.machine import onednn_for
+from nanoloop.onednn import onednn_for
 from nanoloop.tokens_in_loop import join_tokens, start_tokens
 
 

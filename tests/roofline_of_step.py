@@ -31,7 +31,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench import BenchConfig, Setting
 from model import GPTConfig
-from nanoloop.machine import onednn_linear, setup
+from nanoloop.machine import setup
+from nanoloop.onednn import onednn_linear
 from train import TrainConfig
 
 MODEL = (

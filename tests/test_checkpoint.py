@@ -143,10 +143,27 @@ def test_a_path_that_is_not_utf8_is_read(tmp_path):
     assert checkpoint.read_checkpoint(path)['model']['w'].tolist() == [0, 1, 2]
 
 
-def test_a_broken_checkpoint_never_takes_the_place_of_the_one_before(call, flags, tmp_path, monkeypatch):
+def cut(file):
+    file.truncate(1000)
+
+
+def flip(file):
+    """Changes a byte of a weight: the file is loaded as before, but its checksum is another one."""
+    place = file.read().index(load(file.name)['model']['lm_head.weight'].numpy().tobytes()) + 100
+    file.seek(place)
+    byte = file.read(1)
+    file.seek(place)
+    file.write(bytes([byte[0] ^ 1]))
+
+
+@pytest.mark.parametrize('damage', [cut, flip])
+def test_a_broken_checkpoint_never_takes_the_place_of_the_one_before(
+    call, flags, tmp_path, monkeypatch, damage
+):
     call(main, *flags)
     with open(tmp_path / 'out' / 'ckpt.pt', 'r+b') as file:
-        file.truncate(1000)
+        damage(file)
+    broken = (tmp_path / 'out' / 'ckpt.pt').read_bytes()
     before = load(tmp_path / 'out' / 'prev.pt')['iter_num']
 
     def replace(source, target):
@@ -158,7 +175,7 @@ def test_a_broken_checkpoint_never_takes_the_place_of_the_one_before(call, flags
     with pytest.raises(Crash):
         call(main, *flags, '--init_from=auto', '--max_iters=14')
     assert load(tmp_path / 'out' / 'prev.pt')['iter_num'] == before
-    assert (tmp_path / 'out' / 'ckpt.pt.broken').stat().st_size == 1000
+    assert (tmp_path / 'out' / 'ckpt.pt.broken').read_bytes() == broken
 
 
 @pytest.mark.parametrize('where', ['evaluation', 'weights'])

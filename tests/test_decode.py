@@ -16,7 +16,7 @@ from helpers import pairwise
 from test_model import PAIRS, options
 
 from model import MLP_ACT, NORM, NORM_PLACE, POS, STATE, UPDATE, Injection, LoopPart, attend
-from nanoloop import decode, early_exit, kv_cache, machine
+from nanoloop import decode, early_exit, kv_cache, onednn
 from nanoloop.bench_decode import decoding_ways
 from nanoloop.decode import Decoder, DecodingLinear, Stats, prepare_linears_
 from nanoloop.early_exit import EXIT, EarlyExit, ExitInputs, ExitRule
@@ -230,7 +230,7 @@ def test_float32_layers_that_only_decode_give_the_same_up_to_rounding(keys, monk
         monkeypatch.setattr(decode, function.__name__, counted)
     prepare_linears_(model, torch.float32)
     assert not any(isinstance(module, DecodingLinear) for module in model.modules())  # too small
-    monkeypatch.setattr(machine, 'ONEDNN_MIN_WEIGHTS', 1)
+    monkeypatch.setattr(onednn, 'ONEDNN_MIN_WEIGHTS', 1)
     for _ in range(2):  # doing it twice is doing it once
         prepare_linears_(model, torch.float32)
     check_decoding(model, [3, 11, 5], 4, atol=1e-4)

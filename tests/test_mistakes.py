@@ -117,7 +117,7 @@ WRONG = [  # (flags of train.py after those of a tiny run, what must be told)
     (['--beta2=1'], 'beta2=1.0, expected at least 0 and below 1'),
     (['--seed=-3'], 'seed=-3, expected at least 0'),
     (['--min_lr=1'], 'min_lr=1.0, expected at most learning_rate=0.01'),
-    (['--seed=9223372036854775808'], 'expected at least 0 and below 9223372036854775808'),
+    (['--seed=9223372036854775808'], 'seed=9223372036854775808, expected an integer of 64 bits'),
     (['--dataset={tmp}/masked'], 'expected targets that count in train, its mask leaves none'),
     (['--lr_schedule=step'], 'expected one of cosine, linear'),
     (['--device=tpu'], "device='tpu', expected auto, cpu, cuda, cuda:N or mps"),

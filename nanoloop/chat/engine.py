@@ -19,7 +19,7 @@ import traceback
 import torch
 
 from nanoloop.chat.rows import Rows
-from nanoloop.machine import onednn_for
+from nanoloop.onednn import onednn_for
 
 MAX_POLICIES = 3  # KV caches that are kept at once; the one that was used last goes last
 MAX_OVERTAKEN = 50  # answers that may begin before one that waits for a KV cache

@@ -21,7 +21,7 @@ class Settings:
     temperature: NotNegative = 0.6  # divides the logits: below 1 = sharper; 0 = always the most likely token
     top_k: Count | None = 50  # draw from the k most likely tokens; None = from all
     top_p: Annotated[float, Above(0), AtMost(1)] | None = None  # nucleus sampling: its probability; None = 1
-    seed: Annotated[Size, AtMost(2**63 - 1)] | None = None  # of the random numbers; None = another each time
+    seed: Size | None = None  # of the random numbers; None = another each time
     # loops
     n_loop: Count | None = None  # number of loops; None = that of the checkpoint
     exit: Choice(('', *EXIT)) = ''  # early exit: what decides that a token leaves; '' = never
