@@ -46,7 +46,7 @@ from nanoloop.count import flops, parameters
 from nanoloop.datasets import find_data, read_meta
 from nanoloop.decode import prepare_linears_
 from nanoloop.ema import make_average
-from nanoloop.machine import device_name, forget_peak, peak_memory, setup
+from nanoloop.machine import device_name, forget_peak, peak_memory, prepare_training, setup
 from nanoloop.number_lists import Numbers, read_numbers
 from nanoloop.objective import (
     OBJECTIVE,
@@ -107,9 +107,7 @@ class Setting:
         config = c.build(GPTConfig)
         check_sizes(c, m, config)
         self.model = GPT(config).to(m.device)
-        if m.compile:
-            for block in self.model.blocks():
-                block.compile()
+        prepare_training(self.model, m)
         check_loops(c, self.model.config)
         set_trained_parts(self.model, OBJECTIVE[c.objective])
         self.training_loss = TrainingLoss(self.model, c)
@@ -231,6 +229,8 @@ def check_mode(c, decoding):
     check(decoding or c.init_from == 'scratch', 'init_from', c.init_from, expected)
     check(decoding or c.weights == 'raw', 'weights', c.weights, 'raw, or --mode=decode with --init_from')
     check(not (decoding and c.vs), 'vs', c.vs, 'nothing with --mode=decode')
+    for key in ('gpu', 'plan_mfu', 'nvlink', 'infiniband'):
+        check(c.plan or key not in c.given, key, c[key], 'no value without --plan=N')
     check(not (c.json and (c.count_only or c.plan)), 'json', c.json, 'nothing where nothing is measured')
 
 

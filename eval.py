@@ -41,6 +41,7 @@ from nanoloop.early_exit import EXIT, EarlyExit
 from nanoloop.eval_plot import check_plotting, draw_results
 from nanoloop.eval_tasks import TASKS
 from nanoloop.evaluator import Evaluator
+from nanoloop.files import check_writable
 from nanoloop.machine import setup
 from nanoloop.number_lists import Numbers, choose_names, read_numbers
 from nanoloop.parallel import gather, leave
@@ -158,6 +159,8 @@ def main(argv):
         check_plotting()
     items_file = c['items']  # c.items is the method of a dict
     check(Path(items_file).parent.is_dir(), 'items', items_file, 'a file in a folder that exists')
+    if items_file:
+        check_writable(Path(items_file), 'items')
     # first all that can be wrong, then the weights
     check_tokenizer(c.out_dir if c.init_from == 'resume' else c.init_from)
     checkpoint = find_model(c, say)

@@ -18,7 +18,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # ours come first, also with python -P
 from configurator import command, configure, print_error
-from nanoloop.checkpoint import EXPORTED, WEIGHTS, find_model, load_checkpoint, tokenizer_dict
+from nanoloop.checkpoint import WEIGHTS, find_model, load_checkpoint, tokenizer_dict
+from nanoloop.checkpoint_files import EXPORTED
 from nanoloop.checks import Choice, Name, check, missing_package, settle_fields
 from nanoloop.files import replace_file, sync, write_json
 

@@ -37,7 +37,7 @@ from torch.nn import functional as F
 from nanoloop import checks
 from nanoloop.checks import Choice, Count, Fraction, Positive, PowerOfTwo, Share, Size, Window
 
-HEAD_CHUNK = 2**25  # most logits that cross_entropy computes at once, 128 MiB in float32
+HEAD_CHUNK = 2**25  # most logits that are computed at once, 128 MiB in float32
 
 
 def upcast(x):
@@ -244,14 +244,18 @@ class Gated(Injection):
         return torch.lerp(s, e, self.gate.sigmoid())  # lerp(s, e, a) = s + a (e - s)
 
 
-class QueryFirst(Injection):
+class Unmixed(Injection):
+    """u = e. A base class: the blocks use the state, by block_hook."""
+
+    def forward(self, e, s, i):
+        return e
+
+
+class QueryFirst(Unmixed):
     """u = e; the first block takes its queries from rms_norm(s), without its ln_1. LT_ia."""
 
     states = ('none', 'prelude', 'random')
     hooked_blocks = 1
-
-    def forward(self, e, s, i):
-        return e
 
     def hook_state(self, s):
         return rms_norm(s, self.config)
@@ -266,13 +270,10 @@ class QueryAll(QueryFirst):
     hooked_blocks = None
 
 
-class ResidualAll(Injection):
+class ResidualAll(Unmixed):
     """u = e; every block first replaces its input x by rms_norm(x + s). FLT_res."""
 
     states = tuple(STATE)
-
-    def forward(self, e, s, i):
-        return e
 
     def block_hook(self, x, state):
         return rms_norm(x + state, self.config), None
@@ -604,6 +605,7 @@ class GPT(nn.Module):
             block.state_hook = getattr(self.inject, 'block_hook', None)
         self.rope_width = c.n_embd // c.n_head if POS[c.pos].rotary else 0
         self.window = c.window_size or c.block_size // 2
+        self.head_chunk = max(1, HEAD_CHUNK // c.vocab_size)  # tokens whose logits are computed at once
         self.init_weights()
         checks.check_parts(self)
 
@@ -717,11 +719,11 @@ class GPT(nn.Module):
     def cross_entropy(self, s, targets, attn_inputs, recompute=False):
         """Returns -log p(targets), (B, T), predicted from the state s (B, T, C); 0 where a target is -1.
 
-        At most HEAD_CHUNK logits exist at once: longer inputs are split, and every chunk is recomputed in the
-        backward pass. With recompute coda and head are recomputed even if one chunk is enough.
+        The logits of head_chunk tokens exist at once: longer inputs are split, and every chunk is recomputed
+        in the backward pass. With recompute coda and head are recomputed even if one chunk is enough.
         """
         x = maybe_checkpoint(recompute, self.run_coda, s, attn_inputs).flatten(0, 1)  # (B T, C)
-        n = max(1, HEAD_CHUNK // self.config.vocab_size)  # tokens of a chunk
+        n = self.head_chunk
         chunks, recompute = zip(x.split(n), targets.flatten().split(n), strict=True), recompute or len(x) > n
         return torch.cat([maybe_checkpoint(recompute, self.nll, *chunk) for chunk in chunks]).view_as(targets)
 

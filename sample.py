@@ -121,6 +121,7 @@ def print_samples(tokens, texts, start, live):
 def read_prompt(start, tokenizer, vocab_size):
     """Returns the text of the key start and its token ids; an empty text becomes the end-of-text token."""
     if start.startswith('FILE:'):
+        check(start != 'FILE:', 'start', start, 'FILE:PATH')
         start = read_text(start.removeprefix('FILE:'))
     ids = tokenizer.encode(start, special=True) or [tokenizer.eot_token]
     if others := [text for text in re.findall(SPECIAL_TEXT, start) if text not in tokenizer.special_ids]:

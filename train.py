@@ -29,7 +29,8 @@ import torch
 from model import GPTConfig
 from nanoloop import RANK, ROOT, report
 from nanoloop.baselines import BASELINE, apply_baseline
-from nanoloop.checkpoint import WEIGHTS, checkpoint_paths, configure_checkpoint
+from nanoloop.checkpoint import WEIGHTS, configure_checkpoint
+from nanoloop.checkpoint_files import checkpoint_paths
 from nanoloop.checks import (
     AtLeast,
     AtMost,
@@ -72,7 +73,7 @@ from nanoloop.parallel import leave, max_over_ranks, on_rank0, reduce_sum, total
 from nanoloop.pretraining import find_initial_checkpoint, pretraining, settle_epochs
 from nanoloop.rl import RLConfig, check_rl_keys, reinforcement
 from nanoloop.run_folder import Log, append_evaluation, git_commit, open_out_dir
-from nanoloop.saving import quarantine_broken, save_checkpoint, whole_states
+from nanoloop.saving import check_space, quarantine_broken, save_checkpoint, whole_states
 from nanoloop.signals import Signals, exit_status, signal_name
 from nanoloop.training_step import BadSteps, train_step
 
@@ -203,6 +204,7 @@ class Trainer:
         idle = not (self.resuming or self.last_step) and checkpoint_paths(out_dir)
         check(not idle, self.limit, self.c[self.limit], f'one step or more: {out_dir} holds an earlier run')
         self.lock = open_out_dir(out_dir, self.say)
+        check_space(out_dir, self.model)
         if self.resuming and (text := quarantine_broken(out_dir, self.state["path"])):
             again = f'up to {2 * self.state["config"]["eval_interval"]} steps are made again'
             self.say(f'{text}; the run goes on from prev.pt at step {self.step}, {again}')
@@ -210,9 +212,8 @@ class Trainer:
 
     def close(self):
         """Closes the log and lets another run into out_dir."""
-        for file in (self.lock, self.log and self.log.file):
-            if file:
-                file.close()
+        for file in filter(None, (self.lock, self.log and self.log.file)):
+            file.close()
 
     def start(self):
         """Opens out_dir, makes loss and optimizers, restores their state, and prints what will be trained."""

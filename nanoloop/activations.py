@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from model import GPT, upcast
-from nanoloop.machine import autocast
+from nanoloop.machine import MORE_LOGITS, autocast
 from nanoloop.objective import OBJECTIVE, TrainingLoss, set_trained_parts
 
 
@@ -80,8 +80,10 @@ def save_as_a_gpu(model):
     """Makes a model on the CPU save what it saves on a GPU.
 
     Attention is computed without dropout: a GPU draws its random numbers again, a CPU saves them. And without
-    windows: flex attention saves what causal attention saves, a CPU's dense masks take T x T more each.
+    windows: flex attention saves what causal attention saves, a CPU's dense masks take T x T more each. And
+    more logits exist at once.
     """
+    model.head_chunk *= MORE_LOGITS
     for module in model.modules():
         if isinstance(module, nn.RMSNorm) and module.weight is not None:
             norm = functools.partial(lambda x, weight: FusedNorm.apply(upcast(x), weight))

@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nanoloop.checkpoint import BEST, checkpoint_paths, configure_checkpoint, read_checkpoint
+from nanoloop.checkpoint import configure_checkpoint
+from nanoloop.checkpoint_files import BEST, checkpoint_paths, read_checkpoint
 from nanoloop.checks import UserError, check
 from nanoloop.results import AVERAGED, KEY, VALUES, as_text, read_csv, run_id
 from nanoloop.run_folder import read_records

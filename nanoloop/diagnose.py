@@ -25,7 +25,6 @@ import functools
 import torch
 from torch.nn import functional as F
 
-import model as model_file  # read as model_file.HEAD_CHUNK, so that tests can change it
 from model import upcast
 from nanoloop.parallel import total_norm
 
@@ -120,7 +119,7 @@ def compare_states(model, states, targets):
         values[f'change/loop_{k:02d}'] = ((s - before).norm(dim=-1) / s.norm(dim=-1)).mean()
         values[f'cosine/loop_{k:02d}'] = torch.cosine_similarity(s, before, dim=-1).mean()
     head_inputs = [model.run_coda(s, attn_inputs).flatten(0, 1) for s in states]  # (B T, C) each
-    y, n = targets.flatten(), max(1, model_file.HEAD_CHUNK // (4 * model.config.vocab_size))
+    y, n = targets.flatten(), max(1, model.head_chunk // 4)
     counted = (y != -1).sum().clamp(min=1)
     for i in range(0, len(y), n):  # n tokens at once: every loop's logits of them exist together
         last = upcast(model.logits(head_inputs[-1][i : i + n])).log_softmax(dim=-1)  # (n, V)

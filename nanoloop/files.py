@@ -13,6 +13,8 @@ import json
 import os
 from pathlib import Path
 
+from nanoloop.checks import check
+
 # how a file system says that it cannot do something at all
 NOT_SUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY, errno.EBADF}
 NOT_SUPPORTED |= {errno.EACCES, errno.EPERM, errno.EISDIR}
@@ -72,6 +74,12 @@ def write_json(path, value, indent=None):
         json.dump(value, file, indent=indent)
 
 
+def check_writable(path, key):
+    """Raises UserError if a file cannot be written, or made. key: the one that has its path."""
+    place = path if path.exists() else path.parent
+    check(os.access(place, os.W_OK), key, str(path), f'a file that can be written: {place} cannot')
+
+
 def reason_of(error):
     """Returns why a file was not written: an OSError that led to the error says more than torch's own."""
     cause = error
@@ -123,3 +131,12 @@ def lock_folder(folder, against, say=None, wait=False, name='.lock'):
         if say:
             say(f'{folder} cannot be locked against {against}: {error.strerror}')
         return None
+
+
+def wait_for_file(file):
+    """Waits until no other process has called this for the same file; others then wait until it is closed.
+
+    Does nothing if the file system has no locks.
+    """
+    with contextlib.suppress(OSError):
+        fcntl.flock(file, fcntl.LOCK_EX)

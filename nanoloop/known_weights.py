@@ -8,7 +8,6 @@ at once, while its logits exist: that saves a product with the head's matrix, a 
 
 import torch
 
-import model as model_file  # read as model_file.HEAD_CHUNK, so that tests can change it
 from model import maybe_checkpoint
 
 
@@ -66,7 +65,6 @@ def weighted_loss(model, idx, targets, n_loop, loops, factors):
     """
     states, attn_inputs = model.loop_states(idx, n_loop, loops)
     xs = [maybe_checkpoint(len(loops) > 1, model.run_coda, s, attn_inputs).flatten(0, 1) for s in states]
-    chunk = max(1, model_file.HEAD_CHUNK // model.config.vocab_size)
-    weight = model.lm_head.weight
-    loss, ce = WeightedNll.apply(model.nll, chunk, targets.flatten(), factors.flatten(1), weight, *xs)
+    rows = targets.flatten(), factors.flatten(1)  # (B T,), (R, B T)
+    loss, ce = WeightedNll.apply(model.nll, model.head_chunk, *rows, model.lm_head.weight, *xs)
     return loss, ce.view_as(factors)

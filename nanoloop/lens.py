@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from model import HEAD_CHUNK, POS, upcast
+from model import POS, upcast
 from nanoloop.decode import Decoder
 from nanoloop.early_exit import EXIT, EarlyExit, ExitInputs, diff
 from nanoloop.generate import tokens_in_view
@@ -50,10 +50,10 @@ def every_loop(model, n_loop):
 def most_likely(model, x, k):
     """Returns the k most likely tokens and their probabilities, (..., k) each. x: (..., C), the head's input.
 
-    At most HEAD_CHUNK logits exist at once.
+    The logits of model.head_chunk tokens exist at once.
     """
     V = model.config.vocab_size
-    chunks = x.flatten(0, -2).split(max(1, HEAD_CHUNK // V))  # (N, C) each
+    chunks = x.flatten(0, -2).split(model.head_chunk)  # (N, C) each
     best = [upcast(model.logits(chunk)).softmax(dim=-1).topk(min(k, V)) for chunk in chunks]
     p, tokens = (torch.cat(parts).unflatten(0, x.shape[:-1]) for parts in zip(*best, strict=True))
     return tokens, p

@@ -119,6 +119,26 @@ def can_compile(kind):
 WINDOWS['cuda'] = functools.partial(flex_windows, works=functools.partial(can_compile, 'cuda'))
 
 
+# times as many logits are computed at once on a GPU: else reading the head's matrix, and adding to its
+# gradient, takes longer for every chunk than the products
+MORE_LOGITS = 4
+
+
+def prepare_training(model, m):
+    """Prepares a model that is on the device of m for training: its blocks are compiled if m says so.
+
+    On a GPU also the loss of a chunk of logits is compiled, whose steps would each read and write all logits.
+    """
+    gpu = m.kind == 'cuda'
+    if gpu:
+        model.head_chunk *= MORE_LOGITS
+    if m.compile:
+        for block in model.blocks():
+            block.compile()
+    if m.compile and gpu:
+        model.nll = torch.compile(model.nll)
+
+
 def autocast(kind, dtype):
     """Returns the context in which matrix products run in dtype.
 
@@ -140,9 +160,10 @@ def lazy_zeros(shape, dtype, device):
 def to_device(tensor, device):
     """Returns a CPU tensor's copy on the device. On a GPU the host does not wait for it."""
     if torch.device(device).type == 'cuda':
-        return (
-            tensor.contiguous().pin_memory().to(device, non_blocking=True)
-        )  # an expanded one has no pinned copy
+        # contiguous: pin_memory refuses an expanded tensor
+        return tensor.contiguous().pin_memory().to(device, non_blocking=True)
+    if torch.device(device).type == 'mps' and tensor.dtype == torch.float64:
+        tensor = tensor.float()  # all that MPS has
     return tensor.to(device)
 
 
@@ -302,10 +323,12 @@ def setup(config, work=math.inf):
     m.compile, why_compile = choose_compile(config.compile, m.kind, work)
     if m.shard:  # not tried: FSDP2 calls hooks around each block
         m.compile, why_compile = False, 'not with sharded weights'
-    if m.compile:
-        # all blocks share one limit of recompilations; at the limit dynamo would silently stop compiling
+    if m.compile or m.kind == 'cuda':
+        # all blocks share one limit of recompilations, and so do the windows of flex attention
         torch._dynamo.config.recompile_limit = 64
-        torch._dynamo.config.fail_on_recompile_limit_hit = True
+    if m.compile:
+        torch._dynamo.config.fail_on_recompile_limit_hit = True  # dynamo would silently stop compiling
+        torch._dynamo.config.optimize_ddp = False  # it would cut a block in two where a bucket of DDP ends
     torch.manual_seed(config.seed)
     name = f' {device_name(m)}' if m.kind == 'cuda' else ''
     through = f' ({backend}{", weights are sharded" if m.shard else ""})' if WORLD > 1 else ''

@@ -10,6 +10,7 @@ import math
 import torch
 
 from nanoloop.machine import choose_dtype
+from nanoloop.parallel import is_sharded, part_like
 
 LONG = 3  # a matrix (m, n) is long from n = LONG m on
 
@@ -71,6 +72,8 @@ class Muon(torch.optim.Muon):
             state['momentum_buffer'] = torch.zeros_like(p)
         average = state['momentum_buffer'].lerp_(p.grad, 1 - momentum)  # (m, n)
         update = p.grad.lerp(average, momentum)
-        update = orthogonalise(update, group['ns_coefficients'], group['ns_steps'], group['eps'])
+        whole = update.full_tensor() if is_sharded(update) else update
+        whole = orthogonalise(whole, group['ns_coefficients'], group['ns_steps'], group['eps'])
+        update = part_like(whole, p)
         p.mul_(1 - group['lr'] * group['weight_decay'])
         p.add_(update, alpha=-group['lr'] * math.sqrt(max(1.0, len(p) / p.size(1))))

@@ -122,6 +122,7 @@ class Optimizer(NamedTuple):
     build: Callable  # (parameter groups with lr and weight_decay, c) -> a torch.optim.Optimizer
     takes: tuple  # the groups that it takes; AdamW takes the others
     decays: tuple  # the groups that are decayed by weight_decay, in a run with this optimizer
+    moments: int  # float32 numbers that it keeps for every parameter, for --plan
     scales_with_width: bool = False  # lr_width applies to its learning rates, as to AdamW's
     before_step: Callable = lambda optimizer, step: None  # changes it before a step, by the step's number
 
@@ -148,9 +149,9 @@ def raise_momentum(optimizer, step):
 # fmt: off
 OPTIMIZER = {
     'adamw': Optimizer(adamw, takes=tuple(GROUPS), decays=('matrices', 'embedding', 'head', 'gate'),
-                       scales_with_width=True),
+                       moments=2, scales_with_width=True),
     'muon': Optimizer(muon, takes=('matrices', 'injection'), decays=('matrices',),
-                      before_step=raise_momentum),
+                      moments=1, before_step=raise_momentum),
 }
 # fmt: on
 

@@ -26,12 +26,11 @@ from model import GPT, HEAD_CHUNK
 from nanoloop.activations import Activations, activations
 from nanoloop.checks import check
 from nanoloop.count import parameters, section_flops, sections
-from nanoloop.machine import DTYPES, PEAK_FLOPS
+from nanoloop.machine import DTYPES, MORE_LOGITS, PEAK_FLOPS
 from nanoloop.objective import LOOP_SAMPLING, OBJECTIVE, limit_loops, set_trained_parts, training_flops
 from nanoloop.optimizer import OPTIMIZER, group_names
 
 FLOAT = 4  # bytes of a float32
-STATE_BYTES = {'adamw': 2 * FLOAT, 'muon': FLOAT}  # per parameter: two moments, one momentum
 NODE = 8  # GPUs of a node
 AVERAGE = 'average of the weights'  # the row of the key ema
 
@@ -63,7 +62,7 @@ def optimizer_bytes(model, c):
     """Returns the bytes of the optimizers' states: c.optimizer for the groups that it takes, else AdamW."""
     names, takes = group_names(model), OPTIMIZER[c.optimizer].takes
     return sum(
-        p.numel() * STATE_BYTES[c.optimizer if names[name] in takes else 'adamw']
+        p.numel() * FLOAT * OPTIMIZER[c.optimizer if names[name] in takes else 'adamw'].moments
         for name, p in trained_parameters(model, OBJECTIVE[c.objective])
     )
 
@@ -261,7 +260,7 @@ def describe_plan(plan, c):
     micros, (saved, copies, _) = c.gradient_accumulation_steps // plan.n_gpus, plan.activations
     micro_tokens = c.batch_size * c.block_size
     per_token = (saved - copies) / micro_tokens
-    chunk = min(micro_tokens, max(1, HEAD_CHUNK // c.vocab_size))  # see GPT.cross_entropy
+    chunk = min(micro_tokens, MORE_LOGITS * max(1, HEAD_CHUNK // c.vocab_size))
     return [
         f'{plan.n_gpus:,} {c.gpu}: {plan.step_tokens:,} tokens per step, '
         f'a GPU has {micros:,} micro-batches of {c.batch_size:,} x {c.block_size:,}',
@@ -289,7 +288,10 @@ def memory_lines(plan, available):
     parts = [memory_of(plan, way) for way in WAYS]
     rows = [table_row(name, [part[name] / 2**30 for part in parts]) for name in parts[0]]
     sums = [sum(part.values()) / 2**30 for part in parts]
-    return [table_head('memory of a GPU, GiB'), *rows, table_row(f'sum, of {available:g}', sums)]
+    rows = [table_head('memory of a GPU, GiB'), *rows, table_row(f'sum, of {available:g}', sums)]
+    over = ' and '.join(way for way, size in zip(WAYS, sums, strict=True) if size > available)
+    less = '--recompute=True, a smaller batch_size and, with fsdp, more GPUs take less'
+    return [*rows, f'does not fit: {over}; {less}'] if over else rows
 
 
 def time_lines(plan, c):

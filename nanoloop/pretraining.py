@@ -14,18 +14,19 @@ from nanoloop import LOCAL_RANK, PLACE
 from nanoloop.added_tokens import extends, split_spec
 from nanoloop.batches import row_batches, steps_of_epochs, steps_per_epoch, window_batches
 from nanoloop.checkpoint import (
-    checkpoint_paths,
     configure_checkpoint,
     find_from_flags,
     load_checkpoint,
     tokenizer_dict,
     translate,
 )
+from nanoloop.checkpoint_files import checkpoint_paths
 from nanoloop.checks import check
 from nanoloop.datasets import describe, find_data, identify, open_split, read_meta
 from nanoloop.evaluate import evaluate
 from nanoloop.generated import Generated
 from nanoloop.growth import plan_growth
+from nanoloop.machine import prepare_training
 from nanoloop.objective import check_loops
 from nanoloop.parallel import max_over_ranks
 from nanoloop.run_folder import check_out_dir, earlier_runs
@@ -102,9 +103,7 @@ def build_model(c, m, config, checkpoint):
     changes = {key: c[key] for key in given_keys(c)}
     model = GPT(config) if checkpoint is None else load_checkpoint(checkpoint, **changes)[0]
     model.to(m.device)
-    if m.compile:
-        for block in model.blocks():
-            block.compile()
+    prepare_training(model, m)
     return model
 
 

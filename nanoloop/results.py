@@ -2,7 +2,7 @@
 The results of eval.py: eval.csv, a line per task, number of loops and policy.
 
 A line is written in one call when it is finished. So an evaluation that was killed has whole lines only, and
-is continued by the same command.
+is continued by the same command. Several processes can add lines to one file.
 """
 
 import csv
@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 
 from nanoloop.checks import UserError
+from nanoloop.files import check_writable, wait_for_file
 from nanoloop.tables import align
 
 VALUES = (
@@ -80,6 +81,7 @@ class Results:
         self.path, self.run, self.rows = Path(path), run, []
         if not self.path.parent.is_dir():
             raise UserError(f'csv={str(path)!r}, expected a file in a folder that exists')
+        check_writable(self.path, 'csv')
         if self.path.exists():
             self.rows = read_csv(self.path)
         others = {row['run'] for row in self.rows} - {run}
@@ -104,6 +106,7 @@ class Results:
         text = io.StringIO(newline='')
         writer = csv.DictWriter(text, COLUMNS, lineterminator='\n')
         with open(self.path, 'a+b', buffering=0) as file:
+            wait_for_file(file)  # another process may be writing a line
             cut_half_line(file)
             if not os.fstat(file.fileno()).st_size:
                 writer.writeheader()

@@ -89,7 +89,8 @@ def roll_out(model, prompts, max_new_tokens, stop=(), tool=None, temperature=1.0
     answers = [Answer(stop, tool) for _ in prompts]
     for drawn in generation.stream(max_new_tokens):
         sampler = generation.sampler
-        columns = torch.stack([drawn.double(), sampler.log_p.double(), sampler.entropy.double()])  # (3, B)
+        # float32 is exact for token ids, and MPS has no float64
+        columns = torch.stack([drawn.to(sampler.log_p.dtype), sampler.log_p, sampler.entropy])  # (3, B)
         token, *values = columns.tolist()  # here the host waits for the device, once per token
         token = [int(value) for value in token]
         following = [

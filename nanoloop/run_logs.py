@@ -30,7 +30,7 @@ def read_run(folder):
 
 def check_same_data(folders):
     """Raises UserError if the checkpoints of runs that are drawn as their mean are of different data sets."""
-    from nanoloop.checkpoint import checkpoint_paths, read_first  # they import torch
+    from nanoloop.checkpoint_files import checkpoint_paths, read_first  # they import torch
 
     data = {}
     for folder in folders:

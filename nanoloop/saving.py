@@ -54,6 +54,18 @@ def save_checkpoint(out_dir, checkpoint, log, best, old_best=None, say=None):
         ) from None
 
 
+def check_space(out_dir, model):
+    """Raises OSError if a checkpoint does not fit on the disk: it would be told only when one is saved.
+
+    Counted are the weights, and a number of the optimizer for every one that is trained.
+    """
+    least = sum(p.nbytes * (1 + p.requires_grad) for p in model.parameters())
+    free = shutil.disk_usage(out_dir).free
+    if free < least:
+        sizes = f'{least / 2**20:,.0f} MiB or more, {free / 2**20:,.0f} are free'
+        raise OSError(f'out_dir={str(out_dir)!r} has no space for a checkpoint, which takes {sizes}')
+
+
 def keep_old_best(best, name, say=None):
     """Gives best.pt a second name, name.pt, or name-2.pt and so on if other files have that one."""
     if any(os.path.samefile(best, other) for other in best.parent.glob('best-before-*.pt')):

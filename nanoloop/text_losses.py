@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from model import HEAD_CHUNK, AttnInputs, rope_table, upcast
+from model import AttnInputs, rope_table, upcast
 from nanoloop.decode import Decoder
 
 PADDING = -1  # branch of padding
@@ -171,8 +171,7 @@ def branched_attn_inputs(model, pos, branch):
 def read_head(model, x, targets):
     """Returns -log p(targets) and the most likely tokens for the head's inputs x (K, C). Arrays (K,)."""
     ces, tops = [], []
-    n = max(1, HEAD_CHUNK // model.config.vocab_size)
-    for part, wanted in zip(x.split(n), targets.split(n), strict=True):
+    for part, wanted in zip(*(rows.split(model.head_chunk) for rows in (x, targets)), strict=True):
         logits = upcast(model.logits(part))  # (n, V)
         ces.append(F.cross_entropy(logits, wanted, reduction='none'))
         tops.append(logits.argmax(dim=-1))

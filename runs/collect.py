@@ -23,7 +23,8 @@ from configurator import command
 import torch
 
 from model import GPT
-from nanoloop.checkpoint import BEST, checkpoint_paths, configure_checkpoint, find_checkpoint
+from nanoloop.checkpoint import configure_checkpoint, find_checkpoint
+from nanoloop.checkpoint_files import BEST, checkpoint_paths
 from nanoloop.checks import UserError, check
 from nanoloop.count import parameters
 from nanoloop.generated_eval import majority_in

@@ -8,7 +8,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:-out-gpu-check} device=${DEVICE:-cuda}
 mkdir -p "$out"
-rm -f "$out"/*.log "$out"/*.status "$out"/*.jsonl "$out"/tests.xml "$out"/table.md
+rm -f "$out"/*.log "$out"/*.status "$out"/*.jsonl "$out"/*.xml "$out"/table.md
 
 common=(--device="$device" --rounds=3)
 train=(--gradient_accumulation_steps=4 --compile=True --warmup=2 --steps=5)
@@ -22,9 +22,9 @@ if [ -n "${TINY:-}" ]; then
     tiny_window=(--block_size=256 --window_size=64)
 fi
 
-step() { # NAME COMMAND...: runs it for 4 minutes at most, its output in NAME.log, its exit status in NAME.status
+step() { # NAME COMMAND...: runs it for $limit seconds at most, its output in NAME.log, its status in NAME.status
     echo "$(date +%T) $1: ${*:2}"
-    timeout 240 "${@:2}" >"$out/$1.log" 2>&1
+    timeout "${limit:-240}" "${@:2}" >"$out/$1.log" 2>&1
     echo $? >"$out/$1.status"
 }
 
@@ -32,7 +32,10 @@ measure() { # NAME CONFIG FLAGS...: bench.py, with its results in NAME.jsonl
     step "$1" python bench.py "${@:2}" "${common[@]}" --json="$out/$1.jsonl"
 }
 
-step tests python -m pytest -q -p no:cacheprovider --junitxml="$out/tests.xml" tests/test_cuda.py
+tests() { # NAME SELECTION: some of the tests. Three groups, since pytest writes its results only at the end
+    limit=180 step "$1" python -m pytest -q -p no:cacheprovider --junitxml="$out/$1.xml" tests/test_cuda.py -k "$2"
+}
+
 measure gpt2 config/train_gpt2.py "${train[@]}" "${tiny[@]}"
 measure looped config/train_gpt2_looped.py "${train[@]}" "${tiny[@]}" --vs=--baseline=same_flops
 measure medium config/train_gpt2_looped.py --n_prelude=8 --n_block=8 --n_coda=8 --n_embd=1024 --n_head=16 \
@@ -41,6 +44,9 @@ measure window config/train_gpt2.py --block_size=8192 --batch_size=1 --window_pa
     "${train[@]}" "${tiny[@]}" "${tiny_window[@]}" --vs='--window_pattern=L --window_size=None'
 measure recompute config/train_gpt2_looped.py "${train[@]}" "${tiny[@]}" --vs=--recompute=True
 measure decode config/train_gpt2_looped.py --mode=decode "${decode[@]}" "${tiny[@]}"
+tests tests_training 'not (flex or decoding or exits)'
+tests tests_windows 'flex'
+tests tests_decoding 'decoding or exits'
 
 [ -z "${TINY:-}" ] || echo 'Tiny sizes, whatever the names below say: this shows only that the commands run.'
 python runs/gpu_table.py "$out" | tee "$out/table.md"

@@ -4,7 +4,7 @@ Prints the table of runs/gpu_check.sh, in Markdown, from what its steps have lef
     python runs/gpu_table.py out-gpu-check
 
 Ends with status 1 if a step failed. A step NAME leaves NAME.status and NAME.log, bench.py's results in
-NAME.jsonl, and pytest's in tests.xml.
+NAME.jsonl, and pytest's in NAME.xml.
 """
 
 import json
@@ -37,6 +37,7 @@ def speed(results, rows, way):
     return f'{found[0]["tokens_per_s"]:,.0f} tokens/s, MBU {found[0]["mbu"]:.1%} ({n_rows} rows)'
 
 
+TESTS = 'tests_training', 'tests_windows', 'tests_decoding'  # steps of pytest
 # (step, name, wanted, function: the step's results -> value); the first result is `this` of bench.py
 ROWS = [
     ('gpt2', 'a step of config/train_gpt2.py', 'MFU 45 % or more', lambda r: step_time(r[0])),
@@ -90,13 +91,19 @@ def properties(case):
 
 
 def test_rows(folder):
-    """Yields (name, value, wanted) of every test function, or one row if the tests did not run."""
-    path, functions = folder / 'tests.xml', {}
-    if not path.exists():
-        yield 'tests/test_cuda.py', failure(folder, 'tests') or 'FAILED: no tests.xml', 'passed'
-        return
-    for case in ElementTree.parse(path).iter('testcase'):
-        functions.setdefault(case.get('name').partition('[')[0], []).append(case)
+    """Yields (name, value, wanted) of every test function, or one row for a group that did not run."""
+    functions = {}
+    for group in TESTS:
+        path = folder / f'{group}.xml'
+        if not path.exists():
+            yield (
+                f'tests/test_cuda.py, {group}',
+                failure(folder, group) or f'FAILED: no {path.name}',
+                'passed',
+            )
+            continue
+        for case in ElementTree.parse(path).iter('testcase'):
+            functions.setdefault(case.get('name').partition('[')[0], []).append(case)
     for name, cases in functions.items():
         outcomes = list(map(outcome, cases))
         value = next((text for text in outcomes if text.startswith('FAILED')), outcomes[0])
@@ -121,7 +128,10 @@ def main(folder):
     print('| what | value | wanted | device | torch | commit |\n|---|---|---|---|---|---|')
     for row in rows:
         print('|', ' | '.join(text.replace('|', '/') for text in row), '|', place, '|')
-    return int(any(value.startswith('FAILED') for _, value, _ in rows) or bool(failure(folder, 'tests')))
+    return int(
+        any(value.startswith('FAILED') for _, value, _ in rows)
+        or any(failure(folder, group) for group in TESTS)
+    )
 
 
 if __name__ == '__main__':

@@ -4,13 +4,14 @@ import math
 import os
 import signal
 import types
+import zipfile
 
 import pytest
 import torch
 from helpers import TINY, load, read_log, same, script
 
 import train
-from nanoloop import checkpoint, pretraining, saving
+from nanoloop import checkpoint_files, pretraining, saving
 from train import main
 
 
@@ -140,7 +141,18 @@ def test_a_path_that_is_not_utf8_is_read(tmp_path):
         pytest.skip('this file system has UTF-8 only')
     with open(path, 'wb') as file:
         torch.save(dict(model={'w': torch.arange(3)}, model_args={}), file)
-    assert checkpoint.read_checkpoint(path)['model']['w'].tolist() == [0, 1, 2]
+    assert checkpoint_files.read_checkpoint(path)['model']['w'].tolist() == [0, 1, 2]
+
+
+def test_a_checkpoint_without_checksums_is_read(tmp_path):
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(dict(model={'w': torch.arange(3)}, model_args={}), tmp_path / 'a.pt')
+    finally:
+        torch.serialization.set_crc32_options(before)
+    assert zipfile.ZipFile(tmp_path / 'a.pt').testzip()
+    assert checkpoint_files.read_checkpoint(tmp_path / 'a.pt')['model']['w'].tolist() == [0, 1, 2]
 
 
 def cut(file):
@@ -259,3 +271,26 @@ def test_ranks_that_would_resume_at_different_steps_are_refused(call, flags, mon
     monkeypatch.setattr(train, 'max_over_ranks', lambda m, value: value + 3)
     status, _, err = call(main, *flags)
     assert status == 2 and 'expected a folder that all machines share' in err
+
+
+def test_a_disk_without_space_for_a_checkpoint_is_told_before_the_first_step(
+    call, flags, tmp_path, monkeypatch
+):
+    parameters, told = [], []
+    real = saving.shutil.disk_usage
+
+    def usage(path):
+        told.append(str(path))
+        return real(path)._replace(free=parameters[0])
+
+    monkeypatch.setattr(saving.shutil, 'disk_usage', usage)
+    parameters.append(10**9)
+    assert call(main, *flags)[0] == 0
+    weights = sum(x.nbytes for x in load(tmp_path / 'out' / 'ckpt.pt')['model'].values())
+    tied = load(tmp_path / 'out' / 'ckpt.pt')['model']['lm_head.weight'].nbytes  # it is there twice
+    for free, status in ((2 * (weights - tied), 0), (2 * (weights - tied) - 1, 1)):
+        parameters[0] = free
+        got, _, err = call(main, *flags, f'--out_dir={tmp_path}/{status}')
+        assert got == status and ('has no space for a checkpoint' in err) == bool(status)
+        assert (tmp_path / str(status) / 'ckpt.pt').exists() == (status == 0)
+    assert told == [f'{tmp_path}/{name}' for name in ('out', '0', '1')]

@@ -164,6 +164,15 @@ def test_a_resumed_run_is_the_same_to_the_bit(call, flags, tmp_path, keys):
     assert same(whole['model'], resumed['model']) and same(whole['optimizer'], resumed['optimizer'])
 
 
+def test_reinforcement_learns_on_a_gpu(call, tmp_path):
+    here = [f'--device={DEVICE.type}', f'--out_dir={tmp_path}/rl', '--max_iters=2', '--eval_interval=1']
+    base = [*here, '--dataset=mano:1', '--n_embd=64', '--n_head=2', '--n_loop=2', '--eval_iters=1']
+    assert call(train.main, *base, f'--out_dir={tmp_path}/base', '--sample_tokens=0')[0] == 0
+    keys = '--rl_task=mano:1 --rl_samples=4 --batch_size=8 --eval_iters=1 --sample_tokens=0'.split()
+    status, out, err = call(train.main, *here, *keys, f'--init_from={tmp_path}/base')
+    assert status == 0 and 'reward' in out, err
+
+
 def test_recomputing_loops_takes_less_memory(record_property):
     peaks = []
     for recompute in (False, True):
@@ -174,11 +183,11 @@ def test_recomputing_loops_takes_less_memory(record_property):
     assert peaks[1] <= 0.5 * peaks[0]
 
 
-def test_a_head_in_chunks_takes_less_memory(record_property, monkeypatch):
+def test_a_head_in_chunks_takes_less_memory(record_property):
     idx, peaks = tokens(8, 1024), []
-    for chunk in (2**40, model_file.HEAD_CHUNK):
-        monkeypatch.setattr(model_file, 'HEAD_CHUNK', chunk)
+    for chunk in (2**30, 4 * 2**25 // 50304):
         model = make(vocab_size=50304, block_size=1024)
+        model.head_chunk = chunk
         loss = TrainingLoss(model, train.TrainConfig())
         peaks.append(peak_bytes(lambda loss=loss: loss(idx, idx, 2)[0].backward()))
     record_property('value', f'{peaks[1] / peaks[0]:.3f} (in chunks / at once)')

@@ -2,6 +2,8 @@
 
 import json
 import math
+import multiprocessing
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -14,6 +16,7 @@ import eval as eval_script
 import nanoloop.evaluator as evaluator
 import train
 from eval import main
+from nanoloop import files
 from nanoloop.checks import UserError
 from nanoloop.eval_tasks import EvalTask, judge_window, summarise_windows
 from nanoloop.evaluator import Evaluator
@@ -234,6 +237,23 @@ def test_a_checkpoint_that_names_no_data_needs_one(call, run):
     assert status == 2 and out == '' and "dataset='', expected a data set, the checkpoint names none" in err
 
 
+def write_rows(path, name):
+    results = Results(path, 'r1')
+    for i in range(100):
+        results.write(results.add(dict(task=f'{name}{i}', run='r1')))
+
+
+def test_two_evaluations_can_write_into_one_file(tmp_path):
+    context = multiprocessing.get_context('fork')
+    two = [context.Process(target=write_rows, args=(tmp_path / 'eval.csv', name)) for name in 'ab']
+    for process in two:
+        process.start()
+    for process in two:
+        process.join()
+    tasks = sorted(row['task'] for row in read_csv(tmp_path / 'eval.csv'))
+    assert tasks == sorted(f'{name}{i}' for name in 'ab' for i in range(100))
+
+
 def test_a_row_is_found_by_its_key_and_belongs_to_one_run(tmp_path):
     results = Results(tmp_path / 'eval.csv', 'r1')
     row = dict(
@@ -270,3 +290,13 @@ def test_the_table_shows_what_was_measured():
     rows.append(row | dict(loops='8', accuracy='0.8'))  # more than the model is made for
     assert against_one_loop(rows, 4) == [line]
     assert against_one_loop(rows, 1) == ['mano: accuracy 0.5000 with 1 loop, 0.8000 with 8: +0.3000']
+
+
+@pytest.mark.parametrize('file', ['eval.csv', 'new.csv'])
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(monkeypatch, tmp_path, file):
+    (tmp_path / 'eval.csv').touch()
+    asked = []
+    monkeypatch.setattr(files.os, 'access', lambda path, mode: asked.append((path, mode)))  # a read-only disk
+    with pytest.raises(ValueError, match='csv=.*, expected a file that can be written'):
+        Results(tmp_path / file, 'r1')
+    assert asked == [(tmp_path / 'eval.csv' if file == 'eval.csv' else tmp_path, os.W_OK)]

@@ -1,6 +1,7 @@
 """runs/gpu_check.sh without a GPU: its commands have keys that exist, and its table says what failed."""
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from helpers import ROOT
 from bench import BenchConfig
 from configurator import configure
 from model import GPTConfig
+from runs.gpu_table import TESTS
 from train import TrainConfig
 
 # in place of python: notes its arguments, and fails where the window is measured; the table is the real one
@@ -40,7 +42,7 @@ def run_script(folder, **environment):
 def test_every_command_has_keys_that_exist_and_a_failed_step_stops_no_other(tmp_path, environment):
     status, table, calls = run_script(tmp_path, **environment)
     benches = [argv for program, *argv in calls if program == 'bench.py']
-    assert calls[0][:2] == ['-m', 'pytest'] and len(benches) == len(calls) - 1 == 6
+    assert len(benches) == 6 and [argv[:2] for argv in calls[6:]] == [['-m', 'pytest']] * 3
     for argv in benches:
         keys = BenchConfig, TrainConfig, GPTConfig
         c = configure(keys, argv, say=None)
@@ -52,10 +54,21 @@ def test_every_command_has_keys_that_exist_and_a_failed_step_stops_no_other(tmp_
     assert status == 1 and len(rows) == 1 and 'windows of 512' in rows[0]
 
 
+def test_every_test_of_a_gpu_is_in_one_group():
+    """The words of -k, tried on the names of the functions."""
+    script = (ROOT / 'runs' / 'gpu_check.sh').read_text()
+    groups = dict(re.findall("^tests (\\w+) '(.*)'$", script, re.MULTILINE))
+    assert tuple(groups) == TESTS
+    names = re.findall(r'^def (test_\w+)', (ROOT / 'tests' / 'test_cuda.py').read_text(), re.MULTILINE)
+    for name in names:
+        words = {word: word in name for word in ('flex', 'decoding', 'exits')}
+        assert sum(eval(words_of_k, {}, words) for words_of_k in groups.values()) == 1, name
+
+
 def test_the_table_has_values_and_what_was_wanted(tmp_path):
     training = '"ms": {}, "mfu": 0.5, "memory_mib": 2048, "tflops_per_s": {}, "device": "H100"'
     this, other = ('{' + training.format(*numbers) + '}' for numbers in ((80, 400), (100, 320)))
-    for step in ('tests', 'gpt2', 'looped', 'medium', 'window', 'recompute', 'decode'):
+    for step in (*TESTS, 'gpt2', 'looped', 'medium', 'window', 'recompute', 'decode'):
         (tmp_path / f'{step}.status').write_text('0')
         (tmp_path / f'{step}.jsonl').write_text(f'{this}\n{other}\n')
     decoding = '{"name": "cached", "rows": %d, "tokens_per_s": 1500, "mbu": 0.25, "device": "H100"}\n'
@@ -64,7 +77,9 @@ def test_the_table_has_values_and_what_was_wanted(tmp_path):
         '<properties><property name="value" value="0.4"/><property name="wanted" value="1"/></properties>'
     )
     cases = f'<testcase name="test_a_b[x]"/><testcase name="test_a_b[y]"/><testcase name="test_c">{measured}'
-    (tmp_path / 'tests.xml').write_text(f'<testsuite>{cases}</testcase></testsuite>')
+    (tmp_path / 'tests_training.xml').write_text(f'<testsuite>{cases}</testcase></testsuite>')
+    for group in TESTS[1:]:
+        (tmp_path / f'{group}.xml').write_text('<testsuite/>')
     command = [sys.executable, str(ROOT / 'runs' / 'gpu_table.py'), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
     values = [tuple(part.strip() for part in line.split('|')[1:5]) for line in done.stdout.splitlines()]

@@ -11,6 +11,7 @@ import model as model_file
 from model import GPT, GPTConfig
 from nanoloop import objective as objective_file
 from nanoloop.known_weights import WeightedNll
+from nanoloop.machine import Machine, prepare_training
 from nanoloop.objective import OBJECTIVE, LossRule, TrainingLoss, try_rule
 
 V, LINEAR = 23, [name for name, rule in OBJECTIVE.items() if rule.linear]
@@ -72,6 +73,25 @@ def test_the_head_computes_every_token_once(monkeypatch, objective, loops):
             loss(IDX, TARGETS, 4)[0].backward()
         flops[linear] = counter.get_total_flops()
     assert flops[False] - flops[True] == 2 * loops * IDX.numel() * 16 * V
+
+
+@pytest.mark.parametrize('linear', [True, False])
+def test_a_gpus_compiled_loss_and_larger_chunks_change_nothing(monkeypatch, linear):
+    monkeypatch.setattr(model_file, 'HEAD_CHUNK', 7 * V)
+    plain, prepared = (make('step', linear) for _ in range(2))
+    real = torch.compile
+    monkeypatch.setattr(torch, 'compile', lambda f: real(f, backend='aot_eager'))
+    prepare_training(prepared.model, Machine(0, 1, torch.device('cpu'), 'cuda', torch.float32, compile=True))
+    assert prepared.model.head_chunk == 4 * 7 and plain.model.head_chunk == 7
+    torch.compiler.reset()
+    results = []
+    for loss in (plain, prepared):
+        value, extra = loss(IDX, TARGETS, 4)
+        value.backward()
+        results.append([value, *extra.values(), *(p.grad for p in loss.parameters())])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
+    torch.compiler.reset()
 
 
 def test_one_chunk_of_logits_exists(monkeypatch):

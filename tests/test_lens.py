@@ -10,7 +10,6 @@ import torch
 from decoding import IDX, dividing_threshold, expected, gated, make
 from helpers import randomize
 
-import nanoloop.lens as lens_file
 import sample
 import train
 from model import GPT, GPTConfig
@@ -58,8 +57,8 @@ def test_each_loop_says_what_a_model_with_as_many_loops_says():
 )
 def test_every_position_and_loop_says_what_a_forward_pass_says(keys, n_loop, monkeypatch):
     monkeypatch.setattr(kv_cache, 'PREFILL_CHUNK', 5)  # pieces of 5 tokens
-    monkeypatch.setattr(lens_file, 'HEAD_CHUNK', 60)  # logits of 5 tokens of 12 at once
     model = make(**keys)
+    model.head_chunk = 5  # logits of 5 tokens at once
     idx = IDX[:2, : 12 if model.config.pos == 'learned' else 40]
     lens = predictions_by_loop(model, idx, n_loop, k=4)
     loops = n_loop or model.config.n_loop

@@ -1,6 +1,7 @@
 """What a user can get wrong ends in one line on stderr and status 2, or works where the meaning is plain."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -92,7 +93,7 @@ WRONG = [  # (flags of train.py after those of a tiny run, what must be told)
     (['--head_lr=1'], 'head_lr=1.0, expected None with tie_weights'),
     (['--loop_max=0', '--loop_sampling=uniform'], 'loop_max=0, expected at least 1'),
     (['--learning_rate=0', '--min_lr=0', '--head_lr=1'], 'learning_rate=0.0, expected above 0 with head_lr'),
-    (['--optimizer=sgd'], "optimizer='sgd', expected one of adamw, muon"),
+    (['--optimizer=adam'], "optimizer='adam', expected one of adamw, muon"),
     (['--max_flops=0'], 'max_flops=0.0, expected at least 1'),
     (
         ['--init_from={tmp}/done', '--baseline=same_params'],
@@ -117,6 +118,15 @@ WRONG = [  # (flags of train.py after those of a tiny run, what must be told)
     (['--beta2=1'], 'beta2=1.0, expected at least 0 and below 1'),
     (['--seed=-3'], 'seed=-3, expected at least 0'),
     (['--min_lr=1'], 'min_lr=1.0, expected at most learning_rate=0.01'),
+    (
+        ['--batch_size=99999999999999999999'],
+        'batch_size=99999999999999999999, expected an integer of 64 bits',
+    ),
+    (['--batch_size=1e12'], 'batch_size=1000000000000, expected fewer: the states of'),
+    (['--vocab_size=1e15'], 'vocab_size=1000000000000000, expected fewer: the embeddings of all tokens take'),
+    (['--n_gram=2', f'--n_gram_rows={2**45}'], 'expected fewer: the embeddings of n-grams take'),
+    (['--n_embd=1e8'], 'n_embd=100000000, expected fewer: queries and outputs of attention in 3 layers take'),
+    (['--n_block=1e12'], 'queries and outputs of attention in 1,000,000,000,002 layers take'),
     (['--seed=9223372036854775808'], 'seed=9223372036854775808, expected an integer of 64 bits'),
     (['--dataset={tmp}/masked'], 'expected targets that count in train, its mask leaves none'),
     (['--lr_schedule=step'], 'expected one of cosine, linear'),
@@ -144,6 +154,7 @@ WRONG = [  # (flags of train.py after those of a tiny run, what must be told)
     (['--init_from={tmp}/done', '--n_coda=2'], 'n_coda=2, expected 1 as in the checkpoint'),
     (['--init_from={tmp}/done', '--dataset={tmp}/others'], 'expected one in the tokens of the checkpoint'),
     (['--init_from={tmp}/done', '--dataset={tmp}/bytes'], '12 of kind char, not 256 of kind byte'),
+    (['--init_from={tmp}/diverged'], 'norm_recur.weight has values that are not finite'),
     (['--init_from=resume', '--out_dir={tmp}/foreign'], 'that file has no state to resume'),
     (['--out_dir={tmp}/typo.py', '--dataset=nowhere'], 'typo.py is a file, expected a folder'),
     (['--out_dir={tmp}/typo.py/out', '--dataset=nowhere'], 'typo.py is a file, expected a folder'),
@@ -157,7 +168,9 @@ SAMPLE = [
     (['--exit=gate'], "exit='gate', expected kl or diff: the model has no exit gate"),
     (['--start=Zebra'], "characters that the tokenizer does not know: 'Z' 'r'"),
     (['--start=FILE:{tmp}/nowhere.txt'], "nowhere.txt' cannot be read: No such file"),
+    (['--start=FILE:'], "start='FILE:', expected FILE:PATH"),
     (['--start=FILE:{tmp}'], 'cannot be read: Is a directory'),
+    (['--out_dir={tmp}/diverged'], 'norm_recur.weight has values that are not finite'),
     (['--stream'], "argument='--stream', expected --stream=value"),
     (['--out_dir={tmp}/typo.py'], 'typo.py cannot be read: it was cut, or is no checkpoint'),
     (['--temperature=-1'], 'temperature=-1.0, expected at least 0'),
@@ -234,6 +247,9 @@ def tmp(tmp_path_factory, tiny_data):
     (tmp / 'foreign').mkdir()
     old = load(tmp / 'done' / 'ckpt.pt')
     torch.save({key: old[key] for key in ('model', 'model_args', 'config')}, tmp / 'foreign' / 'ckpt.pt')
+    (tmp / 'diverged').mkdir()
+    old['model']['norm_recur.weight'][0] = math.inf
+    torch.save(old, tmp / 'diverged' / 'ckpt.pt')
     return tmp
 
 
@@ -251,6 +267,27 @@ def test_mistakes_in_training_are_told(call, tmp, tmp_path, tiny_data, argv, tol
 def test_what_is_plain_in_training_works(call, tmp, flags, argv):
     status, _, err = call(train.main, *flags, *(arg.format(tmp=tmp) for arg in argv))
     assert status == 0 and not err
+
+
+@pytest.mark.parametrize(
+    'argv, told',
+    [
+        ('--warmup_iters=50', 'warmup_iters=50: the learning rate rises until the last step, 1'),
+        ('--loop_warmup=5', 'loop_warmup=5: the last step, 1, comes before all loops'),
+        ('--beta=0.5', "beta=0.5 changes nothing with objective='end'"),
+        ('--objective=exit --exit_gate=True --beta=0.5', ''),
+        ('--gate_ahead=True', "gate_ahead=True changes nothing with objective='end'"),
+        ('--warmdown_frac=0.5', "warmdown_frac=0.5 changes nothing with lr_schedule='cosine'"),
+        ('--lr_schedule=linear --warmdown_frac=0.5', ''),
+        ('--decay_lr=False --min_lr=0', 'min_lr=0.0 changes nothing with decay_lr=False'),
+    ],
+)
+def test_keys_that_may_be_mistakes_are_noted(call, flags, argv, told):
+    argv = ['--max_iters=1', '--min_lr=0', '--lr_decay_iters=None', '--warmup_iters=0', *argv.split()]
+    status, out, err = call(train.main, *flags, *argv)
+    assert status == 0, err
+    warnings = [line for line in out.splitlines() if line.startswith('warning: ')]
+    assert any(told in line for line in warnings) if told else not warnings
 
 
 @pytest.mark.parametrize('argv, told', SAMPLE, ids=lambda v: ' '.join(v) if isinstance(v, list) else '')
@@ -278,6 +315,8 @@ def test_what_is_plain_in_sampling_works(call, tmp, argv):
         (['--mode=sample'], "mode='sample', expected one of train, decode"),
         (['--mode=decode', '--tokens=0'], 'tokens=0, expected at least 1'),
         (['--json=nowhere/x.jsonl'], "json='nowhere/x.jsonl', expected a file with the ending .jsonl in a"),
+        (['--n_embd=1e8'], 'vocab_size=256, expected fewer: the embeddings of all tokens take'),
+        (['--count_only=True', '--nvlink=100'], 'nvlink=100.0, expected no value without --plan=N'),
         (['--json=ckpt.pt'], "json='ckpt.pt', expected a file with the ending .jsonl"),
     ],
 )

@@ -201,7 +201,7 @@ def test_chunks_and_recomputation_change_no_gradient(name, monkeypatch):
             if way == 'plain':
                 patch.setattr(model_file, 'maybe_checkpoint', lambda again, f, *args: f(*args))
             else:
-                patch.setattr(model_file, 'HEAD_CHUNK', 23 * 5)
+                patch.setattr(model, 'head_chunk', 5)
             torch.manual_seed(0)  # of the noise
             ce, gates = model.loss_table(ids[:, :-1], ids[:, 1:], 5, range(5))
             weigh = torch.linspace(0.5, 1.5, ce.numel()).view_as(ce) / ce.numel()
@@ -537,6 +537,7 @@ def test_an_optimizer_is_an_entry_of_a_table(call, flags, tmp_path, monkeypatch)
         lambda groups, c: Lion(groups, (c.beta1, c.beta2)),
         takes=('matrices', 'head'),
         decays=('matrices',),
+        moments=1,
         before_step=lambda optimizer, step: steps.append(step),
     )
     monkeypatch.setitem(OPTIMIZER, 'lion', lion)

@@ -215,3 +215,12 @@ def test_a_plan_has_the_bytes_of_the_average(call):
 def test_a_plan_that_cannot_be_is_refused_with_one_that_can(call, flags, expected):
     status, _, err = call(bench.main, 'config/train_gpt2.py', *flags.split())
     assert status == 2 and expected in err and err.count('\n') == 1
+
+
+@pytest.mark.parametrize('rows, over', [(18, ''), (19, 'ddp'), (20, 'ddp and fsdp')])
+def test_a_plan_says_what_does_not_fit(call, rows, over):
+    flags = '--plan=8', '--n_block=2', '--gradient_accumulation_steps=64', f'--batch_size={rows}'
+    out = call(bench.main, 'config/train_ouro_1_4b.py', *flags)[1]
+    sums = figures(out)['sum, of 79']
+    assert [size > 79 for size in sums] == [way in over for way in WAYS]
+    assert re.findall('^does not fit: (.*);', out, re.MULTILINE) == [over] * bool(over)

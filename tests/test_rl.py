@@ -128,6 +128,7 @@ def test_a_step_is_the_policy_gradient_written_out():
     set_trained_parts(model, rl.OBJECTIVE['end'], dropout=False)
     batches = [rl.make_batch(model, Coin(), c, M, 5, micro) for micro in range(2)]
     assert batches[0].idx.shape == (12, 4)
+    assert batches[0].weights.is_contiguous()  # else it cannot be copied to pinned memory
     params = [p for p in model.parameters() if p.requires_grad]
     total = [torch.zeros_like(p) for p in params]
     for batch in batches:
