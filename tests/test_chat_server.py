@@ -432,7 +432,7 @@ def test_memory_is_stable_over_500_requests(server):
         )
         assert connection.getresponse().read()
         sizes.append(memory())
-    # it grows by 7 MiB until the 1,000th request, and no more until the 3,000th; in some runs earlier than in others
+    # it grows by 7 MiB until the 1,000th request, in some runs earlier, and no more until the 3,000th
     assert sizes[-1] - sizes[100] < 10 * 2**20
     wait_for(lambda: ask(port, 'GET', '/stats')[2]['active'] == 0)
     stats = ask(port, 'GET', '/stats')[2]

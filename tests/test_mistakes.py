@@ -315,7 +315,10 @@ def test_what_is_plain_in_sampling_works(call, tmp, argv):
         (['--mode=sample'], "mode='sample', expected one of train, decode"),
         (['--mode=decode', '--tokens=0'], 'tokens=0, expected at least 1'),
         (['--json=nowhere/x.jsonl'], "json='nowhere/x.jsonl', expected a file with the ending .jsonl in a"),
-        (['--n_embd=1e8', '--vocab_size=256'], 'vocab_size=256, expected fewer: the embeddings of all tokens'),
+        (
+            ['--n_embd=1e8', '--vocab_size=256'],
+            'vocab_size=256, expected fewer: the embeddings of all tokens',
+        ),
         (['--count_only=True', '--nvlink=100'], 'nvlink=100.0, expected no value without --plan=N'),
         (['--json=ckpt.pt'], "json='ckpt.pt', expected a file with the ending .jsonl"),
     ],
