@@ -197,9 +197,8 @@ def run_file(path, config):
     except Exception as error:  # a config file can raise anything
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == str(path)]
-        line = (
-            lines[-1] if lines else getattr(error, 'lineno', None) or '?'
-        )  # a SyntaxError has a line, but no frame
+        # a SyntaxError has a line, but no frame
+        line = lines[-1] if lines else getattr(error, 'lineno', None) or '?'
         reason = error.msg if isinstance(error, SyntaxError) else error  # whose text names the line again
         raise UserError(f'{path}, line {line}: {type(error).__name__}: {reason}') from None
     own = {name for name in assigned if name.startswith('_') or isinstance(names[name], TOOLS)}

@@ -47,9 +47,8 @@ def read_checkpoint(path):
         with open(path, 'rb') as file:
             is_pickle = file.read(1) == b'\x80'  # as torch before 1.6 wrote: it cannot be mapped
         damaged = None if is_pickle else find_damage(path)
-        check(
-            not damaged, 'checkpoint', str(path), f'a file without damage, the checksum of {damaged} is wrong'
-        )
+        expected = f'a file without damage, the checksum of {damaged} is wrong'
+        check(not damaged, 'checkpoint', str(path), expected)
         options = dict(map_location='cpu', weights_only=True)
         if is_pickle or not is_utf8(path):
             with open(path, 'rb') as file:

@@ -135,8 +135,8 @@ def prepare_training(model, m):
     if m.compile:
         for block in model.blocks():
             block.compile()
-    if m.compile and gpu:
-        model.nll = torch.compile(model.nll)
+        if gpu:
+            model.nll = torch.compile(model.nll)
 
 
 def autocast(kind, dtype):

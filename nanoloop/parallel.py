@@ -55,8 +55,8 @@ def leave(m):
     """Leaves the process group.
 
     Then it waits for gloo's threads. They let go of a tensor a little after they have said that its sum is
-    done. If Python ends in between, the process can abort: that is how torch's source reads, and 2 of about
-    150 runs on busy cores ended so.
+    done. If Python ends in between, the process can abort: that is how torch's source reads, and two of
+    some 200 runs on busy cores ended so.
     """
     if m.world > 1:
         dist.destroy_process_group()

@@ -253,12 +253,18 @@ def test_a_machine_casts_products_copies_tensors_and_scales_float16():
 
 def test_a_gpu_gets_tensors_from_pinned_memory_without_waiting():
     calls = []
-    tensor = types.SimpleNamespace(
-        contiguous=lambda: tensor,  # an expanded tensor has no pinned copy
-        pin_memory=lambda: types.SimpleNamespace(to=lambda *args, **keys: calls.append((args, keys))),
+    whole = types.SimpleNamespace(
+        pin_memory=lambda: types.SimpleNamespace(to=lambda *args, **keys: calls.append((args, keys)))
     )
+    tensor = types.SimpleNamespace(contiguous=lambda: whole)  # an expanded tensor has no pinned copy
     Machine(0, 1, 'cuda:0', 'cuda', BF16).to_device(tensor)
     assert calls == [(('cuda:0',), dict(non_blocking=True))]
+
+
+def test_mps_gets_no_float64():
+    low = types.SimpleNamespace(to=lambda device: 'copied')
+    tensor = types.SimpleNamespace(dtype=torch.float64, float=lambda: low)
+    assert Machine(0, 1, 'mps', 'mps', torch.float32).to_device(tensor) == 'copied'
 
 
 def test_a_compiled_step_of_a_gpu_is_a_graph_whose_results_are_copied(monkeypatch):
